@@ -5,6 +5,7 @@ every key, type and range. An error names the file, the key, what was given and 
 are looked for from the working directory, then from the root of the repository, so scripts run from anywhere.
 """
 
+import argparse
 import dataclasses
 import math
 import types
@@ -57,6 +58,7 @@ class LoRAConfig:
 @dataclass
 class DataConfig:
     prompts: str = knob("clock", "clock (chains made on the spot), or a JSONL or CSV file, or hub:ID/FILE of a dataset")
+    traces: str | None = knob(None, "folder of the teacher's traces, shared by runs; nothing means traces/ in the run's own")
     count: int | None = knob(None, "use the first so many training prompts; nothing means all (for clock: 8192)", low=1)
     held_out: float = knob(0.1, "share of the prompts kept for evaluation, chosen by a hash of the prompt", low=0, high=0.9)
     checker: str = knob("auto", "how answers are verified; auto picks by the prompts", choices=["auto", "clock", "gsm8k", "exact", "none"])
@@ -182,6 +184,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[C]
             tree = {part: tree}
         _fill(config, tree, f"override {override!r}", "")
     return config
+
+
+def parser(doc: str, resume: bool = False) -> argparse.ArgumentParser:
+    """What the scripts that take a config have in common: CONFIG [a.b=c ...] [--resume], and every key in --help."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="keys, with their defaults:\n" + describe())
+    made.add_argument("config", help="a YAML file, such as configs/tiny.yaml")
+    made.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a key of the config, such as sft.lr=1e-3")
+    if resume:
+        made.add_argument("--resume", action="store_true", help="go on with the run in run.dir")
+    return made
 
 
 def find_file(path: str | Path, what: str = "file") -> Path:

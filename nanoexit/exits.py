@@ -67,6 +67,7 @@ def attach(model: Transformer, exit_layers: Sequence[int], head: str = "linear",
         raise UserError(f"exits.layers: expected different depths, found {list(exit_layers)}")
     if head not in ("linear", "mlp"):
         raise UserError(f"exits.head: {head!r} is not one of linear, mlp")
+    detach(model)
     model.requires_grad_(False)
     model.exits = ExitHeads(model.shape.width, sorted(exit_layers), head, seed).to(model.device)
     if lora is not None:

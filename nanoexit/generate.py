@@ -119,7 +119,7 @@ class _Ask:
         return path_logprob(self.z, depths, self.heads.layers, self.full_depth)
 
 
-class _Watch:
+class Watch:
     """A `stop` that lets everyone pass and keeps the residuals [n, D] at each depth."""
 
     def __init__(self, layers: Collection[int]):
@@ -248,7 +248,7 @@ class _Decoder:
 
     def _foresee(self, ids: Tensor, positions: Tensor, alive: Tensor | None, chosen) -> Tensor:
         """Run this step to full depth -> the teacher rule's chances [B, E] at the policy's depths."""
-        watch = _Watch(self.policy.layers)
+        watch = Watch(self.policy.layers)
         run = self.model.run(ids, positions, self.cache, watch, alive)
         final = self.model.readout(run.hidden[chosen, 0])
         kl = torch.stack([divergence(final, self.model.readout(watch.seen[d])) for d in sorted(watch.seen)], -1)

@@ -41,8 +41,7 @@ class LoRA(nn.Module):
 
 
 def attach_lora(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
-    """Give every linear map named in config.targets a fresh adapter. The base stops asking for gradients."""
-    model.requires_grad_(False)
+    """Give every linear map named in config.targets a fresh adapter."""
     generator = torch.Generator().manual_seed(seed)
     for name, linear in linear_maps(model):
         if name.rsplit(".", 1)[-1] in config.targets:

@@ -90,7 +90,9 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """A linear map that an adapter may add to (lora.py)."""
 
-    adapter: nn.Module | None = None
+    def __init__(self, width_in: int, width_out: int, bias: bool):
+        super().__init__(width_in, width_out, bias)
+        self.adapter: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
@@ -234,7 +236,7 @@ class Transformer(nn.Module):
         self.lm_head = None if shape.tied else nn.Linear(shape.width, shape.vocab, bias=False)
         self.exits: nn.Module | None = None
         self.stop_ids: frozenset[int] = frozenset()
-        self.source = None  # where the weights came from, set by weights.load_model
+        self.name, self.revision = "", ""  # where the weights came from, and which they are; set by weights.load_model
 
     @property
     def full_depth(self) -> int:

@@ -1,0 +1,243 @@
+"""Make the tiny reasoner of data/tiny from nothing: a Qwen2-shaped model that answers clock chains.
+
+It learns three styles of answering: terse (all in the head), full (every value written) and prefix (the first few written).
+Two things make it work. A curriculum: chains grow by one operation whenever the longest are answered in the head 9 times out
+of 10; without it, in-head chains of three stay at chance. Deep supervision: the readout after every block is trained too
+(weight `deep_weight`), which gives a tiny model the early-readable residuals that large ones have.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from nanoexit.config import ROOT, RunConfig, describe, knob, load_config
+from nanoexit.data import is_held_out
+from nanoexit.errors import UserError, run_script
+from nanoexit.generate import Watch, generate
+from nanoexit.model import Shape, Transformer
+from nanoexit.tasks import LONGEST_CHAIN, OPERATIONS, check_clock, clock_chain, clock_prompts, clock_values
+
+WORDS = ["<bos>", "<eos>", "<think>", "</think>", "=", ".", *map(str, range(10)), *OPERATIONS]
+BOS, EOS, THINK, DONE, EQUALS, DOT = range(6)
+ID = {word: i for i, word in enumerate(WORDS)}
+CHAT_TEMPLATE = (  # pads a chain to its seven places, so that step i is always written at the same distance from operation i
+    "{% set words = (messages[-1]['content'] | replace('+', ' +') | replace('*', ' *')).split() %}"
+    "{{ bos_token }} {{ words | join(' ') }}{{ ' .' * (SLOTS - words | length) }}"
+    "{% if add_generation_prompt %} = <think>{% endif %}"
+).replace("SLOTS", str(LONGEST_CHAIN + 1))
+
+
+@dataclasses.dataclass
+class PretrainConfig:
+    out: str = knob("runs/tiny-pretrain", "where the model's folder is written")
+    seed: int = knob(0, "every random draw is a function of this", low=0)
+    width: int = knob(96, "D", low=8)
+    blocks: int = knob(8, "L", low=2)
+    ffn: int = knob(256, "F", low=8)
+    heads: int = knob(4, "H", low=1)
+    kv_heads: int = knob(2, "K", low=1)
+    batch_size: int = knob(128, "chains a step", low=1)
+    lr: float = knob(2e-3, "peak learning rate of AdamW", low=0)
+    weight_decay: float = knob(0.05, "on matrices", low=0)
+    warmup: int = knob(100, "steps of linear warm-up", low=1)
+    deep_weight: float = knob(0.3, "weight of the mean loss of the early readouts", low=0)
+    threshold: float = knob(0.9, "in-head accuracy at the longest length that lets chains grow", low=0, high=1)
+    steps_after: int = knob(1200, "steps after chains have reached full length; over the last half the rate falls to 2 %", low=1)
+    max_steps: int = knob(6000, "give up growing after so many steps", low=1)
+    terse: float = knob(0.5, "share of chains answered in the head", low=0, high=1)
+    full: float = knob(0.3, "share with every value written; the rest writes a prefix", low=0, high=1)
+
+
+@dataclasses.dataclass
+class Recipe:
+    pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="keys:\n" + describe(Recipe))
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    args = parser.parse_args()
+    config = load_config(args.config, args.overrides, Recipe).pretrain
+    started = time.time()
+    model, steps = train(config)
+    figures = {**evaluate(model, config.seed), "steps": steps, "seconds": round(time.time() - started)}
+    print(json.dumps(figures, indent=2))
+    save(model, Path(config.out), config, figures)
+    print(f"written to {config.out}; python scripts/sample.py --model {config.out} --policy full tries it")
+
+
+def new_model(config: PretrainConfig) -> Transformer:
+    torch.manual_seed(config.seed)
+    shape = Shape("qwen2", len(WORDS), config.width, config.ffn, config.blocks, config.heads, config.kv_heads,
+                  config.width // config.heads, qkv_bias=True, tied=True, max_positions=64)
+    model = Transformer(shape)
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                p.data /= (2 * config.blocks) ** 0.5
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(p)
+    return model
+
+
+def draw_batch(rng: np.random.Generator, config: PretrainConfig, longest: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> ids [B, T], targets [B, T] (-1 outside the response), and which position answers a terse chain of full length."""
+    rows, probes = [], []
+    for i in range(config.batch_size):
+        chain = None
+        while chain is None or is_held_out(chain):
+            chain = clock_chain(rng, draw_length(rng, longest, i < config.batch_size // 2))
+        values = [str(v) for v in clock_values(chain)]
+        style = rng.random()
+        written = 0 if style < config.terse else len(values) if style < config.terse + config.full else int(rng.integers(0, len(values)))
+        prompt = prompt_words(chain)
+        rows.append((len(prompt), [ID[w] for w in [*prompt, *values[:written], "</think>", values[-1], "<eos>"]]))
+        probes.append(len(prompt) if written == 0 and len(values) == longest else -1)
+    width = max(len(ids) for _, ids in rows)
+    ids = torch.full((len(rows), width), EOS)
+    targets = torch.full((len(rows), width), -1)
+    for i, (start, row) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        targets[i, start - 1 : len(row) - 1] = torch.tensor(row[start:])
+    return ids, targets, torch.tensor(probes)
+
+
+def draw_length(rng: np.random.Generator, longest: int, at_longest: bool) -> int:
+    """While chains grow, half of a batch is at the longest length; at full length, lengths in proportion to themselves."""
+    if longest < LONGEST_CHAIN and at_longest:
+        return longest
+    weights = np.arange(1, longest + 1)
+    return int(rng.choice(weights, p=weights / weights.sum()))
+
+
+def prompt_words(chain: str) -> list[str]:
+    """What the chat template of the shipped tokenizer makes of a chain."""
+    ops = chain.split()
+    return ["<bos>", *ops, *["."] * (LONGEST_CHAIN + 1 - len(ops)), "=", "<think>"]
+
+
+def train(config: PretrainConfig) -> tuple[Transformer, int]:
+    model = new_model(config)
+    rng = np.random.default_rng([config.seed, 1])
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+                                  lr=config.lr, betas=(0.9, 0.98))
+    longest, in_head, grown_at, step = 1, 0.0, None, 0
+    with tqdm(desc="pretrain", unit="step", dynamic_ncols=True) as bar:
+        while grown_at is None or step < grown_at + config.steps_after:
+            left = 1.0 if grown_at is None else (grown_at + config.steps_after - step) / config.steps_after
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * min(1, (step + 1) / config.warmup) * max(0.02, min(1.0, 2 * left))
+            ids, targets, probes = draw_batch(rng, config, longest)
+            loss, final, hits = losses(model, ids, targets, probes, config.deep_weight)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            if len(hits):
+                in_head += 0.05 * (hits.float().mean().item() - in_head)
+            if grown_at is None and in_head > config.threshold:
+                longest, in_head = longest + 1, 0.0
+                if longest > LONGEST_CHAIN:
+                    longest, grown_at = LONGEST_CHAIN, step
+            if grown_at is None and step >= config.max_steps:
+                raise UserError(f"pretrain: chains stopped growing at {longest} operations after {step} steps; try another seed")
+            bar.total = None if grown_at is None else grown_at + config.steps_after
+            bar.set_postfix(longest=longest, in_head=f"{in_head:.2f}", loss=f"{final.item():.3f}", refresh=False)
+            bar.update()
+    return model, step
+
+
+def losses(model: Transformer, ids, targets, probes, deep_weight: float):
+    """-> (whole loss, loss of the last readout, for each probe: was the answer right at full depth)."""
+    watch = Watch(range(1, model.full_depth))
+    run = model.run(ids, stop=watch)
+    at = (targets >= 0).view(-1).nonzero().view(-1)
+    goal = targets.view(-1)[at]
+    final = F.cross_entropy(model.readout(run.hidden.flatten(0, 1)[at]), goal)
+    early = [F.cross_entropy(model.readout(h[at]), goal) for h in watch.seen.values()]
+    rows = (probes >= 0).nonzero().view(-1)
+    with torch.no_grad():
+        guesses = model.readout(run.hidden[rows, probes[rows]]).argmax(-1)
+    return final + deep_weight * sum(early) / len(early), final, guesses == targets[rows, probes[rows]]
+
+
+def evaluate(model: Transformer, seed: int, count: int = 2000) -> dict:
+    """Held-out chains: sampled accuracy, and in the head (forced terse, greedy) by number of operations."""
+    source = (p for p in clock_prompts([seed, 2]) if is_held_out(p.prompt))
+    prompts = [next(source) for _ in range(count)]
+    words = [[ID[w] for w in prompt_words(p.prompt)] for p in prompts]
+    sampled = generate(model, words, max_new_tokens=10, stop_ids=[EOS], seed=seed)
+    right = [check_clock(p, text(g.tokens)).correct for p, g in zip(prompts, sampled)]
+    terse = generate(model, [w + [DONE] for w in words], max_new_tokens=1, temperature=0, stop_ids=[])
+    in_head: dict[int, list[bool]] = {}
+    for p, g in zip(prompts, terse):
+        in_head.setdefault(len(clock_values(p.prompt)), []).append(WORDS[g.tokens[0]] == p.answer)
+    written = [len(text(g.tokens).split("</think>")[0].split()) / len(clock_values(p.prompt)) for p, g in zip(prompts, sampled)]
+    return {"accuracy": float(np.mean(right)), "in_head": {k: round(float(np.mean(v)), 4) for k, v in sorted(in_head.items())},
+            "terse": float(np.mean([w == 0 for w in written])), "full": float(np.mean([w == 1 for w in written]))}
+
+
+def text(tokens: list[int]) -> str:
+    return " ".join(WORDS[t] for t in tokens if t != EOS)
+
+
+def save(model: Transformer, out: Path, config: PretrainConfig, figures: dict) -> None:
+    """A folder like any public model's."""
+    out.mkdir(parents=True, exist_ok=True)
+    s = model.shape
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    metadata = {"format": "pt", "made_by": "python scripts/pretrain_tiny.py", "commit": commit, "seed": str(config.seed),
+                "figures": json.dumps(figures), "torch": torch.__version__}
+    save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, out / "model.safetensors", metadata)
+    files = {
+        "config.json": {
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": s.vocab, "hidden_size": s.width,
+            "intermediate_size": s.ffn, "num_hidden_layers": s.blocks, "num_attention_heads": s.heads,
+            "num_key_value_heads": s.kv_heads, "hidden_act": "silu", "max_position_embeddings": s.max_positions,
+            "rms_norm_eps": s.norm_eps, "rope_theta": s.rope_theta, "tie_word_embeddings": True, "use_sliding_window": False,
+            "attention_dropout": 0.0, "bos_token_id": BOS, "eos_token_id": EOS, "torch_dtype": "float32",
+        },
+        "generation_config.json": {"bos_token_id": BOS, "eos_token_id": EOS, "do_sample": True, "temperature": 1.0},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>",
+            "add_bos_token": False, "clean_up_tokenization_spaces": False, "model_max_length": s.max_positions,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    }
+    for name, content in files.items():
+        (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    make_tokenizer().save(str(out / "tokenizer.json"))
+
+
+def make_tokenizer() -> tokenizers.Tokenizer:
+    """One word, one token. '7+3*9' is read like '7 +3 *9'."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ID, unk_token="."))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.WhitespaceSplit(),
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[+*]?\d|[.=]"), "isolated"),
+    ])
+    tokenizer.add_special_tokens(["<bos>", "<eos>"])
+    tokenizer.add_tokens([tokenizers.AddedToken("<think>", normalized=False), tokenizers.AddedToken("</think>", normalized=False)])
+    return tokenizer
+
+
+if __name__ == "__main__":
+    run_script(main)

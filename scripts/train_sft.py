@@ -1,0 +1,41 @@
+"""The main job: the base model writes traces, a student with exits and adapters learns them while spending less depth.
+
+    python scripts/train_sft.py configs/tiny.yaml                      (minutes, on a laptop)
+    torchrun --nproc-per-node 4 scripts/train_sft.py configs/deepseek.yaml
+
+Traces that are missing are written first. --resume goes on with an interrupted run, to the same weights.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nanoexit import sft
+from nanoexit.config import load_config, parser
+from nanoexit.errors import run_script
+from nanoexit.evaluate import evaluate_run, table
+from nanoexit.teacher import make_traces
+from nanoexit.training import is_main, load_student, processes, start_run
+from nanoexit.weights import save_adapter
+
+
+def main() -> None:
+    args = parser(__doc__, resume=True).parse_args()
+    config = load_config(args.config, args.overrides)
+    with processes(config):
+        model, tokenizer = load_student(config)
+        folder = start_run(config, args.resume)
+        traces = make_traces(model, tokenizer, config)
+        sft.train(model, traces, config, folder)
+        if not is_main():
+            return
+        save_adapter(model, folder / "adapter")
+        rows = evaluate_run(model, tokenizer, config, folder)
+    print(f"\n{table(rows)}\n\nThe run is in {folder}. Next:")
+    print(f"  python scripts/sample.py --adapter {folder}    shows the student, each token with the depth it used")
+    print(f"  python scripts/report.py {folder}    draws training and responses on one page")
+
+
+if __name__ == "__main__":
+    run_script(main)

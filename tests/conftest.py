@@ -1,0 +1,53 @@
+"""Small random models of the three families, with heads and adapters that are not zero: what most tests run on."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nanoexit.config import ROOT, TARGETS, LoRAConfig
+from nanoexit.exits import attach
+from nanoexit.model import Llama3Rope, Shape, Transformer
+
+torch.set_num_threads(1)
+
+SHAPES = {
+    "llama": Shape("llama", 40, 24, 40, 5, 4, 2, 6, rope_scaling=Llama3Rope(4.0, 1.0, 4.0, 16), o_bias=True, mlp_bias=True, qkv_bias=True),
+    "qwen2": Shape("qwen2", 40, 24, 40, 5, 4, 1, 6, qkv_bias=True, tied=True),
+    "qwen3": Shape("qwen3", 40, 24, 40, 5, 4, 2, 10, qk_norm=True),
+}
+
+
+def random_model(family: str, seed: int = 0) -> Transformer:
+    """Every tensor random, biases and norms too, so that no forgotten term can hide behind a zero or a one."""
+    model = Transformer(SHAPES[family])
+    scramble(model.named_parameters(), seed)
+    return model.requires_grad_(False)
+
+
+def with_exits(model: Transformer, layers=(1, 2, 4), head: str = "linear", seed: int = 1) -> Transformer:
+    """Heads and adapters on every map, none of them zero."""
+    attach(model, layers, head, LoRAConfig(r=3, alpha=6, targets=TARGETS), seed)
+    scramble(((n, p) for n, p in model.named_parameters() if "lora_B" in n or n.startswith("exits")), seed)
+    return model
+
+
+def scramble(parameters, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in parameters:
+        noise = torch.randn(p.shape, generator=generator)
+        p.data = 1 + 0.2 * noise if "norm" in name else noise * (0.3 if p.dim() > 1 else 0.2)
+
+
+@pytest.fixture(params=list(SHAPES))
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The reasoner that the repository ships."""
+    return ROOT / "data" / "tiny"

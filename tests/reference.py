@@ -1,0 +1,112 @@
+"""The obvious implementation: one token at a time, one head at a time, everything recomputed, nothing batched or cached.
+
+It is slow and meant to be seen right at a glance. The fast path in nanoexit/ must equal it (laws 2 and 3).
+"""
+
+import math
+
+import torch
+
+from nanoexit.model import rope_frequencies
+
+
+def norm(x, weight, eps):
+    return x / torch.sqrt((x * x).mean() + eps) * weight
+
+
+def turn(x, position, frequencies):
+    """RoPE of one head's vector x [head_dim], written as complex numbers: pair (i, i + head_dim / 2) turns by its angle."""
+    half = len(x) // 2
+    turned = torch.complex(x[:half], x[half:]) * torch.exp(1j * position * frequencies)
+    return torch.cat([turned.real, turned.imag])
+
+
+def linear(module, x):
+    y = module.weight @ x
+    if module.bias is not None:
+        y = y + module.bias
+    if module.adapter is not None and module.adapter.enabled:
+        y = y + module.adapter.scale * (module.adapter.lora_B @ (module.adapter.lora_A @ x))
+    return y
+
+
+def hidden_states(model, ids, depths, freeze=True):
+    """ids, depths: one row, lists of T ints -> [T, D]: each token's residual at its own depth.
+
+    A frozen token leaves keys and values in every later block, made from its frozen residual, and runs nothing else.
+    """
+    s, frequencies = model.shape, rope_frequencies(model.shape, torch.device("cpu"))
+    keys = [[] for _ in range(s.blocks)]  # keys[l][t][k]: kv head k of token t in block l
+    values = [[] for _ in range(s.blocks)]
+    ends = []
+    for t, (token, depth) in enumerate(zip(ids, depths)):
+        h = model.model["embed_tokens"].weight[token]
+        at_exit = h
+        for l, block in enumerate(model.model["layers"]):
+            attention = block.self_attn
+            x = norm(h, block.input_layernorm.weight, s.norm_eps)
+            k = linear(attention.k_proj, x).view(s.kv_heads, s.head_dim)
+            v = linear(attention.v_proj, x).view(s.kv_heads, s.head_dim)
+            if s.qk_norm:
+                k = torch.stack([norm(head, attention.k_norm.weight, s.norm_eps) for head in k])
+            keys[l].append([turn(head, t, frequencies) for head in k])
+            values[l].append(list(v))
+            if l >= depth and freeze:
+                continue
+            q = linear(attention.q_proj, x).view(s.heads, s.head_dim)
+            outputs = []
+            for i, head in enumerate(q):
+                group = i // (s.heads // s.kv_heads)
+                head = norm(head, attention.q_norm.weight, s.norm_eps) if s.qk_norm else head
+                head = turn(head, t, frequencies)
+                scores = torch.stack([head @ past[group] for past in keys[l]]) / math.sqrt(s.head_dim)
+                weights = torch.softmax(scores, 0)
+                outputs.append(sum(w * past[group] for w, past in zip(weights, values[l])))
+            h = h + linear(attention.o_proj, torch.cat(outputs))
+            x = norm(h, block.post_attention_layernorm.weight, s.norm_eps)
+            gate = linear(block.mlp.gate_proj, x)
+            h = h + linear(block.mlp.down_proj, gate * torch.sigmoid(gate) * linear(block.mlp.up_proj, x))
+            at_exit = h if l + 1 == depth else at_exit
+        ends.append(at_exit)
+    return torch.stack(ends)
+
+
+def logits_of(model, h):
+    """[..., D] -> [..., V]."""
+    head = model.model["embed_tokens"].weight if model.lm_head is None else model.lm_head.weight
+    return torch.stack([head @ norm(row, model.model["norm"].weight, model.shape.norm_eps) for row in h])
+
+
+def exit_logprob(model, ids, depths, t):
+    """log p(token t exits at depths[t]): its heads asked one after the other."""
+    total = 0.0
+    for d in model.exits.layers:
+        if d > depths[t]:
+            break
+        h = hidden_states(model, ids[: t + 1], depths[:t] + [d])[t]
+        x = h / torch.sqrt((h * h).mean() + torch.finfo(torch.float32).eps)
+        p = torch.sigmoid(model.exits.heads[str(d)](x).squeeze())
+        total += torch.log(p if d == depths[t] else 1 - p)
+    return float(total)
+
+
+def generate(model, prompt, max_new_tokens, noise, stop_ids):
+    """Greedy tokens, exits sampled from the heads with noise [max_new_tokens, 1 + E]; the whole text is run anew for each."""
+    L, tokens, depths = model.full_depth, [], [model.full_depth]
+    row = list(prompt)
+    row_depths = [L] * len(prompt)
+    while True:
+        token = int(logits_of(model, hidden_states(model, row, row_depths)[-1:]).argmax())
+        tokens.append(token)
+        if token in stop_ids or len(tokens) == max_new_tokens:
+            return tokens, depths
+        row.append(token)
+        depth = L
+        for e, d in enumerate(model.exits.layers):
+            h = hidden_states(model, row, [*row_depths, d])[-1]
+            x = h / torch.sqrt((h * h).mean() + torch.finfo(torch.float32).eps)
+            if noise[len(tokens), 1 + e] < torch.sigmoid(model.exits.heads[str(d)](x).squeeze()):
+                depth = d
+                break
+        row_depths.append(depth)
+        depths.append(depth)

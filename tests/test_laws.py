@@ -1,0 +1,225 @@
+"""The laws of the project. Each test says which breach it catches; every one was seen to fail with its law broken by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import random_model, with_exits
+
+from nanoexit.config import TARGETS, LoRAConfig
+from nanoexit.exits import attach, detach, stick_breaking
+from nanoexit.generate import generate, sample
+from nanoexit.lora import adapters_off
+from nanoexit.model import Transformer
+from nanoexit.score import pad, score
+try:
+    from nanoexit.weights import load_model
+except ImportError: pass
+
+PROMPTS = [[3, 7, 11], [5, 1, 30, 22, 9, 4, 17], [8, 8], [2, 39, 14, 6, 25]]
+PROMPT_EXITS = ["full", "limit:2", "head"]
+
+
+def rescored(model: Transformer, prompts, gens, **kw):
+    """What the alignment of DESIGN says: ids = prompt + tokens[:-1], depths = the prompt's, then depths[1:]."""
+    ids = pad([p + g.tokens[:-1] for p, g in zip(prompts, gens)], model.device)
+    depths = pad([g.prompt_depths + g.depths[1:] for g in gens], model.device)
+    return ids, depths, score(model, ids, depths, [len(p) for p in prompts], **kw)
+
+
+# --- law 1: exits off = base model --------------------------------------------------------------------------------------
+
+
+def test_fresh_attachment_changes_no_bit(family):
+    """Catches: an adapter that starts non-zero, or a path for 'exits off' that rounds otherwise."""
+    model = random_model(family)
+    ids = torch.tensor([PROMPTS[1], PROMPTS[1][::-1]])
+    before = model(ids)
+    attach(model, [1, 3], "mlp", LoRAConfig(r=3, targets=TARGETS))
+    assert torch.equal(model(ids), before)
+    everywhere = torch.full_like(ids, model.full_depth)
+    assert torch.equal(score(model, ids, everywhere, [3, 3]).logits, before)
+
+
+def test_attach_train_detach_leaves_every_base_bit(family):
+    """Catches: training that touches a base tensor, adapters_off that leaves something on, detach that forgets something."""
+    model = random_model(family)
+    ids = torch.tensor([PROMPTS[1]])
+    before, weights = model(ids), {n: p.clone() for n, p in model.named_parameters()}
+    with_exits(model)
+    trainable = [p for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=0.1, weight_decay=0.1)
+    out = score(model, ids, torch.tensor([[5, 5, 1, 2, 4, 5, 1]]), [2])
+    (out.logits.square().mean() - out.exit_logprobs.sum()).backward()
+    optimizer.step()
+    assert not torch.equal(model(ids), before)
+    with adapters_off(model):
+        assert torch.equal(model(ids), before)
+    detach(model)
+    assert torch.equal(model(ids), before)
+    assert {n for n, _ in model.named_parameters()} == set(weights)
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+
+
+def test_policy_full_writes_what_the_plain_model_writes(family):
+    """Catches: a policy `full` that asks a head and obeys it."""
+    model = random_model(family)
+    plain = generate(model, PROMPTS, "full", 8, seed=1)
+    attach(model, [1, 3], "linear")
+    model.exits.heads["1"].bias.data += 100  # these heads would let everything out
+    again = generate(model, PROMPTS, "full", 8, seed=1)
+    assert [g.tokens for g in again] == [g.tokens for g in plain]
+    assert all(set(g.depths) == {5} for g in again)
+
+
+# --- law 2: one meaning -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt_exits, freeze", list(itertools.product(PROMPT_EXITS, [True, False])))
+@pytest.mark.parametrize("policy", ["full", "head", "head:0.4", "head-floor:0.3", "fixed:2", "fixed:3", "kl:1", "confidence:0.2"])
+def test_forward_rescores_what_generate_sampled(family, policy, prompt_exits, freeze):
+    """Catches: an off-by-one between generation and training, keys made from the wrong residual, a forgotten final norm."""
+    model = with_exits(random_model(family))
+    gens = generate(model, PROMPTS, policy, 7, seed=2, prompt_exits=prompt_exits, freeze=freeze, stop_ids=[0], batch_size=3)
+    ids, depths, out = rescored(model, PROMPTS, gens, freeze=freeze, prompt_exits=prompt_exits == "head")
+    logp = out.logits.log_softmax(-1)
+    for row, (prompt, g) in enumerate(zip(PROMPTS, gens)):
+        at = torch.arange(len(g.tokens)) + len(prompt) - 1
+        assert torch.allclose(logp[row, at, torch.tensor(g.tokens)], torch.tensor(g.token_logprobs), atol=1e-4)
+        assert torch.allclose(out.exit_logprobs[row, at[1:]], torch.tensor(g.exit_logprobs[1:]), atol=1e-4)
+        assert torch.allclose(out.exit_logprobs[row, : len(prompt)], torch.tensor(g.prompt_exit_logprobs), atol=1e-4)
+        assert (out.exit_logprobs[row, at[-1] + 1 :] == 0).all()
+        assert g.depths[0] == g.prompt_depths[-1] and 0 not in g.depths
+
+
+# --- law 3: skipping is exact -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_packed_forward_equals_the_slow_reference(family, head):
+    """Catches: a mask, a rotation or a key that is wrong only for tokens whose neighbours exited; padding that leaks."""
+    model = with_exits(random_model(family), head=head)
+    rng = np.random.default_rng(0)
+    lengths = [9, 4, 7]
+    ids = pad([rng.integers(40, size=n).tolist() for n in lengths], model.device)
+    depths = pad([rng.choice([1, 2, 4, 5], size=n).tolist() for n in lengths], model.device)
+    with torch.no_grad():
+        out = score(model, ids, depths, [1, 1, 1])
+        for row, n in enumerate(lengths):
+            one, path = ids[row, :n].tolist(), depths[row, :n].tolist()
+            assert torch.allclose(out.hidden[row, :n], reference.hidden_states(model, one, path), atol=1e-4)
+            expected = [reference.exit_logprob(model, one, path, t) for t in range(1, n)]
+            assert torch.allclose(out.exit_logprobs[row, 1:n], torch.tensor(expected), atol=1e-4)
+            assert torch.allclose(out.logits[row, :n], reference.logits_of(model, out.hidden[row, :n]), atol=1e-4)
+
+
+def test_unfrozen_forward_equals_the_slow_reference(family):
+    """Catches: an ablation that freezes after all, or reads out the wrong residual."""
+    model = with_exits(random_model(family))
+    ids, path = PROMPTS[1], [5, 1, 2, 4, 1, 5, 2]
+    with torch.no_grad():
+        out = score(model, torch.tensor([ids]), torch.tensor([path]), [1], freeze=False)
+        assert torch.allclose(out.hidden[0], reference.hidden_states(model, ids, path, freeze=False), atol=1e-4)
+
+
+def test_cached_generation_equals_the_slow_reference(family):
+    """Catches: debts of the cache paid late, twice, or to the wrong block; noise that is not the row's own."""
+    model = with_exits(random_model(family))
+    gens = generate(model, PROMPTS, "head", 7, temperature=0, seed=5, stop_ids=[0])
+    assert any(len(set(g.depths)) > 2 for g in gens), "exits at several depths, or this shows nothing"
+    with torch.no_grad():
+        for row, (prompt, g) in enumerate(zip(PROMPTS, gens)):
+            noise = np.random.default_rng([5, row]).random((7, 4), dtype=np.float32)
+            assert reference.generate(model, prompt, 7, noise, [0]) == (g.tokens, g.depths)
+
+
+def test_a_token_that_exits_runs_no_later_block():
+    """Catches: 'skipping' that computes and masks. Counts rows through each block's MLP."""
+    model = with_exits(random_model("qwen2"))
+    rows = []
+    for block in model.model["layers"]:
+        block.mlp.register_forward_hook(lambda _m, args, _out: rows.append(args[0].shape[:-1].numel()))
+    score(model, torch.tensor([PROMPTS[1]]), torch.tensor([[5, 1, 2, 4, 1, 5, 2]]), [1])
+    assert rows == [7, 5, 3, 3, 2]
+    rows.clear()
+    generate(model, [PROMPTS[0]], "fixed:2", 4, stop_ids=[])
+    assert rows == [3] * 5 + [1, 1] * 3
+
+
+# --- law 4: a row does not feel its neighbours --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["full", "head", "kl:1"])
+@pytest.mark.parametrize("prompt_exits", PROMPT_EXITS)
+def test_the_same_row_writes_the_same_text_in_any_company(family, policy, prompt_exits):
+    """Catches: noise shared between rows, padding that is attended to, rows mixed up when others leave or join."""
+    model = with_exits(random_model(family))
+    prompts = PROMPTS * 2
+    kw = {"seed": 3, "stop_ids": [0, 1, 2, 3, 4], "prompt_exits": prompt_exits}
+    together = generate(model, prompts, policy, 9, **kw)
+    assert len({len(g.tokens) for g in together}) > 1, "rows must end at different times, or this shows nothing"
+    for size in (1, 3):
+        again = generate(model, prompts, policy, 9, batch_size=size, **kw)
+        assert [(g.tokens, g.depths) for g in again] == [(g.tokens, g.depths) for g in together]
+    alone = generate(model, prompts[:1], policy, 9, **kw)
+    assert (alone[0].tokens, alone[0].depths) == (together[0].tokens, together[0].depths)
+
+
+# --- law 5: the sampled distribution is the trained one -----------------------------------------------------------------
+
+
+def test_exit_frequencies_are_the_likelihoods():
+    """Catches: a floor or threshold in sampling, or one noise used for two heads. 4 standard errors: one run in 3,000 fails by luck,
+    and the seed is fixed."""
+    model = with_exits(random_model("qwen3"))
+    for head in model.exits.heads.values():
+        head.weight.data *= 0.2  # so that every depth is taken often enough to count
+    n = 4000
+    gens = generate(model, [PROMPTS[0]] * n, "head", 2, temperature=0, seed=0, stop_ids=[])
+    counts = np.array([sum(g.depths[1] == d for g in gens) for d in (1, 2, 4, 5)])
+    ids = torch.tensor([PROMPTS[0] + gens[0].tokens[:1]])
+    z = score(model, ids, torch.full_like(ids, 5), [3]).head_logits[0, -1]
+    p = stick_breaking(z).exp().detach().numpy()
+    assert abs(p.sum() - 1) < 1e-5 and (p > 0.01).all()
+    assert (np.abs(counts / n - p) < 4 * np.sqrt(p * (1 - p) / n)).all(), (counts / n, p)
+
+
+def test_token_frequencies_are_the_softmax():
+    """Catches: an inverted cumulative distribution that is off by one token, or renormalized where nothing was cut."""
+    logits = torch.tensor([[2.0, -1.0, 0.5, 0.0, -30.0]])
+    n = 20000
+    u = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    for temperature, top_p, top_k, keep in [(1.0, 1.0, 0, 5), (0.7, 1.0, 2, 2), (1.0, 0.8, 0, 2)]:
+        tokens = sample(logits.expand(n, -1), u, temperature, top_p, top_k)
+        p = (logits[0] / temperature).softmax(-1)
+        p = p.where(p >= p.sort(descending=True).values[keep - 1], 0.0)
+        p = p / p.sum()
+        share = torch.bincount(tokens, minlength=5) / n
+        assert ((share - p).abs() <= 4 * (p * (1 - p) / n).sqrt()).all(), (share, p)
+    assert sample(logits, torch.tensor([0.999]), 0, 1.0, 0).item() == 0
+
+
+# --- the same on the model that ships -----------------------------------------------------------------------------------
+
+
+def test_laws_hold_on_the_tiny_reasoner(tiny):
+    """Catches: what random weights cannot show, such as a law that only holds where every row is as long as the others."""
+    model = load_model(str(tiny))
+    ids = torch.tensor([[0, 15, 18, 25, 5, 5, 5, 5, 4, 2]])
+    before = model(ids)
+    with_exits(model, layers=(1, 3, 6))
+    prompts = [ids[0].tolist(), ids[0, :6].tolist()]
+    gens = generate(model, prompts, "head", 8, seed=1)
+    _, _, out = rescored(model, prompts, gens)
+    for row, (prompt, g) in enumerate(zip(prompts, gens)):
+        alone = generate(model, [prompt], "head", 8, seed=1)[0]
+        assert row or (alone.tokens, alone.depths) == (g.tokens, g.depths)
+        hidden = reference.hidden_states(model, prompt + g.tokens[:-1], g.prompt_depths + g.depths[1:])
+        n = len(hidden)
+        assert torch.allclose(out.hidden[row, :n], hidden, atol=2e-3, rtol=1e-4)
+        logp = out.logits[row].log_softmax(-1)[torch.arange(len(g.tokens)) + len(prompt) - 1, torch.tensor(g.tokens)]
+        assert torch.allclose(logp, torch.tensor(g.token_logprobs), atol=1e-4)
+    detach(model)
+    assert torch.equal(model(ids), before)
