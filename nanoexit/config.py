@@ -117,6 +117,7 @@ class RLConfig:
     normalize_std: bool = knob(False, "divide advantages by the standard deviation of their group")
     clip: float = knob(0.0, "PPO-style clipping range of the likelihood ratio; 0 is off", low=0, high=1)
     epochs: int = knob(1, "optimizer steps on one batch of rollouts; more than 1 needs clip > 0", low=1)
+    keep_samples: int = knob(2, "rollouts of each step that samples.jsonl keeps, with their rewards", low=0)
     save_every: int = knob(20, "steps between checkpoints", low=1)
 
 

@@ -65,11 +65,11 @@ def read_response(tokenizer: Tokenizer, prompt: Prompt, ids: list[int], generati
 # --- re-scoring ------------------------------------------------------------------------------------------------------
 
 
-def rescore(model: Transformer, responses: Sequence[Response]) -> Score:
+def rescore(model: Transformer, responses: Sequence[Response], prompt_exits: bool = False) -> Score:
     """The forward that re-scores what was generated (score.py has the alignment)."""
     ids = pad([r.prompt_ids + r.generation.tokens[:-1] for r in responses], model.device)
     depths = pad([r.generation.prompt_depths + r.generation.depths[1:] for r in responses], model.device)
-    return score(model, ids, depths, [len(r.prompt_ids) for r in responses])
+    return score(model, ids, depths, [len(r.prompt_ids) for r in responses], prompt_exits=prompt_exits)
 
 
 def readout_places(responses: Sequence[Response], width: int, device: torch.device) -> Tensor:
@@ -79,23 +79,25 @@ def readout_places(responses: Sequence[Response], width: int, device: torch.devi
 
 
 @torch.no_grad()
-def against_teacher(model: Transformer, responses: Sequence[Response], rows: int, chunk: int) -> tuple[float, float]:
-    """-> mean KL(student || teacher) in nats a token, and the text's perplexity under the base."""
-    kl, nll, count = 0.0, 0.0, 0
+def against_teacher(model: Transformer, responses: Sequence[Response], rows: int, chunk: int) -> tuple[list[float], float]:
+    """-> each response's mean KL(student || teacher) in nats a token, and the perplexity of all the text under the base."""
+    kls, nll, count = [], 0.0, 0
     for start in range(0, len(responses), rows):
         batch = responses[start : start + rows]
-        scored = rescore(model, batch)
+        student = rescore(model, batch).hidden.flatten(0, 1)
         ids = pad([r.prompt_ids + r.generation.tokens[:-1] for r in batch], model.device)
         with adapters_off(model):
-            base = model.run(ids).hidden
+            base = model.run(ids).hidden.flatten(0, 1)
         at = readout_places(batch, ids.shape[1], model.device)
         tokens = torch.tensor([t for r in batch for t in r.generation.tokens], device=model.device)
+        kl = []
         for piece, target in zip(at.split(chunk), tokens.split(chunk)):
-            teacher = model.readout(base.flatten(0, 1)[piece])
-            kl += divergence(model.readout(scored.hidden.flatten(0, 1)[piece]), teacher).sum().item()
+            teacher = model.readout(base[piece])
+            kl.append(divergence(model.readout(student[piece]), teacher))
             nll -= token_logprob(teacher, target).sum().item()
+        kls += [row.mean().item() for row in torch.cat(kl).split([len(r.generation.tokens) for r in batch])]
         count += len(tokens)
-    return kl / count, math.exp(nll / count)
+    return kls, math.exp(nll / count)
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -105,7 +107,7 @@ def measure(model: Transformer, tokenizer: Tokenizer, responses: Sequence[Respon
     """One row of evaluation.json."""
     right = [r.verdict.correct for r in responses]
     depths = [d for r in responses for d in r.depths]
-    kl, perplexity = against_teacher(model, responses, config.evaluate.batch_size, config.sft.chunk)
+    kls, perplexity = against_teacher(model, responses, config.evaluate.batch_size, config.sft.chunk)
     accuracy, interval = share(right)
     by_group: dict[str, list[bool]] = defaultdict(list)
     for r in responses:
@@ -120,7 +122,7 @@ def measure(model: Transformer, tokenizer: Tokenizer, responses: Sequence[Respon
         "exit_rate": float(np.mean([d < L for d in depths])),
         "exit_histogram": {str(d): n / len(depths) for d, n in sorted(Counter(depths).items())},
         "depth_by_position": by_position(responses), "depth_by_kind": by_kind(tokenizer, responses),
-        "kl": kl, "perplexity": perplexity, "tokens": float(np.mean([len(r.generation.tokens) for r in responses])),
+        "kl": float(np.average(kls, weights=[len(r.generation.tokens) for r in responses])), "perplexity": perplexity, "tokens": float(np.mean([len(r.generation.tokens) for r in responses])),
         "repetition": float(np.mean([repetition(r.generation.tokens) for r in responses])),
         "well_formed": float(np.mean([r.verdict.well_formed for r in responses])),
         "written": float(np.mean([min(1.0, true / expected) for true, expected in steps])) if steps else None,

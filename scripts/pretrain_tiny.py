@@ -54,11 +54,12 @@ class PretrainConfig:
     weight_decay: float = knob(0.05, "on matrices", low=0)
     warmup: int = knob(100, "steps of linear warm-up", low=1)
     deep_weight: float = knob(0.3, "weight of the mean loss of the early readouts", low=0)
-    threshold: float = knob(0.9, "in-head accuracy at the longest length that lets chains grow", low=0, high=1)
+    threshold: float = knob(0.75, "in-head accuracy at the longest length that lets chains grow", low=0, high=1)
     steps_after: int = knob(1200, "steps after chains have reached full length; over the last half the rate falls to 2 %", low=1)
     max_steps: int = knob(6000, "give up growing after so many steps", low=1)
     terse: float = knob(0.5, "share of chains answered in the head", low=0, high=1)
     full: float = knob(0.3, "share with every value written; the rest writes a prefix", low=0, high=1)
+    scaffold: float = knob(1.0, "while chains grow: weight of reading each running value out at its operation in the prompt", low=0)
 
 
 @dataclasses.dataclass
@@ -95,26 +96,30 @@ def new_model(config: PretrainConfig) -> Transformer:
     return model
 
 
-def draw_batch(rng: np.random.Generator, config: PretrainConfig, longest: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> ids [B, T], targets [B, T] (-1 outside the response), and which position answers a terse chain of full length."""
+def draw_batch(rng: np.random.Generator, config: PretrainConfig, longest: int) -> tuple[torch.Tensor, ...]:
+    """-> ids [B, T]; targets [B, T] of the response, and of the scaffold at the prompt's operations, -1 elsewhere; and the
+    position that answers a terse chain of the longest length, -1 in rows that are none."""
     rows, probes = [], []
     for i in range(config.batch_size):
         chain = None
         while chain is None or is_held_out(chain):
             chain = clock_chain(rng, draw_length(rng, longest, i < config.batch_size // 2))
         values = [str(v) for v in clock_values(chain)]
-        style = rng.random()
-        written = 0 if style < config.terse else len(values) if style < config.terse + config.full else int(rng.integers(0, len(values)))
+        written = 0
+        if rng.random() >= config.terse:
+            full = rng.random() < config.full / (1 - config.terse)
+            written = len(values) if full else int(rng.integers(0, len(values)))
         prompt = prompt_words(chain)
-        rows.append((len(prompt), [ID[w] for w in [*prompt, *values[:written], "</think>", values[-1], "<eos>"]]))
+        rows.append((len(prompt), values, [ID[w] for w in [*prompt, *values[:written], "</think>", values[-1], "<eos>"]]))
         probes.append(len(prompt) if written == 0 and len(values) == longest else -1)
-    width = max(len(ids) for _, ids in rows)
+    width = max(len(ids) for *_, ids in rows)
     ids = torch.full((len(rows), width), EOS)
-    targets = torch.full((len(rows), width), -1)
-    for i, (start, row) in enumerate(rows):
+    targets, scaffold = torch.full((2, len(rows), width), -1)
+    for i, (start, values, row) in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
         targets[i, start - 1 : len(row) - 1] = torch.tensor(row[start:])
-    return ids, targets, torch.tensor(probes)
+        scaffold[i, 2 : 2 + len(values)] = torch.tensor([ID[v] for v in values])  # <bos> start op op ...
+    return ids, targets, scaffold, torch.tensor(probes)
 
 
 def draw_length(rng: np.random.Generator, longest: int, at_longest: bool) -> int:
@@ -144,8 +149,8 @@ def train(config: PretrainConfig) -> tuple[Transformer, int]:
             left = 1.0 if grown_at is None else (grown_at + config.steps_after - step) / config.steps_after
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1, (step + 1) / config.warmup) * max(0.02, min(1.0, 2 * left))
-            ids, targets, probes = draw_batch(rng, config, longest)
-            loss, final, hits = losses(model, ids, targets, probes, config.deep_weight)
+            ids, targets, scaffold, probes = draw_batch(rng, config, longest)
+            loss, final, hits = losses(model, ids, targets, probes, config.deep_weight, scaffold, config.scaffold if grown_at is None else 0.0)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -165,7 +170,7 @@ def train(config: PretrainConfig) -> tuple[Transformer, int]:
     return model, step
 
 
-def losses(model: Transformer, ids, targets, probes, deep_weight: float):
+def losses(model: Transformer, ids, targets, probes, deep_weight: float, scaffold, scaffold_weight: float):
     """-> (whole loss, loss of the last readout, for each probe: was the answer right at full depth)."""
     watch = Watch(range(1, model.full_depth))
     run = model.run(ids, stop=watch)
@@ -176,7 +181,8 @@ def losses(model: Transformer, ids, targets, probes, deep_weight: float):
     rows = (probes >= 0).nonzero().view(-1)
     with torch.no_grad():
         guesses = model.readout(run.hidden[rows, probes[rows]]).argmax(-1)
-    return final + deep_weight * sum(early) / len(early), final, guesses == targets[rows, probes[rows]]
+    props = F.cross_entropy(model.readout(run.hidden[scaffold >= 0]), scaffold[scaffold >= 0]) if scaffold_weight else 0.0
+    return final + deep_weight * sum(early) / len(early) + scaffold_weight * props, final, guesses == targets[rows, probes[rows]]
 
 
 def evaluate(model: Transformer, seed: int, count: int = 2000) -> dict:
