@@ -110,14 +110,15 @@ def test_a_verdict_on_a_pair_is_turned_back_by_its_order():
 
 
 def test_failures_are_counted_and_never_averaged():
-    """Catches the original's fault 7, failures as score 0: (30 + 20) / 2 is 25, with the two zeros in it 12.5."""
+    """Catches the original's fault 7, failures as score 0: (30 + 20) / 2 is 25, with the two zeros counted 12.5."""
     def one(status, **scores):
         return Judgement("i", "api", status, scores, f"why {status}", "m")
 
-    summary = summarize([one("judged", overall=30), one("failed"), one("not_judged"), one("judged", overall=20)])
+    mixed = [one("judged", overall=30), one("failed", overall=0), one("not_judged", overall=0), one("judged", overall=20)]
+    summary = summarize(mixed)
     assert summary.means == {"overall": 25} and (summary.judged, summary.failed, summary.not_judged) == (2, 1, 1)
     assert summary.reasons == {"why failed": 1, "why not_judged": 1}
-    assert summarize([one("failed")]).means == {} and summarize([]).kind == "none"
+    assert summarize([one("failed", overall=0)]).means == {} and summarize([]).kind == "none"
     with pytest.raises(ValueError, match="different judges"):
         summarize([one("judged", overall=30), offline_rubric([], False, False, False, [])])
 
