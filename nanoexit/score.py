@@ -92,11 +92,11 @@ class _Chunked(torch.autograd.Function):
         outputs, slopes = [], []
         for start in range(0, len(h), chunk):
             rows = slice(start, start + chunk)
-            with torch.enable_grad():
+            with torch.set_grad_enabled(h.requires_grad):
                 piece = h[rows].detach().requires_grad_(h.requires_grad)
                 value = function(piece, rows)
-            if h.requires_grad:
-                slopes.append(torch.autograd.grad(value.sum(), piece)[0])
+                if h.requires_grad:
+                    slopes.append(torch.autograd.grad(value.sum(), piece)[0])
             outputs.append(value.detach())
         ctx.save_for_backward(torch.cat(slopes) if slopes else None)
         return torch.cat(outputs)

@@ -1,0 +1,44 @@
+"""Write a run's result as others read it.
+
+    python scripts/export.py runs/tiny-sft out            the adapter in PEFT's format, with the exit heads
+    python scripts/export.py runs/tiny-sft out --merge    a whole model folder, adapters merged, for AutoModelForCausalLM
+
+A merged model runs at full depth: the exit heads lie beside it and need code that knows them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nanoexit.errors import UserError, run_script
+from nanoexit.hub import find_model
+from nanoexit.weights import adapter_base, load_adapter, load_model, save_adapter, save_merged
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN_DIR")
+    parser.add_argument("out", metavar="OUT_DIR")
+    parser.add_argument("--merge", action="store_true", help="write the whole model with the adapters merged into its weights")
+    parser.add_argument("--model", help="the base, where it is no longer where the run found it")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    args = parser.parse_args()
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already: expected a new or empty folder")
+    name = args.model or adapter_base(args.run)
+    model = load_model(name, "cpu", args.dtype)
+    load_adapter(model, args.run)
+    if args.merge:
+        save_merged(model, find_model(name).path, out)
+        if model.exits is not None:
+            save_adapter(model, out / "adapter")
+    else:
+        save_adapter(model, out)
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    run_script(main)
