@@ -1,6 +1,9 @@
 """The laws of the project. Each test says which breach it catches; every one was seen to fail with its law broken by hand."""
 
+import ast
 import itertools
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,15 +11,15 @@ import reference
 import torch
 from conftest import random_model, with_exits
 
-from nanoexit.config import TARGETS, LoRAConfig
+from nanoexit.config import ROOT, TARGETS, LoRAConfig
 from nanoexit.exits import attach, detach, stick_breaking
 from nanoexit.generate import generate, sample
 from nanoexit.lora import adapters_off
 from nanoexit.model import Transformer
 from nanoexit.score import pad, score
-try:
-    from nanoexit.weights import load_model
-except ImportError: pass
+from nanoexit.errors import UserError
+from nanoexit.tokenizer import load_tokenizer
+from nanoexit.weights import load_model
 
 PROMPTS = [[3, 7, 11], [5, 1, 30, 22, 9, 4, 17], [8, 8], [2, 39, 14, 6, 25]]
 PROMPT_EXITS = ["full", "limit:2", "head"]
@@ -199,6 +202,43 @@ def test_token_frequencies_are_the_softmax():
         share = torch.bincount(tokens, minlength=5) / n
         assert ((share - p).abs() <= 4 * (p * (1 - p) / n).sqrt()).all(), (share, p)
     assert sample(logits, torch.tensor([0.999]), 0, 1.0, 0).item() == 0
+
+
+# --- law 6 is in test_training.py. law 7: nothing is executed that was loaded --------------------------------------------
+
+
+def test_no_code_that_could_execute_what_it_loads():
+    """Catches: pickle in any dress, eval and exec, unsafe YAML, remote code, a template environment outside the sandbox."""
+    for path in [*(ROOT / "nanoexit").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name.split(".")[0] for alias in node.names} | {(getattr(node, "module", None) or "").split(".")[0]}
+                assert not names & {"pickle", "dill", "joblib", "shelve", "marshal", "transformers", "peft", "importlib"}, (path, names)
+            if isinstance(node, ast.Call):
+                call = ast.unparse(node.func)
+                assert call not in {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "np.load", "yaml.load", "yaml.unsafe_load",
+                                    "yaml.full_load", "jinja2.Environment", "jinja2.Template"}, (path, call)
+                assert "trust_remote_code" not in {k.arg for k in node.keywords}, path
+
+
+@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}",
+                                      "{{ lipsum.__globals__['os'].system('true') }}", "{% include '/etc/passwd' %}"])
+def test_a_hostile_chat_template_stays_in_its_sandbox(tiny, tmp_path, template):
+    """Catches: a template that reaches Python's classes, changes what it was given, or reads a file."""
+    shutil.copytree(tiny, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    with pytest.raises(UserError, match="chat template failed"):
+        load_tokenizer(tmp_path / "model").prompt_ids("7 +3")
+
+
+def test_a_pickle_beside_the_weights_is_not_opened(tiny, tmp_path):
+    """Catches: a fallback to pytorch_model.bin."""
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(UserError, match="no model.safetensors"):
+        load_model(str(tmp_path / "model"))
 
 
 # --- the same on the model that ships -----------------------------------------------------------------------------------
