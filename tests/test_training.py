@@ -42,9 +42,9 @@ def whole(tmp_path_factory) -> Path:
 def test_a_killed_run_ends_with_the_same_weights(whole, tmp_path, moment):
     """Catches: randomness that is not a function of the step, moments or steps of the optimizer lost, a trace written twice."""
     folder = tmp_path / "run"
-    reached = {"traces": folder / "traces" / "00000.jsonl", "steps": folder / "checkpoint" / "state.safetensors"}[moment]
+    file, lines = {"traces": (folder / "traces" / "00000.jsonl", 1), "steps": (folder / "metrics.jsonl", 3)}[moment]
     process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not reached.exists() and process.poll() is None:
+    while not (file.exists() and len(file.read_text().splitlines()) >= lines) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
