@@ -48,8 +48,8 @@ class Verdict:
 
 
 def clock_values(chain: str) -> list[int]:
-    """'7 +3 *9' -> [0, 0], the value after each operation. Raises UserError for what is not a chain."""
-    words = chain.split()
+    """'7 +3 *9', or '7+3*9' -> [0, 0], the value after each operation. Raises UserError for what is not a chain."""
+    words = re.sub(r"\s*([+*])\s*", r" \1", chain).split()
     if len(words) < 2 or not re.fullmatch(r"\d", words[0]) or any(w not in OPERATIONS for w in words[1:]):
         raise UserError(f"{chain!r} is no clock chain: expected a digit and operations such as 7 +3 *9 (+1..+9, *3, *7, *9)")
     value, values = int(words[0]), []

@@ -35,9 +35,12 @@ BOS, EOS, THINK, DONE, EQUALS, DOT = range(6)
 ID = {word: i for i, word in enumerate(WORDS)}
 CHAT_TEMPLATE = (  # pads a chain to its seven places, so that step i is always written at the same distance from operation i
     "{% set words = (messages[-1]['content'] | replace('+', ' +') | replace('*', ' *')).split() %}"
+    "{% for word in words %}{% if word not in KNOWN %}"
+    "{{ raise_exception('this model reads chains such as 7 +3 *9 (a digit, then +1..+9, *3, *7, *9), not ' + word) }}"
+    "{% endif %}{% endfor %}"
     "{{ bos_token }} {{ words | join(' ') }}{{ ' .' * (SLOTS - words | length) }}"
     "{% if add_generation_prompt %} = <think>{% endif %}"
-).replace("SLOTS", str(LONGEST_CHAIN + 1))
+).replace("SLOTS", str(LONGEST_CHAIN + 1)).replace("KNOWN", str([*map(str, range(10)), *OPERATIONS]))
 
 
 @dataclasses.dataclass

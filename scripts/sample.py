@@ -38,7 +38,7 @@ def main() -> None:
     prompts = own_prompts(args.prompt)
     ids = [tokenizer.prompt_ids(p.prompt) for p in prompts]
     room = model.shape.max_positions - max(map(len, ids))
-    written = generate(model, ids, policy, min(args.max_new_tokens, room), args.temperature, args.top_p, args.top_k, args.seed,
+    written = generate(model, ids, policy, max(1, min(args.max_new_tokens, room)), args.temperature, args.top_p, args.top_k, args.seed,
                        prompt_exits=args.prompt_exits)
     responses = [read_response(tokenizer, *row) for row in zip(prompts, ids, written)]
     shown = [show_response(model, tokenizer, r, policy) for r in responses] if args.json or args.html else []
@@ -90,9 +90,10 @@ def show(responses: list[Response], tokenizer: Tokenizer, model, name: str, poli
     if not tokenizer.has_template:
         print(f"{name} has no chat template: the plain prompt is continued", file=sys.stderr)
     for r in responses:
-        pieces = tokenizer.pieces(r.generation.tokens)
-        print(tokenizer.decode(r.prompt_ids), end=" " if r.prompt.checker == "clock" else "")
-        print(paint(pieces, r.generation.depths, model.full_depth, sys.stdout))
+        g = r.generation
+        pieces = tokenizer.pieces(r.prompt_ids[-1:] + g.tokens)[1:]  # with the prompt's end before it, a first space is kept
+        shown = len(pieces) - (g.finish == "stop")
+        print(tokenizer.decode(r.prompt_ids, skip_special=True) + paint(pieces[:shown], g.depths[:shown], model.full_depth, sys.stdout))
     layers = [] if model.exits is None else model.exits.layers
     if colours := legend(layers, model.full_depth, sys.stdout):
         print(colours)
