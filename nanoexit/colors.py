@@ -77,7 +77,7 @@ def _rgb(color: str) -> tuple[int, int, int]:
 
 
 def _escape(color: str, colors: int) -> str:
-    """The escape sequence that starts text in `color`: exact, or the nearest of the 6 x 6 x 6 cube of a 256-colour terminal."""
+    """The escape sequence that starts text in `color`: exact, or the nearest of a 256-colour terminal's 6 x 6 x 6 cube."""
     red, green, blue = _rgb(color)
     if colors > 256:
         return f"\x1b[38;2;{red};{green};{blue}m"

@@ -13,14 +13,16 @@ JSONL last, so a chunk is either there or not: a kill loses at most the one unde
 import csv
 import itertools
 import json
+import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -127,8 +129,7 @@ def write_chunk(folder: Path, number: int, traces: Sequence[Trace]) -> None:
     """Add one chunk. Its JSONL comes last: only then does the chunk exist."""
     numbers = {str(i): trace.kl.contiguous() for i, trace in enumerate(traces)}
     replace(folder / f"{number:05d}.safetensors", lambda path: save_file(numbers, path))
-    lines = [json.dumps({k: v for k, v in asdict(t).items() if k != "kl"}, ensure_ascii=False) + "\n" for t in traces]
-    replace(folder / f"{number:05d}.jsonl", lambda path: path.write_text("".join(lines), encoding="utf-8"))
+    write_json_lines(folder / f"{number:05d}.jsonl", [{k: v for k, v in vars(t).items() if k != "kl"} for t in traces])
 
 
 def has_chunk(folder: Path, number: int) -> bool:
@@ -144,9 +145,33 @@ def read_traces(folder: Path) -> list[Trace]:
     return traces
 
 
-def replace(path: Path, write) -> None:
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside, then rename: a reader sees the old file or the new one, never half of either."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     write(beside)
     os.replace(beside, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    replace(path, lambda p: p.write_text(text + "\n", encoding="utf-8"))
+
+
+def write_json_lines(path: Path, rows: Sequence[dict]) -> None:
+    replace(path, lambda p: p.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"))
+
+
+def rounded(value: Any) -> Any:
+    """Floats at six significant digits, tensors and arrays as lists, non-finite as None: what JSON can hold."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoexit.config import Config
-from nanoexit.data import load_prompts, replace
+from nanoexit.data import load_prompts, read_jsonl, rounded, write_json_lines, write_text
 from nanoexit.generate import Generation, generate
 from nanoexit.lora import adapters_off
 from nanoexit.model import Transformer
@@ -192,43 +192,60 @@ def show_response(model: Transformer, tokenizer: Tokenizer, response: Response, 
             "finish": g.finish, "full_depth": model.full_depth, "exit_layers": layers, "tokens": tokens}
 
 
-def table(rows: Sequence[dict]) -> str:
-    """Rows side by side, for a terminal."""
+def table_lines(rows: Sequence[dict]) -> list[tuple[str, list[str]]]:
+    """(name, a cell for each row) of the figures that people compare."""
     groups = sorted({g for row in rows for g in row["accuracy_by_group"]})
     lines = [("", [f"{row['variant']} ({row['policy']})" for row in rows]),
              ("accuracy", [f"{row['accuracy']:.3f}" for row in rows])]
     lines += [(f"  {g}", [f"{row['accuracy_by_group'].get(g, float('nan')):.3f}" for row in rows]) for g in groups]
-    lines += [(f"mean depth of {rows[0]['full_depth']}", [f"{row['mean_depth']:.2f}" for row in rows]),
-              ("layers skipped", [f"{1 - row['layers_run']:.0%}" for row in rows]),
-              ("KL to the teacher", [f"{row['kl']:.3f} nats" for row in rows]),
-              ("tokens written", [f"{row['tokens']:.1f}" for row in rows])]
+    return lines + [(f"mean depth of {rows[0]['full_depth']}", [f"{row['mean_depth']:.2f}" for row in rows]),
+                    ("layers skipped", [f"{1 - row['layers_run']:.0%}" for row in rows]),
+                    ("KL to the teacher", [f"{row['kl']:.3f} nats" for row in rows]),
+                    ("tokens written", [f"{row['tokens']:.1f}" for row in rows])]
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Rows side by side, for a terminal."""
+    lines = table_lines(rows)
     widths = [max(len(cells[i]) for _, cells in lines) for i in range(len(rows))]
     first = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{first}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths)) for name, cells in lines)
+
+
+def markdown(rows: Sequence[dict]) -> str:
+    """The same, with the interval of the accuracy, for evaluation.md."""
+    lines = [(name.strip(), cells) for name, cells in table_lines(rows)]
+    lines.insert(2, ("95 % interval", ["{:.3f} to {:.3f}".format(*row["accuracy_interval"]) for row in rows]))
+    text = [f"| {name} | {' | '.join(cells)} |" for name, cells in lines]
+    return "\n".join([text[0], "|---" * (len(rows) + 1) + "|", *text[1:]])
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
 def evaluate_run(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> list[dict]:
-    """The base and the student under each policy of the config -> a row each; writes summary.json and samples.jsonl."""
+    """The base and the student under each policy of the config -> a row each; writes what a run directory promises of it:
+    summary.json, evaluation.json, evaluation.md and the responses in samples.jsonl (rollouts of training there are kept)."""
     started = time.time()
     prompts = load_prompts(config.data, "held_out", config.evaluate.count, config.run.seed)
-    rows, samples = [], []
+    rows, samples = [], _rollouts(folder / "samples.jsonl")
     for variant, policy in [("base", "full"), *(("student", p) for p in config.evaluate.policies)]:
         with adapters_off(model) if variant == "base" else contextlib.nullcontext():
             responses = respond(model, tokenizer, prompts, config, policy, [config.run.seed, 5], f"evaluate {variant} ({policy})")
             rows.append(measure(model, tokenizer, responses, config, variant, policy))
             samples += [show_response(model, tokenizer, r, f"{variant} ({policy})") for r in responses[: config.evaluate.samples]]
     write_json_lines(folder / "samples.jsonl", samples)
+    write_text(folder / "evaluation.json", json.dumps({"rows": rounded(rows), "seed": config.run.seed}, indent=1))
+    write_text(folder / "evaluation.md", markdown(rows))
     summary = {**_summary(rows[1]), "teacher": _summary(rows[0]), "seconds": round(time.time() - started, 1)}
-    replace(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8"))
+    write_text(folder / "summary.json", json.dumps(summary, indent=2))
     return rows
+
+
+def _rollouts(path: Path) -> list[dict]:
+    """What training kept there: rows that say their step."""
+    return [row for _, row in read_jsonl(path) if "step" in row] if path.is_file() else []
 
 
 def _summary(row: dict) -> dict:
     return {key: row[key] for key in ("accuracy", "accuracy_by_group", "mean_depth", "full_depth", "layers_run", "kl", "tokens", "policy")}
-
-
-def write_json_lines(path: Path, rows: Sequence[dict]) -> None:
-    replace(path, lambda p: p.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"))

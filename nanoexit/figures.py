@@ -62,19 +62,21 @@ def depth_figures(rows: Sequence[dict]) -> str:
                 kinds[kind].append((name, [(depth / full, color, f"{name}: {depth:.2f} of {full}", f"{depth:.1f}")]))
         points = [(i, d) for i, d in enumerate(row.get("depth_by_position") or [], start=1) if is_number(d)]
         along.append(Line(name, thin(points), color))
+    colors = {int(label): color for _, parts in histogram for _, color, _, label in parts}
+    keys = [(f"depth {depth}", color, False) for depth, color in sorted(colors.items())]
     return (
-        bar_figure("Exit histogram", "Share of tokens at each depth, early exits first", [("", histogram)], keys="depth ")
+        bar_figure("Exit histogram", "Share of tokens at each depth, early exits first", [("", histogram)], keys=keys)
         + line_figure("Depth along the response", "token of the response", "mean depth", along)
         + bar_figure("Depth by kind of token", "Mean depth; a whole bar is every block", list(kinds.items()), track=True)
     )
 
 
 def measured(samples: Sequence[dict]) -> list[dict]:
-    """The rows of `depth_figures` from the responses themselves, a row a variant, for runs that were not evaluated."""
+    """The rows of `depth_figures` from the responses themselves, a row a series, for runs that were not evaluated."""
     groups = defaultdict(list)
     for sample in samples:
-        groups[(sample.get("variant") or "response", sample["full_depth"])].append(sample["tokens"])
-    return [{"name": str(name), "full_depth": full} | _measure(responses) for (name, full), responses in groups.items()]
+        groups[sample["series"], sample["full_depth"]].append(sample["tokens"])
+    return [{"name": name, "full_depth": full} | _measure(responses) for (name, full), responses in groups.items()]
 
 
 def _measure(responses: Sequence[list[dict]]) -> dict:
@@ -95,21 +97,22 @@ def _measure(responses: Sequence[list[dict]]) -> dict:
 def quality_figures(rows: Sequence[dict]) -> str:
     """The quality-depth frontier of the policies, and the two tests of faithfulness (Lanham et al. 2023)."""
     families, early, mistakes = defaultdict(list), [], []
+    keys = [(name, series_var(index), False) for index, name in enumerate(("follow", "stay", "stop"))]
     for index, row in enumerate(rows):
         if is_number(row.get("accuracy")) and is_number(row.get("mean_depth")) and row.get("full_depth"):
             families[f"{row.get('variant') or ''} {str(row.get('policy') or '').split(':')[0]}".strip()].append(row)
         curve = [(100 * x, 100 * y) for x, y in row.get("early_answering") or [] if is_number(x) and is_number(y)]
         tips = [f"{row['name']}: {y:.0f} % same after {x:.0f} %" for x, y in curve]
         early.append(Line(row["name"], curve, series_var(index), tips=tips))
-        shares = [(part, (row.get("adding_mistakes") or {}).get(part)) for part in ("follow", "stay", "stop")]
-        parts = [(s, series_var(i), f"{part}: {s:.0%}", f"{part} {s:.0%}") for i, (part, s) in enumerate(shares) if is_number(s)]
+        shares = [((row.get("adding_mistakes") or {}).get(name), name, color) for name, color, _ in keys]
+        parts = [(s, color, f"{name}: {s:.0%}", f"{name} {s:.0%}") for s, name, color in shares if is_number(s)]
         mistakes.append((row["name"], parts))
     frontier = [_frontier_line(name, group, series_var(i)) for i, (name, group) in enumerate(families.items())]
     note = "What the answer does when an intermediate value is changed"
     return (
         line_figure("Quality against depth", "mean depth, % of all blocks", "accuracy, %", frontier)
         + line_figure("Early answering", "% of the reasoning kept", "same answer, %", early)
-        + bar_figure("Adding mistakes", note, [("", mistakes)], keys="answer: ")
+        + bar_figure("Adding mistakes", note, [("", mistakes)], keys=keys)
     )
 
 
@@ -124,7 +127,7 @@ def _frontier_line(name: str, rows: list[dict], color: str) -> Line:
 
 
 def training_figures(runs: Sequence[tuple[str, Sequence[dict]]], exit_layers: Sequence[int], full_depth: int) -> str:
-    """Every numeric metric over the steps: related ones share a figure, a list has a line an exit in the colour of its depth."""
+    """Every numeric metric over the steps: related ones share a figure; a list has a line an exit, in the exit's colour."""
     figures = defaultdict(list)
     for run, metrics in runs:
         prefix = f"{run} " if len(runs) > 1 else ""
@@ -179,14 +182,14 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def line_figure(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
-    """Lines over shared axes. A zero line is kept where the values come near it, so that small changes do not look large."""
+    """Lines over shared axes. The zero line is kept where values come near it or are all the same."""
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points] + [y for line in lines for _, *span in line.intervals for y in span]
     low, high = min(ys), max(ys)
-    y_ticks = ticks(0 if 0 <= low < 0.5 * high else low, high)
+    y_ticks = ticks(0 if 0 <= low and (low < 0.5 * high or low == high) else low, high)
     x_low, x_high = (min(xs), max(xs)) if len(set(xs)) > 1 else (min(xs) - 1, max(xs) + 1)
     x_low = 0 if 0 <= x_low < 0.1 * x_high else x_low
     x_ticks = [tick for tick in ticks(x_low, x_high, 5) if x_low <= tick <= x_high]
@@ -222,12 +225,12 @@ def _draw(line: Line, at: Callable[[float, float], tuple[float, float]]) -> str:
     return out
 
 
-def bar_figure(title: str, note: str, groups: Sequence[tuple[str, list]], track: bool = False, keys: str = "") -> str:
+def bar_figure(title: str, note: str, groups: Sequence[tuple], track: bool = False, keys: Sequence[tuple] = ()) -> str:
     """Horizontal bars: groups of (heading, [(name, [(share of the width, colour, tip, label)])]), a row a name.
 
-    `track` draws the rest of the width; `keys` adds a legend of the labels' first words, `keys` before each.
+    `track` draws the rest of the width; `keys` are those of `_figure`.
     """
-    y, out, legend = 0, "", {}
+    y, out = 0, ""
     for heading, rows in groups:
         if heading:
             out += f'<text class="strong" x="0" y="{y + 14}">{escape(heading)}</text>'
@@ -236,10 +239,8 @@ def bar_figure(title: str, note: str, groups: Sequence[tuple[str, list]], track:
             if parts:
                 out += _bar(name, parts, y, track)
                 y += 42
-            legend |= {keys + label.split()[0]: color for _, color, _, label in parts if keys}
         y += 6 if heading else 0
-    named = [(name, color, False) for name, color in legend.items()]
-    return _figure(title, note, f"{WIDTH} {y}", out, "", named) if out else ""
+    return _figure(title, note, f"{WIDTH} {y}", out, "", keys) if out else ""
 
 
 def _bar(name: str, parts: Sequence[tuple], y: float, track: bool) -> str:

@@ -26,9 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoexit.config import Config, RLConfig
-from nanoexit.data import load_prompts, read_jsonl
+from nanoexit.data import load_prompts, read_jsonl, write_json_lines
 from nanoexit.errors import UserError
-from nanoexit.evaluate import Response, against_teacher, readout_places, rescore, respond, show_response, write_json_lines
+from nanoexit.evaluate import Response, against_teacher, readout_places, rescore, respond, show_response
 from nanoexit.exits import Head, Policy
 from nanoexit.model import Transformer
 from nanoexit.score import readout_logprobs

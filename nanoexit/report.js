@@ -16,7 +16,7 @@ function el(tag, properties = {}, ...children) {
 const slice = (text, index, width) => text.slice(index * width, (index + 1) * width);
 const chance = (text) => (text === "zz" ? null : parseInt(text, 36) / 1000);
 const word = (text) => data.words[parseInt(text, 36)];
-const percent = (p) => (p === null ? "not asked" : p === 0 ? "<0.1 %" : `${(100 * p).toFixed(1)} %`); // 0 is what rounds to it
+const percent = (p) => (p === null ? "not asked" : p < 0.001 ? "<0.1 %" : `${(100 * p).toFixed(1)} %`);
 const color = (depth, sample) => `var(--d${depth}of${sample.full_depth})`;
 const KINDS = { r: "reasoning", a: "answer", p: "punctuation" };
 
@@ -62,7 +62,7 @@ function fillPicker() {
     const marks = entry.samples.map((s) => verdict(s)[0].slice(0, 1)).join(" ");
     const item = el("li", { id: `p${index}`, tabIndex: index === current ? 0 : -1 },
       el("span", { textContent: entry.prompt || "(no prompt)" }),
-      el("small", { textContent: [entry.id, marks].filter(Boolean).join("  ") }));
+      el("small", { textContent: [entry.id === entry.prompt ? "" : entry.id, marks].filter(Boolean).join("  ") }));
     item.setAttribute("role", "option");
     item.setAttribute("aria-selected", index === current);
     return item;
@@ -136,7 +136,8 @@ function makeCard(sample) {
   text.setAttribute("role", "group");
   text.setAttribute("aria-label", `Response of ${sample.label}; arrow keys move from token to token`);
   const node = el("article", { className: "card" },
-    el("header", {}, el("h3", { textContent: sample.label }), el("span", { className: `verdict ${kind}`, textContent: words })),
+    el("header", {},
+      el("h3", { textContent: sample.label }), el("span", { className: `verdict ${kind}`, textContent: words })),
     el("p", { className: "faint", textContent: facts.join(" · ") }), skyline(sample), text);
   if (rewards.length) node.append(el("p", { className: "faint", textContent: `Reward: ${rewards.join(" · ")}` }));
   const card = { node, sample, spans, written: count };
@@ -185,7 +186,8 @@ function bars(title, rows) {
     bar.style.setProperty("--p", `${100 * (p ?? 0)}%`);
     bar.style.setProperty("--c", tint);
     const className = p === null ? "unasked" : chosen ? "chosen" : "";
-    table.append(el("tr", { className }, el("td", { textContent: name }), el("td", {}, bar), el("td", { textContent: percent(p) })));
+    const cells = [el("td", { textContent: name }), el("td", {}, bar), el("td", { textContent: percent(p) })];
+    table.append(el("tr", { className }, ...cells));
   }
   return table;
 }
@@ -271,7 +273,8 @@ function readCurves(figure) {
     const near = curves.map(([name, points]) => [name, nearest(points)]), at = near[0][1][0];
     const value = (y) => round(y0 + ((y - bottom) / (top - bottom)) * (y1 - y0));
     cross.setAttribute("d", `M${at} ${top}V${bottom}`);
-    box.replaceChildren(el("div", { className: "faint", textContent: `at ${round(x0 + ((at - left) / (right - left)) * (x1 - x0))}` }),
+    const place = round(x0 + ((at - left) / (right - left)) * (x1 - x0));
+    box.replaceChildren(el("div", { className: "faint", textContent: `at ${place}` }),
       ...near.map(([name, [, y]]) => el("div", { textContent: `${name}  ${value(y)}` })));
     box.hidden = false;
     const before = at < (left + right) / 2;
@@ -321,7 +324,7 @@ function showVariants() {
 }
 
 function showLeftOut() {
-  const names = { top: "the most likely tokens of the last", heads: "the chances of the heads of the last", responses: "the last" };
+  const names = { top: "the likeliest tokens of the last", heads: "the chances of heads of the last", responses: "the last" };
   const parts = Object.entries(data.left_out).map(([key, count]) => `${names[key]} ${count} responses`);
   if (parts.length) $("left-out").textContent = `Left out, to keep this page light: ${parts.join("; ")}.`;
 }

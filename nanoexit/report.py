@@ -121,10 +121,10 @@ def write_runs(path: str | Path, runs: Sequence[Run], title: str | None = None) 
 
 def page(title: str, runs: Sequence[Run]) -> str:
     """The whole page as text."""
-    part = {name: Path(__file__).with_name(f"report.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    part = {kind: Path(__file__).with_name(f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")}
     samples, rows = _labelled(runs), _evaluation_rows(runs)
     depth_rows = rows if any(row.get("exit_histogram") for row in rows) else figures.measured(samples)
-    with_heads = next((sample for sample in samples if sample["exit_layers"]), {"exit_layers": [], "full_depth": 0})
+    headed = next((sample for sample in samples if sample["exit_layers"]), {"exit_layers": [], "full_depth": 0})
     curves = [(run.name, run.metrics) for run in runs if run.metrics]
     full_depths = {row["full_depth"] for row in [*samples, *rows] if row.get("full_depth")}
     fills = {
@@ -136,14 +136,15 @@ def page(title: str, runs: Sequence[Run]) -> str:
         "table": _table(rows),
         "quality": _section("Quality", figures.quality_figures(rows)),
         "depth": _section("Depth", figures.depth_figures(depth_rows)),
-        "training": _section("Training", figures.training_figures(curves, with_heads["exit_layers"], with_heads["full_depth"])),
+        "training": _section("Training", figures.training_figures(curves, headed["exit_layers"], headed["full_depth"])),
         "data": _json(pack(samples)).replace("<", "\\u003c"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fills[match[1]], part["html"])  # one pass: what was filled in is final
 
 
 def _section(title: str, content: str) -> str:
-    return f'<section aria-label="{title}"><h2>{title}</h2><div class="figures">\n{content}</div></section>' if content else ""
+    body = f'<h2>{title}</h2><div class="figures">\n{content}</div>'
+    return f'<section aria-label="{title}">{body}</section>' if content else ""
 
 
 def _color_rules(full_depths: Iterable[int]) -> str:
@@ -221,15 +222,16 @@ def _evaluation_rows(runs: Sequence[Run]) -> list[dict]:
 
 
 def _labelled(runs: Sequence[Run]) -> list[dict]:
-    """The samples of all runs, each with a `label` for its column, and a plain default where a field is missing."""
+    """The samples of all runs, each with its `series` (run, variant) and `label` (series, step), and defaults."""
     blank = {"prompt": "", "answer": None, "correct": None, "finish": "", "exit_layers": [], "rewards": {}, "step": None}
     samples = []
     for run in runs:
         for sample in run.samples:
             step = f"step {sample['step']}" if sample.get("step") is not None else ""
-            words = [run.name if len(runs) > 1 else "", sample.get("variant"), step]
-            label = " · ".join(str(word) for word in words if word) or "response"
-            samples.append(blank | {k: v for k, v in sample.items() if v is not None} | {"label": label})
+            words = [run.name if len(runs) > 1 else "", sample.get("variant")]
+            series = " · ".join(str(word) for word in words if word) or "response"
+            names = {"series": series, "label": f"{series} · {step}" if step else series}
+            samples.append(blank | {k: v for k, v in sample.items() if v is not None} | names)
     return samples
 
 

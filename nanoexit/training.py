@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nanoexit.config import Config, to_yaml
-from nanoexit.data import replace
+from nanoexit.data import replace, rounded
 from nanoexit.errors import UserError
 from nanoexit.exits import attach
 from nanoexit.generate import parse_prompt_exits
@@ -50,7 +50,7 @@ def start_run(config: Config, resume: bool) -> Path:
             raise UserError(f"--resume: {folder} holds no run (no config.yaml); leave --resume out to start one")
         _same_config(yaml.safe_load(saved.read_text(encoding="utf-8")), yaml.safe_load(to_yaml(config)), saved)
     elif is_main():
-        if saved.is_file():
+        if folder.is_dir() and any(path.name != saved.name for path in folder.iterdir()):
             folder.rename(_unused(folder))
         folder.mkdir(parents=True, exist_ok=True)
         replace(saved, lambda path: path.write_text(to_yaml(config), encoding="utf-8"))
@@ -207,17 +207,6 @@ class Metrics:
             file.write(json.dumps(row) + "\n")
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=step)
-
-
-def rounded(value: Any) -> Any:
-    """Floats at six significant digits, tensors and arrays as lists, non-finite as None: what JSON can hold."""
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [rounded(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
 
 
 def _wandb(config: Config, folder: Path):

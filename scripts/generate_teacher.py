@@ -18,7 +18,7 @@ from nanoexit.training import is_main, load_student, processes
 
 
 def main() -> None:
-    args = parser(__doc__).parse_args()
+    args = parser(__doc__).parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     with processes(config):
         model, tokenizer = load_student(config)

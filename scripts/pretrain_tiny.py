@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="keys:\n" + describe(Recipe))
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides, Recipe).pretrain
     started = time.time()
     model, steps = train(config)

@@ -21,7 +21,7 @@ from nanoexit.weights import save_adapter
 
 
 def main() -> None:
-    args = parser(__doc__, resume=True).parse_args()
+    args = parser(__doc__, resume=True).parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     with processes(config):
         model, tokenizer = load_student(config)
