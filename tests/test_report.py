@@ -23,8 +23,9 @@ STORY = "Start at 9 . 9 + 5 = 14 so it is 2 . 2 + 11 = 13 so it is 1 . \n #### 1
 # ---- data as the other scripts write it -------------------------------------------------------------------------------
 
 
-def response(prompt: str, variant: str, seed: int, repeat: int = 1, text: list[str] = STORY, exits: tuple = (5, 10, 15, 20, 25), full: int = 28) -> dict:
+def response(prompt: str, variant: str, seed: int, repeat: int = 1, text: list[str] = STORY) -> dict:
     """A response as samples.jsonl has it, its numbers drawn from `seed`: depths at the exits, heads asked only up to there."""
+    exits, full = (5, 10, 15, 20, 25), 28
     draw, tokens = random.Random(seed), []
     for index, piece in enumerate([" " * (i > 0) + word for i, word in enumerate(text * repeat)]):
         depth = full if not index or variant == "base" else draw.choice([*exits, *exits[:2], full])
@@ -33,8 +34,8 @@ def response(prompt: str, variant: str, seed: int, repeat: int = 1, text: list[s
         kind = "answer" if index > 0.85 * len(text) * repeat else "punctuation" if not piece.strip().isalnum() else "reasoning"
         tokens.append({"text": piece, "depth": depth, "kind": kind, "exit_probs": probs, "top": top})
     whole = "".join(token["text"] for token in tokens)
-    return {"id": f"clock-{prompt[:12]}", "prompt": prompt, "answer": "1", "variant": variant, "text": whole, "correct": seed % 3 > 0, "finish": "stop",
-            "full_depth": full, "exit_layers": list(exits), "tokens": tokens}  # fmt: skip
+    return {"id": f"clock-{prompt[:12]}", "prompt": prompt, "answer": "1", "variant": variant, "text": whole, "finish": "stop",
+            "correct": seed % 3 > 0, "full_depth": full, "exit_layers": list(exits), "tokens": tokens}  # fmt: skip
 
 
 def run_folder(folder: Path, prompts: int = 4, repeat: int = 1) -> Path:
@@ -43,12 +44,18 @@ def run_folder(folder: Path, prompts: int = 4, repeat: int = 1) -> Path:
     asked[1] += EVIL
     samples = [response(p, v, 7 * i + j, repeat) for i, p in enumerate(asked) for j, v in enumerate(["base", "head", "after RL"])]
     samples.append(response(asked[1], "kl:2" + EVIL, 5, text=["Now", EVIL, "{{js}}", "\x00\u2028"]))
-    metrics = [{"step": i, "loss": 2 / (i + 1) + 0.1, "kl": 1 / (i + 1), "exit_loss": 0.7 / (i + 1), "lr": 1e-3, "mean_depth": 28 - i / 20,
-                "exit_kl": [0.5, 0.4, 0.3, 0.2, 0.1], "teacher_exit": [0.1, 0.3, 0.5, 0.7, 0.9], "student_exit": [0.2 + i / 1000, 0.3, 0.4, 0.6, 0.8],
-                "reward": i / 300, "reward_depth": -0.4, "flat_groups": 0.1, "nan" + EVIL: float("nan")} for i in range(300)]  # fmt: skip
-    summary = {"accuracy": 0.91, "mean_depth": 14.2, "full_depth": 28, "layers_run": 0.507, "kl": 0.031, "tokens": 61200, "seconds": 94.2,
-               "teacher": {"accuracy": 0.93, "mean_depth": 28, "full_depth": 28, "layers_run": 1, "tokens": 60100}}  # fmt: skip
-    rows = [evaluation_row(*row) for row in [("base", "full", 0.93, 28), ("trained", "head", 0.91, 14), ("trained", "kl:2", 0.92, 18), ("trained", "kl:0.5", 0.8, 11)]]
+    metrics = [
+        {"step": i, "loss": 2 / (i + 1) + 0.1, "kl": 1 / (i + 1), "exit_loss": 0.7 / (i + 1), "lr": 1e-3, "mean_depth": 28 - i / 20,
+         "exit_kl": [0.5, 0.4, 0.3, 0.2, 0.1], "teacher_exit": [0.1, 0.3, 0.5, 0.7, 0.9],
+         "student_exit": [0.2 + i / 1000, 0.3, 0.4, 0.6, 0.8], "reward": i / 300, "reward_depth": -0.4, "flat_groups": 0.1,
+         "odd": float("nan"), "name" + EVIL: i}
+        for i in range(300)
+    ]  # fmt: skip
+    teacher = {"accuracy": 0.93, "mean_depth": 28, "full_depth": 28, "layers_run": 1, "tokens": 60100}
+    summary = {"accuracy": 0.91, "mean_depth": 14.2, "full_depth": 28, "layers_run": 0.507, "kl": 0.031, "tokens": 61200,
+               "seconds": 94.2, "teacher": teacher}  # fmt: skip
+    policies = [("base", "full", 0.93, 28), ("trained", "head", 0.91, 14), ("trained", "kl:2", 0.92, 18), ("b" + EVIL, "kl:1", 0.8, 11)]
+    rows = [evaluation_row(*policy) for policy in policies]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
@@ -59,10 +66,14 @@ def run_folder(folder: Path, prompts: int = 4, repeat: int = 1) -> Path:
 
 def evaluation_row(variant: str, policy: str, accuracy: float, depth: float) -> dict:
     histogram = {"5": 0.2, "10": 0.25, "15": 0.2, "20": 0.05, "25": 0.03, "28": 0.27} if depth < 28 else {"28": 1.0}
-    return {"variant": variant, "policy": policy, "accuracy": accuracy, "accuracy_interval": [accuracy - 0.03, accuracy + 0.02], "mean_depth": depth,
-            "full_depth": 28, "layers_run": depth / 28, "exit_rate": 1 - histogram["28"], "exit_histogram": histogram, "kl": 0.03, "perplexity": 3.1,
-            "depth_by_position": [depth - i % 3 for i in range(20)], "depth_by_kind": {"reasoning": depth - 1, "answer": min(28, depth + 3)},
-            "early_answering": [[0, 0.2], [0.5, 0.4 + depth / 100], [1, 1]], "adding_mistakes": {"follow": 0.6, "stay": 0.3, "stop": 0.1}}  # fmt: skip
+    return {
+        "variant": variant, "policy": policy, "accuracy": accuracy, "accuracy_interval": [accuracy - 0.03, accuracy + 0.02],
+        "mean_depth": depth, "full_depth": 28, "layers_run": depth / 28, "exit_rate": 1 - histogram["28"],
+        "exit_histogram": histogram, "kl": 0.03, "perplexity": 3.1, "depth_by_position": [depth - i % 3 for i in range(20)],
+        "depth_by_kind": {"reasoning": depth - 1, "answer": min(28, depth + 3)},
+        "early_answering": [[0, 0.2], [0.5, 0.4 + depth / 100], [1, 1]], "adding_mistakes": {"follow": 0.6, "stay": 0.3, "stop": 0.1},
+        "judge": {"kind": "offline", "means": {"overall": 31.2}, "failed": 2},
+    }  # fmt: skip
 
 
 def page_data(path: Path) -> dict:
@@ -115,6 +126,7 @@ def test_no_text_of_a_model_is_markup(tmp_path):
     text = (tmp_path / "r.html").read_text()
     assert "<img" not in text and text.count("</script>") == 2
     assert "{{js}}" in text, "shown as the model wrote it"
+    assert "31.2 <small>offline, 2 failed</small>" in text, "a rubric names who scored, and how often that failed"
 
 
 def test_each_file_may_be_missing(tmp_path):
@@ -132,10 +144,27 @@ def test_each_file_may_be_missing(tmp_path):
         assert ('class="tiles"' in text) == (name == "summary.json")
 
 
+def test_runs_side_by_side(tmp_path):
+    """Catches two runs whose variants have one name and become one: one curve, one bar, one column of responses."""
+    runs = []
+    for name in ("first", "second"):
+        folder = run_folder(tmp_path / name)
+        (folder / "evaluation.json").unlink()
+        runs.append(read_run(folder))
+    write_runs(tmp_path / "r.html", runs)
+    text = (tmp_path / "r.html").read_text()
+    assert [s["label"] for s in page_data(tmp_path / "r.html")["prompts"][0]["samples"]] == [
+        f"{run} · {variant}" for run in ("first", "second") for variant in ("base", "head", "after RL")
+    ]
+    for name in ("first · head", "second · head", "first loss", "second loss"):
+        assert f'data-name="{name}"' in text
+
+
 def test_evaluation_fields_may_be_missing(tmp_path):
     """Catches a KeyError on a row that has little: a policy without accuracy, depth without its whole, a judge that failed."""
-    rows = [{}, {"variant": "a", "accuracy": 0.5}, {"policy": "head", "mean_depth": 3, "full_depth": 4, "accuracy": 1.0}, {"judge": {"overall": None, "failed": 3}},
-            {"exit_histogram": {"1": 1.0}}, {"accuracy": None, "early_answering": [], "adding_mistakes": {"follow": 1.0}}]  # fmt: skip
+    rows = [{}, {"variant": "a", "accuracy": 0.5}, {"policy": "head", "mean_depth": 3, "full_depth": 4, "accuracy": 1.0},
+            {"judge": {"means": {}, "failed": 3}}, {"exit_histogram": {"1": 1.0}},
+            {"accuracy": None, "early_answering": [], "adding_mistakes": {"follow": 1.0}}]  # fmt: skip
     write_page(tmp_path / "r.html", "Few", [], evaluation={"rows": rows})
     assert "Quality against depth" in (tmp_path / "r.html").read_text()
 
@@ -166,7 +195,8 @@ def test_a_run_that_is_still_written(tmp_path):
         out.write('{"step": 300, "lo')
     done = subprocess.run([sys.executable, SCRIPT, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0 and "13 responses, 300 steps" in done.stdout, done.stderr
-    assert sorted(p.name for p in folder.iterdir()) == ["evaluation.json", "metrics.jsonl", "report.html", "samples.jsonl", "summary.json"]
+    written = sorted(p.name for p in folder.iterdir())
+    assert written == ["evaluation.json", "metrics.jsonl", "report.html", "samples.jsonl", "summary.json"], "nothing half done"
 
 
 def test_ticks_and_thinning():
@@ -184,7 +214,10 @@ def test_curves_stand_where_they_should():
     svg = line_figure("t", "x", "y", [Line("a", [(0, 0.0), (10, 1.0)], "red")])
     (x0, y0), (x1, y1) = ((float(v) for v in p.split(",")) for p in re.search(r'points="(\S+ \S+)"', svg)[1].split())
     assert x0 < x1 and y0 > y1
-    figures = training_figures([("r", [{"step": 1, "loss": 2.0, "kl": float("nan"), "exit_loss": 1}, {"step": 2, "loss": 1.0, "kl": 0.5, "exit_kl": [1, 2]}])], [5, 10], 12)
+    flat = line_figure("t", "x", "y", [Line("a", [(0, 8), (1, 8)], "red")])
+    assert re.search(r'data-y="(\S+) (\S+)', flat).groups() == ("0", "8"), "a constant stands on zero"
+    metrics = [{"step": 1, "loss": 2.0, "kl": float("nan"), "exit_loss": 1}, {"step": 2, "loss": 1.0, "kl": 0.5, "exit_kl": [1, 2]}]
+    figures = training_figures([("r", metrics)], [5, 10], 12)
     assert figures.count("<figure") == 2 and "nan" not in figures and "depth 10" in figures and "var(--d10of12)" in figures
 
 
@@ -196,10 +229,12 @@ class Browser:
 
     def __init__(self, profile: Path):
         self.process = subprocess.Popen([shutil.which("chromedriver"), "--port=0"], stdout=subprocess.PIPE, text=True)
-        port = next(match[1] for line in self.process.stdout if (match := re.search(r"started successfully on port (\d+)", line)))
+        found = (re.search(r"started successfully on port (\d+)", line) for line in self.process.stdout)
+        port = next(match[1] for match in found if match)
         self.url = f"http://127.0.0.1:{port}/session"
-        flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-                 f"--disable-sync --disable-dev-shm-usage --window-size=1280,900 --user-data-dir={profile}").split()  # fmt: skip
+        flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+                 "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1280,900").split()  # fmt: skip
+        flags.append(f"--user-data-dir={profile}")
         options = {"goog:chromeOptions": {"args": flags, "binary": shutil.which("chromium")}, "goog:loggingPrefs": {"browser": "ALL"}}
         self.url += "/" + self.call("", {"capabilities": {"alwaysMatch": options}})["sessionId"]
 
@@ -216,7 +251,8 @@ class Browser:
         return self.call("/execute/sync", {"script": f"return {code}", "args": []})
 
     def texts(self, selector: str) -> list[str]:
-        return self.js(f"[...document.querySelectorAll({json.dumps(selector)})].filter(e => e.checkVisibility()).map(e => e.textContent)")
+        found = f"[...document.querySelectorAll({json.dumps(selector)})]"
+        return self.js(f"{found}.filter(e => e.checkVisibility()).map(e => e.textContent)")
 
     def element(self, selector: str) -> dict:
         return self.call("/element", {"using": "css selector", "value": selector})
@@ -224,10 +260,15 @@ class Browser:
     def click(self, selector: str) -> None:
         self.call(f"/element/{next(iter(self.element(selector).values()))}/click", {})
 
+    def set(self, selector: str, value: object, event: str) -> None:
+        found = f"document.querySelector({json.dumps(selector)})"
+        self.js(f"({found}.value = {json.dumps(value)}, {found}.dispatchEvent(new Event('{event}')))")
+
     def hover(self, selector: str) -> None:
         self.js(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
         move = {"type": "pointerMove", "duration": 0, "origin": self.element(selector), "x": 0, "y": 0}
-        self.call("/actions", {"actions": [{"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}]})
+        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}
+        self.call("/actions", {"actions": [mouse]})
 
     def press(self, *keys: str) -> None:
         steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
@@ -240,7 +281,8 @@ class Browser:
         self.call("/goog/cdp/execute", {"cmd": command, "params": parameters})
 
     def wait(self, expression: str, seconds: float = 10) -> None:
-        code = f"const [done] = arguments, end = Date.now() + {1000 * seconds}; (function look() {{ {expression} ? done(true) : Date.now() > end ? done(false) : setTimeout(look, 20) }})()"
+        later = f"Date.now() > {1000 * seconds} + begun ? done(false) : setTimeout(look, 20)"
+        code = f"const [done] = arguments, begun = Date.now(); (function look() {{ {expression} ? done(true) : {later} }})()"
         assert self.call("/execute/async", {"script": code, "args": []}), f"never came true: {expression}"
 
     def close(self) -> None:
@@ -322,7 +364,7 @@ def test_picker_and_search(browser, report):
     assert browser.texts("#found") == ["1 of 4 prompts"]
     browser.click("#picker li")
     assert "The clock shows 6." in browser.texts("#prompt")[0]
-    browser.js("(document.querySelector('#search').value = '= 14 so', document.querySelector('#search').dispatchEvent(new Event('input')))")
+    browser.set("#search", "= 14 so", "input")
     assert len(browser.texts("#picker li")) == 4, "found in the responses"
     browser.click("#picker li:first-child")
     browser.press(ARROWS["down"], ARROWS["down"])
@@ -334,17 +376,17 @@ def test_replay(browser, report):
     browser.open(report)
     later = "[...document.querySelectorAll('.card')].map(c => c.querySelectorAll('.later').length)"
     assert browser.js(later) == [0, 0, 0]
-    browser.js("(document.querySelector('#seek').value = 100, document.querySelector('#seek').dispatchEvent(new Event('input')))")
+    browser.set("#seek", 100, "input")
     base, head, _ = browser.js(later)
     assert base == len(STORY) - 3, "100 blocks pay for 3 tokens of 28"
     depths = [t["depth"] for t in response("The clock shows 9. Add 5, then add 11. Which hour is it?", "head", 1)["tokens"]]
     assert head == sum(sum(depths[: i + 1]) > 100 for i in range(len(depths))) < base
     browser.click("#play")
     assert browser.texts("#play") == ["Pause"]
-    browser.js("(document.querySelector('#speed').value = '16')")
+    browser.set("#speed", 16, "change")
     browser.wait("document.querySelector('#play').textContent === 'Play'")
     assert browser.js(later) == [0, 0, 0]
-    browser.js("(document.querySelector('#speed').value = '0.25')")
+    browser.set("#speed", 0.25, "change")
     browser.click("#play")
     assert browser.js(later)[0] >= len(STORY) - 2, "it starts again from nothing"
     browser.click("#picker li:nth-child(3)")
@@ -358,12 +400,23 @@ def test_variants_scale_and_theme(browser, report):
     assert browser.texts(".card h3") == ["head", "after RL"]
     background = "getComputedStyle(document.querySelector('.card .text span')).backgroundColor"
     before = browser.js(background)
-    browser.js("(document.querySelector('#scale').value = 'safe', document.querySelector('#scale').dispatchEvent(new Event('change')))")
+    browser.set("#scale", "safe", "change")
     assert browser.js(background) != before
     paper = browser.js("getComputedStyle(document.body).backgroundColor")
     browser.click("#theme")
     assert browser.js("getComputedStyle(document.body).backgroundColor") != paper
     browser.js("localStorage.clear()")
+
+
+def test_one_response_and_a_figure(browser, tmp_path):
+    """Catches a picker beside a single prompt (`sample.py --html`), a chip for a single variant, and a dead cross-hair."""
+    metrics = [{"step": i, "loss": 10.0 - i} for i in range(11)]
+    write_page(tmp_path / "one.html", "One", [response("p", "head", 1)], metrics)
+    browser.open(tmp_path / "one.html")
+    assert browser.texts("nav") == [] and browser.texts("#variants button") == [] and browser.texts(".card h3") == ["head"]
+    browser.hover("svg[aria-label=Loss]")  # its middle is at 4.5: the axis takes room on the left
+    assert browser.texts(".readout div") == ["at 4", "loss  6"]
+    assert browser.errors() == []
 
 
 def test_fits_a_phone(browser, report):
