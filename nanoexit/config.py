@@ -148,6 +148,7 @@ class RunConfig:
     dir: str = knob("runs/run", "where the run is written")
     seed: int = knob(0, "every random draw of the run is a function of this", low=0)
     init: str | None = knob(None, "start from the adapters and heads of this run (REINFORCE starts from an SFT run)")
+    threads: int | None = knob(None, "CPU threads; nothing means torch's own choice", low=1)
     wandb: bool = knob(False, "mirror metrics to Weights & Biases, where its package is installed")
 
 

@@ -60,6 +60,8 @@ def start_run(config: Config, resume: bool) -> Path:
 
 def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     """The base with heads and adapters attached, fresh or from run.init, and its tokenizer."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
     model = load_model(config.model.name, config.model.device, config.model.dtype, config.model.revision)
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
     parse_prompt_exits(config.exits.prompt, model)
