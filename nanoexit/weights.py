@@ -30,6 +30,12 @@ from nanoexit.tokenizer import read_json, stop_ids
 FAMILIES = ("llama", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PEFT_PREFIX = "base_model.model."
+PEFT_READ = {  # options of adapter_config.json that are read, or that change nothing once an adapter is trained; any other has to be off
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+    "auto_mapping", "peft_version", "loftq_config", "eva_config", "corda_config", "megatron_core", "qalora_group_size",
+    "runtime_config", "ensure_weight_tying", "layers_pattern",
+}
+PEFT_PLAIN = ("bias", "none"), ("init_lora_weights", True), ("init_lora_weights", "gaussian")  # pissa and others change the base as well
 LARGE = 2**27  # bytes: from here on, loading shows progress
 
 
@@ -143,7 +149,7 @@ def _fill(model: Transformer, folder: Path, device: torch.device, dtype: torch.d
             if path not in files:
                 stack.close()  # one shard open at a time: the pages of the last one can go
                 files = {path: stack.enter_context(_open(path))}
-            tensor = files[path].get_tensor(names[name])
+            tensor = _read(files[path], names[name], path)
             _check(tensor, names[name], expected[name], path)
             owner = model.get_submodule(name.rpartition(".")[0])
             setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(tensor.to(device, dtype), requires_grad=False))
@@ -156,7 +162,10 @@ def _locate(folder: Path) -> dict[str, Path]:
         with _open(single) as file:
             where = dict.fromkeys(file.keys(), single)
     elif index.is_file():
-        where = {name: folder / _plain(shard, index) for name, shard in read_json(index).get("weight_map", {}).items()}
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not named:
+            raise UserError(f"{index}: expected weight_map, an object of tensors and their shards, found {named!r}")
+        where = {name: folder / _plain(shard, index) for name, shard in named.items()}
         for shard in sorted(set(where.values())):
             if not shard.is_file():
                 raise UserError(f"{shard}: no such file, but {index.name} names it")
@@ -177,6 +186,13 @@ def _open(path: Path):
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _read(file, name: str, path: Path) -> Tensor:
+    try:
+        return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: tensor {name} cannot be read: {error}") from None
 
 
 def _compare(found: set[str], wanted: set[str], tied: bool, folder: Path) -> None:
@@ -272,15 +288,18 @@ def _lora_config(config: dict, path: Path) -> LoRAConfig:
     where = path / "adapter_config.json"
     if config.get("peft_type") != "LORA":
         raise UserError(f"{where}: peft_type {config.get('peft_type')!r} is not implemented: expected LORA")
-    plain = {"bias": ("none", None), "use_rslora": (False, None), "use_dora": (False, None), "rank_pattern": ({}, None), "fan_in_fan_out": (False, None),
-             "alpha_pattern": ({}, None), "modules_to_save": (None, []), "layers_to_transform": (None, []), "lora_bias": (False, None)}
-    for key, allowed in plain.items():
-        if config.get(key) not in allowed:
-            raise UserError(f"{where}: {key} = {config[key]!r} is not implemented")
+    for key, value in config.items():
+        off = value in (None, False, [], {}) or (key, value) in PEFT_PLAIN
+        if key not in PEFT_READ and not off:
+            raise UserError(f"{where}: {key} = {value!r} is not implemented")
     targets = config.get("target_modules")
     if not isinstance(targets, list) or any(t not in TARGETS for t in targets):
         raise UserError(f"{where}: target_modules {targets!r}: expected a list of {', '.join(TARGETS)}")
-    return LoRAConfig(int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0)), targets)
+    numbers = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    for key, value in zip(("r", "lora_alpha", "lora_dropout"), numbers):
+        if type(value) not in (int, float) or value < 0 or (key == "r" and (value < 1 or value != int(value))):
+            raise UserError(f"{where}: {key}: expected a number, found {value!r}")
+    return LoRAConfig(int(numbers[0]), float(numbers[1]), float(numbers[2]), targets)
 
 
 def _copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
@@ -289,7 +308,7 @@ def _copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
     with _open(path) as file:
         _compare(set(file.keys()), set(wanted), False, path)
         for name, p in wanted.items():
-            tensor = file.get_tensor(name)
+            tensor = _read(file, name, path)
             _check(tensor, name, tuple(p.shape), path)
             p.data.copy_(tensor)
 
