@@ -13,6 +13,8 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
@@ -84,7 +86,7 @@ class Tokenizer:
         names = {"bos_token": self._bos or "", "eos_token": self._eos or "", "add_generation_prompt": add_generation_prompt}
         try:
             return self._template.render(messages=list(messages), **names, **variables)
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
+        except Exception as error:  # whatever a stranger's template does: divide by zero, recurse without end, ask for the sandbox's outside
             raise UserError(f"{self.folder}: the chat template failed: {type(error).__name__}: {error}") from None
 
     def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
@@ -114,7 +116,10 @@ def stop_ids(folder: Path) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         found = read_json(folder / name).get("eos_token_id")
         if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
+            ids = found if isinstance(found, list) else [found]
+            if any(type(i) is not int for i in ids):
+                raise UserError(f"{folder / name}: eos_token_id: expected a whole number or a list of them, found {found!r}")
+            return frozenset(ids)
     return frozenset()
 
 
@@ -142,16 +147,30 @@ def _template(folder: Path, config: dict) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     found = config.get("chat_template")
-    if isinstance(found, list):
+    where = f"{folder / 'tokenizer_config.json'}: chat_template"
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
         named = {entry.get("name"): entry.get("template") for entry in found}
         if "default" not in named:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template has {', '.join(map(str, named))}, but no default")
-        return named["default"]
+            raise UserError(f"{where} has {', '.join(map(str, named))}, but no default")
+        found = named["default"] or 0  # named but empty: not text either
+    if found is not None and not isinstance(found, str):
+        raise UserError(f"{where}: expected text or a list of named texts, found {type(found).__name__}")
     return found
 
 
+class Generation(jinja2.ext.Extension):
+    """{% generation %}...{% endgeneration %} marks what the assistant wrote, for training masks: here only its text counts."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _compile(template: str, folder: Path) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    extensions = [jinja2.ext.loopcontrols, Generation]
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
