@@ -28,8 +28,11 @@ from nanoexit.exits import sample_depths, teacher_chance
 from nanoexit.lora import adapters_off
 from nanoexit.model import Transformer
 from nanoexit.score import Score, pad, readout_kl, score
-from nanoexit.training import (Metrics, batch_at, cosine_share, is_main, load_checkpoint, make_optimizer, mine, save_checkpoint,
-                               seed_of, set_rate, total, totals, trained, update)
+from nanoexit.teacher import make_traces
+from nanoexit.tokenizer import Tokenizer
+from nanoexit.training import (Metrics, barrier, batch_at, cosine_share, is_main, load_checkpoint, load_student, make_optimizer, mine,
+                               save_checkpoint, seed_of, set_rate, start_run, total, totals, trained, update)
+from nanoexit.weights import save_adapter
 
 
 @dataclass
@@ -162,3 +165,15 @@ def train(model: Transformer, traces: Sequence[Trace], config: Config, folder: P
             if is_main() and ((step + 1) % config.sft.save_every == 0 or step + 1 == config.sft.steps):
                 save_checkpoint(folder, step + 1, model, optimizer)
     model.eval()
+
+
+def run(config: Config, resume: bool = False) -> tuple[Transformer, Tokenizer, Path]:
+    """The whole job: base and fresh adapters, traces (those that are missing are written), training, the adapter saved."""
+    model, tokenizer = load_student(config)
+    folder = start_run(config, resume)
+    traces = make_traces(model, tokenizer, config)
+    train(model, traces, config, folder)
+    if is_main():
+        save_adapter(model, folder / "adapter")
+    barrier()
+    return model, tokenizer, folder

@@ -15,22 +15,16 @@ from nanoexit import sft
 from nanoexit.config import load_config, parser
 from nanoexit.errors import run_script
 from nanoexit.evaluate import evaluate_run, table
-from nanoexit.teacher import make_traces
-from nanoexit.training import is_main, load_student, processes, start_run
-from nanoexit.weights import save_adapter
+from nanoexit.training import is_main, processes
 
 
 def main() -> None:
     args = parser(__doc__, resume=True).parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     with processes(config):
-        model, tokenizer = load_student(config)
-        folder = start_run(config, args.resume)
-        traces = make_traces(model, tokenizer, config)
-        sft.train(model, traces, config, folder)
+        model, tokenizer, folder = sft.run(config, args.resume)
         if not is_main():
             return
-        save_adapter(model, folder / "adapter")
         rows = evaluate_run(model, tokenizer, config, folder)
     print(f"\n{table(rows)}\n\nThe run is in {folder}. Next:")
     print(f"  python scripts/sample.py --adapter {folder}    shows the student, each token with the depth it used")
