@@ -143,14 +143,16 @@ def _fill(model: Transformer, folder: Path, device: torch.device, dtype: torch.d
     big = sum(path.stat().st_size for path in set(where.values())) > LARGE
     order = sorted(expected, key=lambda n: (str(where[names[n]]), n))
     with ExitStack() as stack:
-        files: dict[Path, Any] = {}
+        files, mapped = {}, 0
         for name in tqdm(order, desc=f"load {folder.name}", unit="tensor", disable=not big, leave=False):
             path = where[names[name]]
-            if path not in files:
-                stack.close()  # one shard open at a time: the pages of the last one can go
-                files = {path: stack.enter_context(_open(path))}
+            if path not in files or mapped > LARGE:
+                tensor = None
+                stack.close()  # one shard open at a time, and anew now and then: pages copied from can go
+                files, mapped = {path: stack.enter_context(_open(path))}, 0
             tensor = _read(files[path], names[name], path)
             _check(tensor, names[name], expected[name], path)
+            mapped += tensor.nbytes if tensor.dtype != dtype else 0  # in its own dtype on the CPU, the map is the weight
             owner = model.get_submodule(name.rpartition(".")[0])
             setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(tensor.to(device, dtype), requires_grad=False))
 
@@ -209,7 +211,7 @@ def _check(tensor: Tensor, name: str, shape: tuple[int, ...], path: Path) -> Non
         raise UserError(f"{path}: tensor {name} has the shape {list(tensor.shape)}, expected {list(shape)}")
     if tensor.dtype not in DTYPES.values():
         raise UserError(f"{path}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}, expected {', '.join(DTYPES)}")
-    if not torch.isfinite(tensor).all():
+    if not all(map(torch.isfinite, torch.aminmax(tensor))):  # without a temporary as large as the tensor; NaN passes through
         raise UserError(f"{path}: tensor {name} has values that are not finite: the file is damaged")
 
 
