@@ -27,7 +27,7 @@ from nanoexit.generate import Generation, generate
 from nanoexit.lora import adapters_off
 from nanoexit.model import Transformer
 from nanoexit.score import Score, divergence, pad, score, token_logprob
-from nanoexit.tasks import Prompt, Verdict, check, split_response
+from nanoexit.tasks import Prompt, Verdict, check
 from nanoexit.tokenizer import Tokenizer
 
 

@@ -18,7 +18,8 @@ ratio and no clipping unless asked for; 3. advantages are not divided by their s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace as changed
+from dataclasses import dataclass
+from dataclasses import replace as changed
 from pathlib import Path
 
 import torch
@@ -34,8 +35,7 @@ from nanoexit.model import Transformer
 from nanoexit.score import readout_logprobs
 from nanoexit.tasks import Prompt
 from nanoexit.tokenizer import Tokenizer
-from nanoexit.training import (Metrics, batch_at, is_main, load_checkpoint, make_optimizer, mine, rank, save_checkpoint, seed_of, totals,
-                               trained, update)
+from nanoexit.training import Metrics, batch_at, is_main, load_checkpoint, make_optimizer, mine, rank, save_checkpoint, seed_of, totals, trained, update
 
 
 @dataclass

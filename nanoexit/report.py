@@ -11,7 +11,6 @@ responses on, the top-5 tokens, then the chances of the heads, then whole respon
 """
 
 import base64
-import dataclasses
 import hashlib
 import json
 import re

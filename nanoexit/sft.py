@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from nanoexit.adapters import save_adapter
 from nanoexit.config import Config
 from nanoexit.data import Trace
 from nanoexit.exits import sample_depths, teacher_chance
@@ -30,9 +31,25 @@ from nanoexit.model import Transformer
 from nanoexit.score import Score, pad, readout_kl, score
 from nanoexit.teacher import make_traces
 from nanoexit.tokenizer import Tokenizer
-from nanoexit.training import (Metrics, barrier, batch_at, cosine_share, is_main, load_checkpoint, load_student, make_optimizer, mine,
-                               save_checkpoint, seed_of, set_rate, start_run, total, totals, trained, update)
-from nanoexit.weights import save_adapter
+from nanoexit.training import (
+    Metrics,
+    barrier,
+    batch_at,
+    cosine_share,
+    is_main,
+    load_checkpoint,
+    load_student,
+    make_optimizer,
+    mine,
+    save_checkpoint,
+    seed_of,
+    set_rate,
+    start_run,
+    total,
+    totals,
+    trained,
+    update,
+)
 
 
 @dataclass

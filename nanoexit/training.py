@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nanoexit.adapters import load_adapter
 from nanoexit.config import Config, to_yaml
 from nanoexit.data import replace, rounded
 from nanoexit.errors import UserError
@@ -30,7 +31,7 @@ from nanoexit.exits import attach
 from nanoexit.generate import parse_prompt_exits
 from nanoexit.model import Transformer
 from nanoexit.tokenizer import Tokenizer, load_tokenizer
-from nanoexit.weights import load_adapter, load_model
+from nanoexit.weights import load_model
 
 MAY_CHANGE = {"run.wandb", "model.device", "sft.save_every", "rl.save_every", "sft.micro_batch", "rl.micro_batch"}
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from nanoexit.adapters import adapter_base, load_adapter, save_adapter, save_merged
 from nanoexit.errors import UserError, run_script
 from nanoexit.hub import find_model
-from nanoexit.weights import adapter_base, load_adapter, load_model, save_adapter, save_merged
+from nanoexit.weights import load_model
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from nanoexit.config import ROOT, RunConfig, describe, knob, load_config
+from nanoexit.config import ROOT, describe, knob, load_config
 from nanoexit.data import is_held_out
 from nanoexit.errors import UserError, run_script
 from nanoexit.generate import Watch, generate

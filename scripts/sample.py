@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from nanoexit.adapters import adapter_base, load_adapter
 from nanoexit.colors import legend, paint
 from nanoexit.config import Config
 from nanoexit.data import load_prompts
@@ -22,7 +23,7 @@ from nanoexit.generate import generate
 from nanoexit.report import write_page
 from nanoexit.tasks import Prompt, clock_values
 from nanoexit.tokenizer import Tokenizer, load_tokenizer
-from nanoexit.weights import adapter_base, load_adapter, load_model
+from nanoexit.weights import load_model
 
 TINY = "data/tiny"
 

@@ -13,11 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanoexit import reinforce, sft
+from nanoexit.adapters import save_adapter
 from nanoexit.config import load_config, parser
 from nanoexit.errors import UserError, run_script
 from nanoexit.evaluate import evaluate_run, table
 from nanoexit.training import is_main, load_student, processes, start_run
-from nanoexit.weights import save_adapter
 
 
 def main() -> None:

@@ -8,11 +8,12 @@ import torch
 from conftest import random_model, scramble
 from test_weights import HUB, old_config, tensors_of, write
 
+from nanoexit.adapters import load_adapter, save_adapter
 from nanoexit.config import ROOT, LoRAConfig
 from nanoexit.exits import attach
 from nanoexit.generate import generate
 from nanoexit.tokenizer import Tokenizer
-from nanoexit.weights import load_adapter, load_model, save_adapter
+from nanoexit.weights import load_model
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])

@@ -18,8 +18,7 @@ from nanoexit import judge as judge_module
 from nanoexit.config import JudgeConfig
 from nanoexit.errors import UserError
 from nanoexit.judge import MAX_BACKOFF, Judge, adapt, backoff, pair_question, retry_after
-from nanoexit.rubric import (Item, Judgement, Pair, Unreadable, item_messages, offline_rubric, pair_scores, parse_scores,
-                             parse_winner, repeated_share, summarize)
+from nanoexit.rubric import Item, Judgement, Pair, Unreadable, item_messages, offline_rubric, pair_scores, parse_scores, parse_winner, repeated_share, summarize
 
 SCORES = {"coherence": 7, "completeness": 6, "clarity": 8, "no_repetition": 9, "overall": 30}
 FAULTS = ["429 500", "timeout", "reset", "half", "cut", "html", "prose", "zero", "eleven", "missing", "empty", "length", "list",

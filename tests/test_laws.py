@@ -12,12 +12,12 @@ import torch
 from conftest import random_model, with_exits
 
 from nanoexit.config import ROOT, TARGETS, LoRAConfig
+from nanoexit.errors import UserError
 from nanoexit.exits import attach, detach, stick_breaking
 from nanoexit.generate import generate, sample
 from nanoexit.lora import adapters_off
 from nanoexit.model import Transformer
 from nanoexit.score import pad, score
-from nanoexit.errors import UserError
 from nanoexit.tokenizer import load_tokenizer
 from nanoexit.weights import load_model
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from nanoexit.weights import load_model, read_shape
 from nanoexit.model import Transformer
+from nanoexit.weights import load_model, read_shape
 
 
 def built(tmp_path, config: dict, seed: int) -> Transformer:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from nanoexit.errors import UserError
 from nanoexit.figures import Line, line_figure, thin, ticks, training_figures
 from nanoexit.report import pack, read_run, write_page, write_runs
 

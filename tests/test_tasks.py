@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nanoexit.config import DataConfig
-from nanoexit.data import is_held_out, load_prompts, read_traces, Trace, write_chunk
+from nanoexit.data import Trace, is_held_out, load_prompts, read_traces, write_chunk
 from nanoexit.errors import UserError
 from nanoexit.tasks import Prompt, check, clock_values
 

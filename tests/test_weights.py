@@ -9,9 +9,10 @@ import torch
 from conftest import SHAPES, random_model, with_exits
 from safetensors.torch import load_file, save_file
 
+from nanoexit.adapters import load_adapter, merged_tensors, save_adapter, save_merged
 from nanoexit.config import ROOT
 from nanoexit.errors import UserError
-from nanoexit.weights import load_adapter, load_model, merged_tensors, read_shape, save_adapter, save_merged
+from nanoexit.weights import load_model, read_shape
 
 HUB = ROOT.parent / "shared" / "hub"
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
