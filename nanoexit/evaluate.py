@@ -46,13 +46,13 @@ class Response:
 
 
 def respond(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: Config, policy: str, seed: Sequence[int],
-            show: str = "") -> list[Response]:
-    """One response a prompt, at the config's generation settings. `show` names a progress bar."""
+            prompt_exits: str | None = None, show: str = "") -> list[Response]:
+    """One response a prompt, at the config's generation settings. prompt_exits: default the config's. `show` names a progress bar."""
     g = config.generation
     ids = [tokenizer.prompt_ids(p.prompt, p.system) for p in prompts]
     with tqdm(total=len(prompts), desc=show, unit="response", disable=not show, dynamic_ncols=True) as bar:
         written = generate(model, ids, policy, g.max_new_tokens, g.temperature, g.top_p, g.top_k, seed,
-                           batch_size=config.evaluate.batch_size, prompt_exits=config.exits.prompt, on_finish=lambda *_: bar.update())
+                           batch_size=config.evaluate.batch_size, prompt_exits=prompt_exits or config.exits.prompt, on_finish=lambda *_: bar.update())
     return [read_response(tokenizer, p, i, w) for p, i, w in zip(prompts, ids, written)]
 
 
@@ -231,7 +231,8 @@ def evaluate_run(model: Transformer, tokenizer: Tokenizer, config: Config, folde
     rows, samples = [], _rollouts(folder / "samples.jsonl")
     for variant, policy in [("base", "full"), *(("student", p) for p in config.evaluate.policies)]:
         with adapters_off(model) if variant == "base" else contextlib.nullcontext():
-            responses = respond(model, tokenizer, prompts, config, policy, [config.run.seed, 5], f"evaluate {variant} ({policy})")
+            responses = respond(model, tokenizer, prompts, config, policy, [config.run.seed, 5], "full" if variant == "base" else None,
+                                f"evaluate {variant} ({policy})")
             rows.append(measure(model, tokenizer, responses, config, variant, policy))
             samples += [show_response(model, tokenizer, r, f"{variant} ({policy})") for r in responses[: config.evaluate.samples]]
     write_json_lines(folder / "samples.jsonl", samples)

@@ -65,8 +65,8 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
         torch.set_num_threads(config.run.threads)
     model = load_model(config.model.name, config.model.device, config.model.dtype, config.model.revision)
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
-    parse_prompt_exits(config.exits.prompt, model)
     attach(model, config.exits.layers, config.exits.head, config.lora, config.run.seed)
+    parse_prompt_exits(config.exits.prompt, model)  # a mistake there is told before any work
     if config.run.init:
         load_adapter(model, config.run.init)
     return model, tokenizer

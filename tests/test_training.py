@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from nanoexit import reinforce, sft
 from nanoexit.config import ROOT, load_config
 from nanoexit.errors import UserError
+from nanoexit.score import score as real_score
 from nanoexit.teacher import make_traces
 from nanoexit.training import load_checkpoint, load_student, make_optimizer, save_checkpoint, start_run, trained
 
@@ -144,6 +145,20 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path):
     (a, grads_a), (b, grads_b) = gradients
     assert a["kl"] == pytest.approx(b["kl"], rel=1e-4) and a["exit_loss"] == pytest.approx(b["exit_loss"], rel=1e-4)
     assert all(torch.allclose(g, grads_b[n], atol=1e-5) for n, g in grads_a.items())
+
+
+@pytest.mark.parametrize("prompt, first", [("full", {8}), ("limit:2", {2}), ("head", {1, 2, 3, 4, 5, 6, 7, 8})])
+def test_prompts_train_at_the_depth_that_they_are_given(tmp_path, monkeypatch, prompt, first):
+    """Catches: exits.prompt that generation knows and training does not, or targets that are missing where the prompt exits too."""
+    config = load_config(ROOT / "configs" / "tiny.yaml", [f"run.dir={tmp_path}", "data.count=10", f"exits.prompt={prompt}"])
+    model, tokenizer = load_student(config)
+    traces = make_traces(model, tokenizer, config)
+    seen = []
+    monkeypatch.setattr(sft, "score", lambda m, ids, depths, lens: seen.append((depths, lens)) or real_score(m, ids, depths, lens))
+    figures = sft.step_losses(model, traces, config, step=0)
+    prompts = [d for depths, lens in seen for row, n in zip(depths.tolist(), lens) for d in row[:n]]
+    assert set(prompts) <= first and (len(first) == 1 or len(set(prompts)) > 2)
+    assert all(x == x for x in (figures["kl"], figures["exit_loss"])) and figures["exit_loss"] > 0
 
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path):
