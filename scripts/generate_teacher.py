@@ -1,7 +1,7 @@
 """Write the teacher's traces and nothing else: what train_sft.py would write first, to be shared by several runs.
 
-    python scripts/generate_teacher.py configs/deepseek.yaml data.traces=runs/deepseek-traces
-    torchrun --nproc-per-node 4 scripts/generate_teacher.py configs/deepseek.yaml
+    python scripts/generate_teacher.py configs/tiny.yaml data.traces=runs/tiny-traces
+    torchrun --nproc-per-node 2 scripts/generate_teacher.py configs/tiny.yaml data.traces=runs/tiny-traces
 
 Interrupted, the same command goes on where it stopped.
 """

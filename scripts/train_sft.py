@@ -1,7 +1,7 @@
 """The main job: the base model writes traces, a student with exits and adapters learns them while spending less depth.
 
-    python scripts/train_sft.py configs/tiny.yaml                      (minutes, on a laptop)
-    torchrun --nproc-per-node 4 scripts/train_sft.py configs/deepseek.yaml
+    python scripts/train_sft.py configs/tiny.yaml                                    (minutes, on a laptop)
+    torchrun --nproc-per-node 2 scripts/train_sft.py configs/tiny.yaml run.dir=runs/two    (the same, by two processes)
 
 Traces that are missing are written first. --resume goes on with an interrupted run, to the same weights.
 """
