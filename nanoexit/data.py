@@ -82,7 +82,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{line} is not JSON: {error.msg} at column {error.colno}") from None
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{line}: expected an object with a prompt, found {type(row).__name__}")
+                raise UserError(f"{path}:{line}: expected an object, found {type(row).__name__}")
             yield line, row
 
 

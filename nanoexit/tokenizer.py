@@ -59,15 +59,14 @@ class Tokenizer:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each token adds to the text; joined they are decode(ids). A character split over tokens comes with its last one."""
-        pieces, shown = [], ""
+        pieces = []
         for end in range(1, len(ids) + 1):
             text = self.decode(ids[max(0, end - 8) : end])  # the last few tokens settle spacing and split characters
             before = self.decode(ids[max(0, end - 8) : end - 1])
             whole = not text.endswith("\ufffd")
             start = len(before.rstrip("\ufffd")) if whole else len(text)
             pieces.append(text[start:])
-        shown = self.decode(ids)
-        return pieces if "".join(pieces) == shown else self._slow_pieces(ids)
+        return pieces if "".join(pieces) == self.decode(ids) else self._slow_pieces(ids)
 
     def _slow_pieces(self, ids: Sequence[int]) -> list[str]:
         """The same from the whole text before each token: quadratic, for decoders that look further back."""

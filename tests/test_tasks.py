@@ -54,6 +54,8 @@ def test_gsm8k_verdicts(response, strict, lenient):
     """Catches: 72 found in the reasoning or in 1,072; commas and decimals misread."""
     v = check(Prompt("x", "?", "48+24=<<72>>72\n#### 72", checker="gsm8k"), response)
     assert (v.correct, v.lenient) == (strict, strict or lenient)
+    thousands = check(Prompt("x", "?", "#### 1072", checker="gsm8k"), "#### 1,072")
+    assert thousands.correct
 
 
 @pytest.mark.parametrize("response, strict, lenient", [
