@@ -42,7 +42,7 @@ class ModelConfig:
 
 @dataclass
 class ExitsConfig:
-    layers: list[int] = knob([1], "depths with an exit head: a token that exits at d has run blocks 0..d-1", low=1)
+    layers: list[int] = knob([1], "depths with an exit head: a token that exits at d has run blocks 0..d-1; [] is a model without exits", low=1)
     head: str = knob("linear", "shape of a head: one scalar product, or an MLP D -> 2D -> 1", choices=["linear", "mlp"])
     prompt: str = knob("full", "depth of prompt tokens: full, limit:D (frozen after depth D) or head (they sample exits too)")
 

@@ -25,7 +25,7 @@ def main() -> None:
     config.run.init = args.adapter or config.run.dir
     model, tokenizer = load_student(config)
     folder = Path(config.run.init)
-    print(table(evaluate_run(model, tokenizer, config, folder)))
+    print(table(evaluate_run(model, tokenizer, config, folder, thorough=True)))
     print(f"\nwritten to {folder / 'evaluation.md'} and {folder / 'evaluation.json'}")
 
 
