@@ -8,6 +8,7 @@ Stopped at any moment it goes on where it was. Writes results.json, table.md, SV
 
 import argparse
 import os
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from nanoexit import experiment
+from nanoexit.config import ROOT
 from nanoexit.errors import run_script
 
 
@@ -43,7 +45,8 @@ def main() -> None:
         results += _all(pool, experiment.run_arm, [(arm, seed, folder, args.overrides) for seed in seeds for arm in rest], "REINFORCE")
     order = [arm.name for arm in arms]
     results.sort(key=lambda r: (order.index(r["arm"]), r["seed"]))
-    command = "python scripts/experiment.py" + " --full" * args.full + "".join(f" {o}" for o in args.overrides)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    command = "python scripts/experiment.py" + " --full" * args.full + "".join(f" {o}" for o in args.overrides) + f" (commit {commit or 'unknown'})"
     experiment.write(results, folder, command)
     print(f"\n{experiment.table(results)}\n\n{folder / 'index.html'} shows it; the figures and results.json lie beside.")
 
