@@ -139,6 +139,7 @@ class JudgeConfig:
 class EvaluateConfig:
     count: int = knob(1024, "held-out prompts", low=1)
     policies: list[str] = knob(["head"], "full, head, fixed:D, kl:S or confidence:T, evaluated in turn")
+    frontier: list[str] = knob([], "more policies, for which scripts/evaluate.py measures accuracy and depth alone")
     batch_size: int = knob(256, "rows that decode together", low=1)
     samples: int = knob(16, "responses kept in samples.jsonl", low=0)
 

@@ -26,7 +26,7 @@ from nanoexit.lora import adapters_off
 from nanoexit.model import Transformer
 from nanoexit.responses import Response, against_teacher, respond, show_response, token_kinds
 from nanoexit.rubric import Item, JudgeSummary, offline_rubric, summarize
-from nanoexit.tasks import split_response
+from nanoexit.tasks import Prompt, split_response
 from nanoexit.tokenizer import Tokenizer
 
 
@@ -80,6 +80,27 @@ def judged(tokenizer: Tokenizer, responses: Sequence[Response], config: Config, 
         offline_rubric(r.verdict.steps, bool(split_response(r.text)[1]), r.verdict.correct, r.verdict.well_formed and r.generation.finish == "stop",
                        tokenizer.pieces(r.generation.tokens), r.verdict.expected_steps or None, r.prompt.id)
         for r in responses])
+
+
+def frontier(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: Config) -> list[dict]:
+    """Quality against depth: the student under each policy of evaluate.frontier."""
+    points = []
+    for policy in config.evaluate.frontier:
+        responses = respond(model, tokenizer, prompts, config, policy, [config.run.seed, 5], show=f"frontier ({policy})")
+        right, interval = share([r.verdict.correct for r in responses])
+        depth = float(np.mean([d for r in responses for d in r.depths]))
+        points.append(point("student", policy, {"accuracy": right, "accuracy_interval": interval, "mean_depth": depth, "full_depth": model.full_depth}))
+    return points
+
+
+def point(variant: str, policy: str, row: dict) -> dict:
+    """What the frontier shows of a row."""
+    return {"variant": variant, "policy": policy, **{key: row[key] for key in ("accuracy", "accuracy_interval", "mean_depth", "full_depth")}}
+
+
+def frontier_markdown(points: Sequence[dict]) -> str:
+    lines = [f"| {p['variant']} ({p['policy']}) | {p['accuracy']:.3f} | {p['mean_depth']:.2f} of {p['full_depth']} |" for p in sorted(points, key=lambda p: p["mean_depth"])]
+    return "\n".join(["| policy | accuracy | mean depth |", "|---|---|---|", *lines])
 
 
 def share(hits: Sequence[bool]) -> tuple[float, list[float]]:
@@ -165,6 +186,14 @@ def markdown(rows: Sequence[dict]) -> str:
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
+def merge(tables: Sequence[tuple[str, list[dict]]]) -> list[dict]:
+    """The rows of several runs in one table: the base once, then each run's students by the run's name."""
+    rows = list(tables[0][1][:1])
+    for name, own in tables:
+        rows += [{**row, "variant": name if len(tables) > 1 else row["variant"]} for row in own[1:]]
+    return rows
+
+
 def evaluate_run(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path, thorough: bool = False) -> list[dict]:
     """The base and the student under each policy of the config -> a row each; writes what a run directory promises of it:
     summary.json, evaluation.json, evaluation.md and the responses in samples.jsonl (rollouts of training there are kept).
@@ -177,12 +206,15 @@ def evaluate_run(model: Transformer, tokenizer: Tokenizer, config: Config, folde
             responses = respond(model, tokenizer, prompts, config, policy, [config.run.seed, 5], "full" if variant == "base" else None,
                                 show=f"evaluate {variant} ({policy})")
             rows.append(measure(model, tokenizer, responses, config, variant, policy))
+            samples += [show_response(model, tokenizer, r, f"{variant} ({policy})") for r in responses[: config.evaluate.samples]]
             if thorough:
                 rows[-1] |= examine(model, tokenizer, responses, config, policy, [config.run.seed, 7], folder / "judge.jsonl")
-            samples += [show_response(model, tokenizer, r, f"{variant} ({policy})") for r in responses[: config.evaluate.samples]]
+    found = {"rows": rows, "seed": config.run.seed}
+    if thorough:
+        found["frontier"] = [*(point(r["variant"], r["policy"], r) for r in rows), *frontier(model, tokenizer, prompts, config)]
     write_json_lines(folder / "samples.jsonl", samples)
-    write_text(folder / "evaluation.json", json.dumps({"rows": rounded(rows), "seed": config.run.seed}, indent=1))
-    write_text(folder / "evaluation.md", markdown(rows))
+    write_text(folder / "evaluation.json", json.dumps(rounded(found), indent=1))
+    write_text(folder / "evaluation.md", "\n\n".join([markdown(rows), *([frontier_markdown(found["frontier"])] if thorough else [])]))
     summary = {**_summary(rows[1]), "teacher": _summary(rows[0]), "seconds": round(time.time() - started, 1)}
     write_text(folder / "summary.json", json.dumps(summary, indent=2))
     return rows

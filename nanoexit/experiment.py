@@ -34,6 +34,7 @@ from nanoexit.responses import respond
 from nanoexit.tokenizer import Tokenizer
 from nanoexit.training import load_student, start_run
 
+PROBED = 4096  # training chains that the probe is fitted on
 RECIPES = {"shipped": None, "no-deep": ["pretrain.deep_weight=0"], "no-slots": ["pretrain.slots=0"],
            "shallow": ["pretrain.slots=0", "pretrain.shallow=0.75"]}
 
@@ -152,7 +153,7 @@ def examine(model: Transformer, tokenizer: Tokenizer, config: Config) -> dict:
         "early_answering": early_answering(model, tokenizer, responses, config, policy, seed),
         "adding_mistakes": adding_mistakes(model, tokenizer, responses, config, policy, seed),
         "monitor": monitor(responses), "base_monitor": base_monitor,
-        "probe": probe(model, tokenizer, load_prompts(config.data, "train", 4096, config.run.seed), prompts),
+        "probe": probe(model, tokenizer, load_prompts(config.data, "train", PROBED, config.run.seed), prompts),
         "preflight": preflight(model, tokenizer, prompts), "preflight_base": base_route,
     }
 

@@ -99,13 +99,14 @@ def _measure(responses: Sequence[list[dict]]) -> dict:
     }
 
 
-def quality_figures(rows: Sequence[dict]) -> str:
-    """The quality-depth frontier of the policies, and the two tests of faithfulness (Lanham et al. 2023)."""
+def quality_figures(rows: Sequence[dict], points: Sequence[dict]) -> str:
+    """The quality-depth frontier of the policies (`points`), and the two tests of faithfulness (Lanham et al. 2023)."""
     families, early, mistakes = defaultdict(list), [], []
     keys = [(name, series_var(index), False) for index, name in enumerate(("follow", "stay", "stop"))]
-    for index, row in enumerate(rows):
+    for row in points:
         if is_number(row.get("accuracy")) and is_number(row.get("mean_depth")) and row.get("full_depth"):
             families[f"{row.get('variant') or ''} {str(row.get('policy') or '').split(':')[0]}".strip()].append(row)
+    for index, row in enumerate(rows):
         curve = [(100 * x, 100 * y) for x, y in row.get("early_answering") or [] if is_number(x) and is_number(y)]
         tips = [f"{row['name']}: {y:.0f} % same after {x:.0f} %" for x, y in curve]
         early.append(Line(row["name"], curve, series_var(index), tips=tips))

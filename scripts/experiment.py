@@ -34,9 +34,7 @@ def main() -> None:
     arms, seeds, folder = experiment.FULL if args.full else experiment.DEFAULT, args.seeds or ([0, 1, 2] if args.full else [0]), Path(args.out)
     starts = [arm for arm in arms if arm.depth_weight is None]
     rest = [arm for arm in arms if arm not in starts]
-    if args.jobs > 1:
-        os.environ["TQDM_DISABLE"] = "1"  # of the processes: their bars would write over each other
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) if args.jobs > 1 else _InTurn() as pool:
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), initializer=_quiet) if args.jobs > 1 else _InTurn() as pool:
         _all(pool, experiment.make_base, [(arm.base, folder) for arm in starts], "bases")
         results = _all(pool, experiment.run_arm, [(arm, seed, folder, args.overrides) for seed in seeds for arm in starts], "SFT")
         for result in results[: len(starts)]:
@@ -49,6 +47,11 @@ def main() -> None:
     command = "python scripts/experiment.py" + " --full" * args.full + "".join(f" {o}" for o in args.overrides) + f" (commit {commit or 'unknown'})"
     experiment.write(results, folder, command)
     print(f"\n{experiment.table(results)}\n\n{folder / 'index.html'} shows it; the figures and results.json lie beside.")
+
+
+def _quiet() -> None:
+    """The bars of processes side by side would write over each other."""
+    sys.stderr = open(os.devnull, "w")
 
 
 class _InTurn:
