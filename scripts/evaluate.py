@@ -1,7 +1,7 @@
 """Evaluate runs: the base beside their students under each policy of evaluate.policies, on held-out prompts.
 
     python scripts/evaluate.py configs/tiny.yaml --adapter runs/tiny-sft
-    python scripts/evaluate.py configs/tiny_rl.yaml --adapter runs/tiny-sft runs/tiny-rl
+    python scripts/evaluate.py configs/tiny_rl.yaml --adapter runs/tiny-sft --adapter runs/tiny-rl
 
 Accuracy, depth and divergence; the rubric's scores (judge.kind); what the answer does when the reasoning is cut or a value in it is
 changed; and accuracy against depth for each policy of evaluate.frontier.
@@ -22,7 +22,7 @@ from nanoexit.training import load_student
 
 def main() -> None:
     command = parser(__doc__)
-    command.add_argument("--adapter", metavar="RUN_DIR", nargs="+", help="the run to evaluate, or several (default: run.dir)")
+    command.add_argument("--adapter", metavar="RUN_DIR", action="append", help="the run to evaluate; may be given several times (default: run.dir)")
     args = command.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     tables = []
