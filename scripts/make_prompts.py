@@ -164,8 +164,8 @@ def stickers(rng: Random) -> Question:
 # --- dates -----------------------------------------------------------------------------------------------------------
 
 
-def day(rng: Random) -> date:
-    return date(rng.randrange(1998, 2032), 1, 1) + timedelta(rng.randrange(365))
+def day(rng: Random, first: int = 1998, last: int = 2031) -> date:
+    return date(rng.randrange(first, last + 1), 1, 1) + timedelta(rng.randrange(365))
 
 
 def say(d: date) -> str:
@@ -216,8 +216,10 @@ def clock_time(rng: Random) -> Question:
 
 
 def age_on(rng: Random) -> Question:
-    name, born, years = rng.choice(NAMES), day(rng).replace(year=rng.randrange(1948, 2010)), rng.randrange(8, 70)
-    then = date(born.year + years, 1, 1) + timedelta(rng.randrange(365))
+    name, born, years = rng.choice(NAMES), day(rng, 1948, 2010), rng.randrange(8, 20)
+    then = day(rng, born.year + years, born.year + years)
+    if (born.month, born.day) == (2, 29):  # whose birthdays are a matter of law
+        return age_on(rng)
     age = years - ((then.month, then.day) < (born.month, born.day))
     return number(f"{name} was born on {say(born)}. How many years old is {name} on {say(then)}?", age)
 
@@ -293,8 +295,8 @@ class Scene:
         self.present = set(self.people)
         self.at = rng.choice(self.containers)
         self.belief = dict.fromkeys(self.people, self.at)
-        self.text = [f"{listed(self.people)} are in the {self.room}. There are {listed([a(c) for c in self.containers])} in it, all closed, "
-                     f"so that nobody sees what is inside. {self.people[0]} puts the {self.thing} into the {self.at} while all three watch."]
+        self.text = [(f"{listed(self.people)} are in the {self.room}. There are {listed([a(c) for c in self.containers])} in it, all closed, "
+                      f"so that nobody sees what is inside. {self.people[0]} puts the {self.thing} into the {self.at} while all three watch.")]
 
     def leave(self, who: str) -> None:
         self.present.discard(who)

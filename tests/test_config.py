@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from nanoexit.config import ROOT, Config, describe, load_config, to_yaml
+from nanoexit.data import load_prompts
 from nanoexit.errors import UserError
 
 
@@ -65,6 +66,30 @@ def test_every_shipped_config_loads_and_every_knob_is_documented():
         if "pretrain" not in path.name:
             load_config(path)
     assert "sft.kl_weight = 1.0\n      weight of the divergence" in describe()
+
+
+@pytest.mark.parametrize("name, model, blocks", [  # blocks: num_hidden_layers of the public config.json
+    ("deepseek", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 28),
+    ("qwen3", "Qwen/Qwen3-0.6B", 28),
+    ("llama3", "meta-llama/Llama-3.2-1B-Instruct", 16),
+    ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", 30),
+])
+def test_configs_of_public_models_fit_them(name, model, blocks):
+    """Catches: an exit at or beyond the model's last block, found only after gigabytes came down; logits of a step that fill the memory."""
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    assert config.model.name == model and config.run.dir == f"runs/{name}-sft"
+    layers = config.exits.layers
+    assert layers == sorted(set(layers)) and layers[0] <= blocks / 4 and blocks / 2 < layers[-1] < blocks
+    assert config.sft.chunk * 152_000 * 4 < 200e6
+    assert {p.group for p in load_prompts(config.data, "held_out")} == {"arithmetic", "dates", "objects", "beliefs"}
+
+
+def test_deepseek_is_the_setting_it_says():
+    """Catches: the config that is rehearsed, and named in the README, drifting away from the published setting."""
+    c = load_config(ROOT / "configs" / "deepseek.yaml")
+    assert c.exits.layers == [5, 10, 15, 20, 25] and c.generation.max_new_tokens == 400 and c.sft.samples_per_trace > 1
+    assert (c.lora.r, c.lora.alpha, c.lora.dropout, c.lora.targets) == (8, 16, 0.05, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert (c.generation.temperature, c.generation.top_p, c.data.prompts, c.data.system) == (0.6, 0.95, "data/reasoning.jsonl", None)
 
 
 @pytest.mark.parametrize("arguments, says", [
