@@ -42,7 +42,7 @@ class ModelConfig:
 
 @dataclass
 class ExitsConfig:
-    layers: list[int] = knob([1], "depths with an exit head: a token that exits at d has run blocks 0..d-1", low=1)
+    layers: list[int] = knob([1], "depths with an exit head: a token that exits at d has run blocks 0..d-1; [] is a model without exits", low=1)
     head: str = knob("linear", "shape of a head: one scalar product, or an MLP D -> 2D -> 1", choices=["linear", "mlp"])
     prompt: str = knob("full", "depth of prompt tokens: full, limit:D (frozen after depth D) or head (they sample exits too)")
 
@@ -139,6 +139,7 @@ class JudgeConfig:
 class EvaluateConfig:
     count: int = knob(1024, "held-out prompts", low=1)
     policies: list[str] = knob(["head"], "full, head, fixed:D, kl:S or confidence:T, evaluated in turn")
+    frontier: list[str] = knob([], "more policies, for which scripts/evaluate.py measures accuracy and depth alone")
     batch_size: int = knob(256, "rows that decode together", low=1)
     samples: int = knob(16, "responses kept in samples.jsonl", low=0)
 

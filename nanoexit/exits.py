@@ -55,7 +55,7 @@ def _head(width: int, kind: str, generator: torch.Generator) -> nn.Module:
 
 
 def attach(model: Transformer, exit_layers: Sequence[int], head: str = "linear", lora: LoRAConfig | None = None, seed: int = 0) -> None:
-    """Give a model exit heads at these depths, and adapters where `lora` is given. The base's weights stay untouched.
+    """Give a model exit heads at these depths (none: no exits), and adapters where `lora` is given. The base's weights stay untouched.
 
     Raises UserError for a depth outside 1..L-1, a repeated depth, or an unknown kind of head.
     """
@@ -63,13 +63,13 @@ def attach(model: Transformer, exit_layers: Sequence[int], head: str = "linear",
     if bad:
         raise UserError(f"exits.layers: {bad[0]} is not an exit depth of this model: it has {model.full_depth} blocks, "
                         f"so exits lie from 1 to {model.full_depth - 1}")
-    if not exit_layers or len(set(exit_layers)) < len(exit_layers):
+    if len(set(exit_layers)) < len(exit_layers):
         raise UserError(f"exits.layers: expected different depths, found {list(exit_layers)}")
     if head not in ("linear", "mlp"):
         raise UserError(f"exits.head: {head!r} is not one of linear, mlp")
     detach(model)
     model.requires_grad_(False)
-    model.exits = ExitHeads(model.shape.width, sorted(exit_layers), head, seed).to(model.device)
+    model.exits = ExitHeads(model.shape.width, sorted(exit_layers), head, seed).to(model.device) if exit_layers else None
     if lora is not None:
         attach_lora(model, lora, seed)
 

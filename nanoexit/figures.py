@@ -10,9 +10,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 220, 46, 12, 12, 38
 MOST_POINTS = 120
+FILE_STYLE = (  # what report.css says of figures, for files that stand alone
+    "text{fill:var(--soft)}.strong{fill:var(--ink);font-weight:600}.soft{fill:var(--soft);font-weight:400}.end{text-anchor:end}.mid{text-anchor:middle}"
+    ".inside{fill:#fff}.grid{stroke:var(--line)}polyline{fill:none;stroke-width:2}.interval{stroke-width:2;opacity:.45}.paper{fill:#fff}"
+)
 GROUPS = {  # title of a training figure -> the metrics it holds; a metric that fits none has a figure of its own
     "Loss": r"(.*_)?loss|kl|divergence",
     "Reward": r"reward(_.+)?",
@@ -94,13 +99,14 @@ def _measure(responses: Sequence[list[dict]]) -> dict:
     }
 
 
-def quality_figures(rows: Sequence[dict]) -> str:
-    """The quality-depth frontier of the policies, and the two tests of faithfulness (Lanham et al. 2023)."""
+def quality_figures(rows: Sequence[dict], points: Sequence[dict]) -> str:
+    """The quality-depth frontier of the policies (`points`), and the two tests of faithfulness (Lanham et al. 2023)."""
     families, early, mistakes = defaultdict(list), [], []
     keys = [(name, series_var(index), False) for index, name in enumerate(("follow", "stay", "stop"))]
-    for index, row in enumerate(rows):
+    for row in points:
         if is_number(row.get("accuracy")) and is_number(row.get("mean_depth")) and row.get("full_depth"):
             families[f"{row.get('variant') or ''} {str(row.get('policy') or '').split(':')[0]}".strip()].append(row)
+    for index, row in enumerate(rows):
         curve = [(100 * x, 100 * y) for x, y in row.get("early_answering") or [] if is_number(x) and is_number(y)]
         tips = [f"{row['name']}: {y:.0f} % same after {x:.0f} %" for x, y in curve]
         early.append(Line(row["name"], curve, series_var(index), tips=tips))
@@ -270,3 +276,20 @@ def _figure(title: str, note: str, box: str, drawing: str, attributes: str, keys
 def _short(value: float) -> str:
     """A tick's number in few characters: 0.02, 1500, 2e-05."""
     return f"{value:.0f}" if 1 <= abs(value) < 1e5 and value == int(value) else f"{round(value, 12):.3g}"
+
+
+def standalone(figure: str) -> str:
+    """A figure as an SVG file of its own: title above, legend below, the page's light colours written out."""
+    css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    colors = {name: light for name, light in re.findall(r"(--[\w]+): light-dark\((#\w+),", css)}
+    title, note = re.search(r"<figcaption><b>(.*?)</b> <span>(.*?)</span>", figure, re.S).groups()
+    box, drawing = re.search(r'<svg viewBox="0 0 ([\d. ]+)"[^>]*>(.*?)</svg>', figure, re.S).groups()
+    width, height = map(float, box.split())
+    keys, x = "", 0.0
+    for color, name in re.findall(r'<li><i[^>]*style="--c:(.*?)"></i>(.*?)</li>', figure):
+        keys += f'<circle style="fill:{color}" cx="{x + 5:.0f}" cy="{height + 42}" r="5"/><text x="{x + 16:.0f}" y="{height + 46}">{name}</text>'
+        x += 34 + 7 * len(name)
+    text = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-12 -8 {max(width, x) + 24:g} {height + 72:g}" font-family="sans-serif" font-size="13">'
+            f"<style>{FILE_STYLE}</style><rect class=\"paper\" x=\"-12\" y=\"-8\" width=\"100%\" height=\"100%\"/>"
+            f'<text class="strong" x="0" y="12">{title}<tspan class="soft" dx="8">{note}</tspan></text><g transform="translate(0 24)">{drawing}</g>{keys}</svg>')
+    return re.sub(r"var\((--\w+)\)", lambda m: colors.get(m[1], "#888"), text)

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from nanoexit.config import Config, RLConfig
 from nanoexit.data import load_prompts, read_jsonl, write_json_lines
 from nanoexit.errors import UserError
-from nanoexit.evaluate import Response, against_teacher, readout_places, rescore, respond, show_response
 from nanoexit.exits import Head, Policy
 from nanoexit.model import Transformer
+from nanoexit.responses import Response, against_teacher, readout_places, rescore, respond, show_response
 from nanoexit.score import readout_logprobs
 from nanoexit.tasks import Prompt
 from nanoexit.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def surrogate(logp: Tensor, old: Tensor, advantage: Tensor, clip: float) -> Tens
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def refuse_off_policy(config: Config, policy: Policy) -> None:
+def refuse_off_policy(config: Config, policy: Policy = Head()) -> None:
     """The gradient is only right for samples of the model's own distribution."""
     g = config.generation
     for key, value, wanted in (("temperature", g.temperature, 1.0), ("top_p", g.top_p, 1.0), ("top_k", g.top_k, 0)):
@@ -102,7 +102,7 @@ def refuse_off_policy(config: Config, policy: Policy) -> None:
 def collect(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: Config, seed: Sequence[int]) -> list[Rollout]:
     """rl.rollouts responses a prompt, rewarded, with advantages; a prompt's rollouts stand side by side."""
     rl, K = config.rl, config.rl.rollouts
-    responses = respond(model, tokenizer, [p for p in prompts for _ in range(K)], config, "head", seed)
+    responses = respond(model, tokenizer, [p for p in prompts for _ in range(K)], config, "full" if model.exits is None else "head", seed)
     kls = against_teacher(model, responses, rl.micro_batch, config.sft.chunk)[0] if rl.kl_weight else [0.0] * len(responses)
     prompt_chose = config.exits.prompt == "head"
     rollouts = [Rollout(r, reward_parts(r, kl, rl, model.full_depth, prompt_chose)) for r, kl in zip(responses, kls)]
@@ -145,7 +145,7 @@ def action_logprobs(model: Transformer, responses: Sequence[Response], config: C
 def train(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
     """The loop: draw prompts, roll out, reward, update, log, save. Goes on from folder/checkpoint where there is one."""
     rl = config.rl
-    refuse_off_policy(config, Head(model.exits.layers))
+    refuse_off_policy(config)
     prompts = load_prompts(config.data, "train", config.data.count, config.run.seed)
     optimizer = make_optimizer([(list(trained(model).values()), rl.lr)])
     done = load_checkpoint(folder, model, optimizer)

@@ -133,7 +133,7 @@ def page(title: str, runs: Sequence[Run]) -> str:
         "js": part["js"],
         "summary": "".join(_tiles(run, len(runs) > 1) for run in runs),
         "table": _table(rows),
-        "quality": _section("Quality", figures.quality_figures(rows)),
+        "quality": _section("Quality", figures.quality_figures(rows, _evaluation_rows(runs, "frontier") or rows)),
         "depth": _section("Depth", figures.depth_figures(depth_rows)),
         "training": _section("Training", figures.training_figures(curves, headed["exit_layers"], headed["full_depth"])),
         "data": _json(pack(samples)).replace("<", "\\u003c"),
@@ -210,11 +210,11 @@ def _remark(key: str, value: object, row: dict) -> str:
 # ---- the data ---------------------------------------------------------------------------------------------------------
 
 
-def _evaluation_rows(runs: Sequence[Run]) -> list[dict]:
-    """The rows of all evaluations, each with a `name`: run (where there are several), variant, policy."""
+def _evaluation_rows(runs: Sequence[Run], key: str = "rows") -> list[dict]:
+    """The rows of all evaluations (or the points of their frontiers), each with a `name`: run (where there are several), variant, policy."""
     rows = []
     for run in runs:
-        for row in run.evaluation.get("rows") or []:
+        for row in run.evaluation.get(key) or []:
             words = [run.name if len(runs) > 1 else "", row.get("variant"), row.get("policy")]
             rows.append({**row, "name": " · ".join(dict.fromkeys(str(word) for word in words if word)) or "model"})
     return rows

@@ -122,6 +122,18 @@ def check(prompt: Prompt, response: str) -> Verdict:
     return CHECKERS[prompt.checker](prompt, response)
 
 
+def stated_answer(prompt: Prompt, text: str) -> str | None:
+    """What a conclusion answers, or what a reasoning has come to: the last word of a clock chain, the last number of GSM8K, what
+    follows the last 'Answer:' (or is the last line) elsewhere. None where nothing is stated."""
+    if prompt.checker == "clock":
+        return text.split()[-1] if text.split() else None
+    if prompt.checker == "gsm8k":
+        number = _number(text)
+        return None if number is None else f"{number:g}"
+    stated = re.split(r"answer\s*:", text, flags=re.IGNORECASE)[-1].strip()
+    return _plain(stated.split("\n")[-1]) or None
+
+
 def split_response(response: str) -> tuple[str, str, bool]:
     """-> (reasoning, conclusion, whether there is exactly one </think> between them). Without one, all of it is conclusion."""
     reasoning, marker, conclusion = response.rpartition("</think>")

@@ -1,7 +1,10 @@
-"""Evaluate a run: the base beside its student under each policy of evaluate.policies, on held-out prompts.
+"""Evaluate runs: the base beside their students under each policy of evaluate.policies, on held-out prompts.
 
     python scripts/evaluate.py configs/tiny.yaml --adapter runs/tiny-sft
-    python scripts/evaluate.py configs/tiny.yaml 'evaluate.policies=[head, "fixed:2", "kl:8", "confidence:0.9"]'
+    python scripts/evaluate.py configs/tiny_rl.yaml --adapter runs/tiny-sft runs/tiny-rl
+
+Accuracy, depth and divergence; the rubric's scores (judge.kind); what the answer does when the reasoning is cut or a value in it is
+changed; and accuracy against depth for each policy of evaluate.frontier.
 
 Writes evaluation.json and evaluation.md into the run's directory. Same seed, same figures.
 """
@@ -13,20 +16,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanoexit.config import load_config, parser
 from nanoexit.errors import run_script
-from nanoexit.evaluate import evaluate_run, table
+from nanoexit.evaluate import evaluate_run, merge, table
 from nanoexit.training import load_student
 
 
 def main() -> None:
     command = parser(__doc__)
-    command.add_argument("--adapter", metavar="RUN_DIR", help="the run to evaluate (default: run.dir)")
+    command.add_argument("--adapter", metavar="RUN_DIR", nargs="+", help="the run to evaluate, or several (default: run.dir)")
     args = command.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
-    config.run.init = args.adapter or config.run.dir
-    model, tokenizer = load_student(config)
-    folder = Path(config.run.init)
-    print(table(evaluate_run(model, tokenizer, config, folder)))
-    print(f"\nwritten to {folder / 'evaluation.md'} and {folder / 'evaluation.json'}")
+    tables = []
+    for folder in map(Path, args.adapter or [config.run.dir]):
+        config.run.init = str(folder)
+        model, tokenizer = load_student(config)
+        tables.append((folder.name, evaluate_run(model, tokenizer, config, folder, thorough=True)))
+    print(table(merge(tables)))
+    print("\nwritten to evaluation.md and evaluation.json in " + ", ".join(str(f) for f in args.adapter or [folder]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from nanoexit.colors import legend, paint
 from nanoexit.config import Config
 from nanoexit.data import load_prompts
 from nanoexit.errors import UserError, run_script
-from nanoexit.evaluate import Response, read_response, show_response
+from nanoexit.responses import Response, read_response, show_response
 from nanoexit.exits import POLICIES
 from nanoexit.generate import generate
 from nanoexit.report import write_page

@@ -9,6 +9,7 @@ HEAD and GET of each.
 import hashlib
 import json
 import re
+import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.hub.asked.append(f"{self.command} {path}")
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+|/tree/[^/]+)?|/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+|/tree/[^/]+)?|(?:/datasets)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         if not found:
             return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
         name, what, file = found[1] or found[3], found[2] or "", found[4]
@@ -70,13 +71,16 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, path: Path) -> None:
         if not path.is_file():
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-        content = path.read_bytes()
+        size = path.stat().st_size
         headers = {"ETag": f'"{digest(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if path.name in self.hub.dropped and self.command == "GET":
-            self.answer(200, content[: len(content) // 2], headers, length=len(content))
-            self.close_connection = True
-            return
-        self.answer(200, content, headers)
+        self.answer(200, b"", headers, length=size)
+        if self.command != "HEAD":
+            with path.open("rb") as file:
+                if path.name in self.hub.dropped:
+                    self.wfile.write(file.read(size // 2))
+                    self.close_connection = True
+                else:
+                    shutil.copyfileobj(file, self.wfile, 2**20)
 
     def answer(self, code: int, body: bytes, headers: dict | None = None, length: int | None = None) -> None:
         self.send_response(code)
@@ -93,7 +97,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def digest(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
+    stat = path.stat()
+    return hashlib.sha1(f"{path}{stat.st_size}{stat.st_mtime_ns}".encode()).hexdigest()
 
 
 if __name__ == "__main__":

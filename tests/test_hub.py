@@ -90,6 +90,24 @@ def test_dropped_connection_goes_on(hub):
     assert sample(hub, "me/plain").returncode == 0
 
 
+def test_a_file_of_a_dataset(hub):
+    """Bug: hub:OWNER/NAME/FILE is looked for among models, its name is cut at the wrong slash, or a missing one ends in a traceback."""
+    folder = hub.folder / "me" / "riddles" / "data"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"question": "6 * 7?", "answer": "six times seven\\n#### 42"}\n')
+    code = ("import sys; from nanoexit.config import DataConfig; from nanoexit.data import read_prompts; from nanoexit.errors import run_script\n"
+            "def main(): print(read_prompts(DataConfig(prompts=sys.argv[1])))\nrun_script(main)")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
+
+    def ask(name: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", code, name], env=environment, capture_output=True, text=True, timeout=60)
+
+    assert "6 * 7?" in ask("hub:me/riddles/data/train.jsonl").stdout and "'gsm8k'" in ask("hub:me/riddles/data/train.jsonl").stdout
+    one_line(ask("hub:me/riddles/data/none.jsonl"), "none.jsonl", "no such file")
+    one_line(ask("hub:me/riddles"), "expected hub:OWNER/NAME/FILE")
+
+
 def test_nobody_listens(hub):
     """Bug: an endpoint that cannot be reached ends in a traceback."""
     one_line(sample(hub, "me/plain", HF_ENDPOINT="http://127.0.0.1:9"), "cannot be reached", "connection")

@@ -90,11 +90,13 @@ def test_merged_export_opens_in_transformers(tmp_path):
 def test_tiny_opens_in_transformers(tiny):
     """Bug: the tiny model of the repository is a model for us alone."""
     close(theirs(tiny)(IDS).logits, ours(tiny)(IDS))
-    text = transformers.PreTrainedTokenizerFast.from_pretrained(str(tiny))  # AutoTokenizer of transformers 5 takes Qwen2's splitting for model_type qwen2
+    text = transformers.AutoTokenizer.from_pretrained(str(tiny))
     chat = [{"role": "user", "content": "7 +3 *9"}]
     rendered = text.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert rendered == Tokenizer(tiny).render(chat)
     assert text(rendered, add_special_tokens=False)["input_ids"] == Tokenizer(tiny).prompt_ids("7 +3 *9")
+    for written in ("<bos> 7 +3 *9 . . . . = <think> 0 0 </think> 0 <eos>", "7+3*9"):  # for a Qwen2 AutoTokenizer would split as Qwen2 does
+        assert text.encode(written, add_special_tokens=False) == Tokenizer(tiny).encode(written)
 
 
 @pytest.mark.skipif(not HUB.is_dir(), reason="the real checkpoint is not here")

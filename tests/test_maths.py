@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from nanoexit.evaluate import repetition, share, token_kinds
+from nanoexit.evaluate import repetition, share
+from nanoexit.responses import token_kinds
 from nanoexit.exits import path_logprob, sample_depths, stick_breaking, teacher_chance
 from nanoexit.reinforce import depth_cost, leave_one_out, surrogate
 from nanoexit.score import divergence, through_readout, token_logprob

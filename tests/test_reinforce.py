@@ -9,7 +9,7 @@ from conftest import scramble
 
 from nanoexit.config import Config, LoRAConfig
 from nanoexit.errors import UserError
-from nanoexit.evaluate import Response
+from nanoexit.responses import Response
 from nanoexit.exits import Fixed, Head, attach
 from nanoexit.generate import generate
 from nanoexit.model import Shape, Transformer
