@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from nanoexit.config import ROOT, Config, describe, load_config, to_yaml
-from nanoexit.data import load_prompts
 from nanoexit.errors import UserError
 
 
@@ -68,20 +67,10 @@ def test_every_shipped_config_loads_and_every_knob_is_documented():
     assert "sft.kl_weight = 1.0\n      weight of the divergence" in describe()
 
 
-@pytest.mark.parametrize("name, model, blocks", [  # blocks: num_hidden_layers of the public config.json
-    ("deepseek", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 28),
-    ("qwen3", "Qwen/Qwen3-0.6B", 28),
-    ("llama3", "meta-llama/Llama-3.2-1B-Instruct", 16),
-    ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", 30),
-])
-def test_configs_of_public_models_fit_them(name, model, blocks):
-    """Catches: an exit at or beyond the model's last block, found only after gigabytes came down; logits of a step that fill the memory."""
-    config = load_config(ROOT / "configs" / f"{name}.yaml")
-    assert config.model.name == model and config.run.dir == f"runs/{name}-sft"
-    layers = config.exits.layers
-    assert layers == sorted(set(layers)) and layers[0] <= blocks / 4 and blocks / 2 < layers[-1] < blocks
-    assert config.sft.chunk * 152_000 * 4 < 200e6
-    assert {p.group for p in load_prompts(config.data, "held_out")} == {"arithmetic", "dates", "objects", "beliefs"}
+@pytest.mark.parametrize("name, vocabulary", [("deepseek", 151_936), ("qwen3", 151_936), ("llama3", 128_256), ("smollm2", 49_152)])
+def test_the_logits_of_a_chunk_stay_small(name, vocabulary):
+    """Catches: a default meant for small vocabularies: of 1,024 x 151,936 float32 logits (0.6 GB) losses hold half a dozen at once."""
+    assert load_config(ROOT / "configs" / f"{name}.yaml").sft.chunk * vocabulary * 4 < 100e6
 
 
 def test_deepseek_is_the_setting_it_says():
