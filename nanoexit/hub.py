@@ -87,7 +87,7 @@ def _fetch(what: str, download: Callable[[], str]) -> str:
         raise UserError(f"{what}: {at} answered {code}: {advice}") from None
     except Exception as error:  # the HTTP library's own errors: dropped connections, timeouts, names that do not resolve
         raise UserError(f"{what}: the download from {at} broke off ({type(error).__name__}): run the same command again, "
-                        f"it goes on where it stopped") from None
+                        f"files that came down whole are kept") from None
 
 
 def _cause(error: BaseException) -> str:

@@ -3,13 +3,13 @@
     python tests/hub_server.py FOLDER [PORT]      FOLDER/OWNER/NAME/... is the repository OWNER/NAME
 
 Then HF_ENDPOINT=http://127.0.0.1:PORT. It speaks what snapshot_download asks: the commit of a revision, the list of files,
-HEAD and GET of each.
+HEAD and GET of each. Files stream from disk, so they may be large.
+A dataset OWNER/NAME is served from FOLDER/datasets/OWNER/NAME.
 """
 
 import hashlib
 import json
 import re
-import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,12 +19,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """with Hub(folder) as hub: hub.url, hub.asked (paths), hub.gated (ids), hub.dropped (file names whose transfers break off)."""
+    """with Hub(folder) as hub: hub.url, hub.asked (paths), hub.gated (ids), hub.dropped (file names whose
+    transfers break off in the middle), hub.dropped_once (those that do so once)."""
 
     def __init__(self, folder: Path, port: int = 0):
         self.folder, self.asked = Path(folder), []
         self.gated: set[str] = set()
         self.dropped: set[str] = set()
+        self.dropped_once: set[str] = set()
         self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -45,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.hub.asked.append(f"{self.command} {path}")
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+|/tree/[^/]+)?|(?:/datasets)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+|/tree/[^/]+)?|/((?:datasets/)?[^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         if not found:
             return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
         name, what, file = found[1] or found[3], found[2] or "", found[4]
@@ -72,25 +74,26 @@ class Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         size = path.stat().st_size
-        headers = {"ETag": f'"{digest(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        self.answer(200, b"", headers, length=size)
-        if self.command != "HEAD":
-            with path.open("rb") as file:
-                if path.name in self.hub.dropped:
-                    self.wfile.write(file.read(size // 2))
-                    self.close_connection = True
-                else:
-                    shutil.copyfileobj(file, self.wfile, 2**20)
+        self.send_head(200, size, {"ETag": f'"{digest(path)}"', "X-Repo-Commit": COMMIT})
+        if self.command == "HEAD":
+            return
+        end = size // 2 if path.name in self.hub.dropped | self.hub.dropped_once else size
+        self.hub.dropped_once -= {path.name}
+        with path.open("rb") as file:
+            while piece := file.read(min(2**20, max(0, end - file.tell()))):
+                self.wfile.write(piece)
+        self.close_connection = end < size
 
-    def answer(self, code: int, body: bytes, headers: dict | None = None, length: int | None = None) -> None:
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.send_header("Content-Type", "application/json")
-        for key, value in (headers or {}).items():
-            self.send_header(key, value)
-        self.end_headers()
+    def answer(self, code: int, body: bytes, headers: dict | None = None) -> None:
+        self.send_head(code, len(body), headers or {})
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def send_head(self, code: int, length: int, headers: dict) -> None:
+        self.send_response(code)
+        for key, value in {"Content-Length": str(length), "Content-Type": "application/json", **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
 
     def log_message(self, *_) -> None:
         pass

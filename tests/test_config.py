@@ -67,6 +67,20 @@ def test_every_shipped_config_loads_and_every_knob_is_documented():
     assert "sft.kl_weight = 1.0\n      weight of the divergence" in describe()
 
 
+@pytest.mark.parametrize("name, vocabulary", [("deepseek", 151_936), ("qwen3", 151_936), ("llama3", 128_256), ("smollm2", 49_152)])
+def test_the_logits_of_a_chunk_stay_small(name, vocabulary):
+    """Catches: a default meant for small vocabularies: of 1,024 x 151,936 float32 logits (0.6 GB) losses hold half a dozen at once."""
+    assert load_config(ROOT / "configs" / f"{name}.yaml").sft.chunk * vocabulary * 4 < 100e6
+
+
+def test_deepseek_is_the_setting_it_says():
+    """Catches: the config that is rehearsed, and named in the README, drifting away from the published setting."""
+    c = load_config(ROOT / "configs" / "deepseek.yaml")
+    assert c.exits.layers == [5, 10, 15, 20, 25] and c.generation.max_new_tokens == 400 and c.sft.samples_per_trace > 1
+    assert (c.lora.r, c.lora.alpha, c.lora.dropout, c.lora.targets) == (8, 16, 0.05, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert (c.generation.temperature, c.generation.top_p, c.data.prompts, c.data.system) == (0.6, 0.95, "data/reasoning.jsonl", None)
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["configs/none.yaml"], "configs/none.yaml: no such file"),
     (["configs/tiny.yaml", "sft.stpes=3"], "unknown key 'sft.stpes'; did you mean 'steps'?"),
