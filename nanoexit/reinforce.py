@@ -84,7 +84,7 @@ def surrogate(logp: Tensor, old: Tensor, advantage: Tensor, clip: float) -> Tens
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def refuse_off_policy(config: Config, policy: Policy = Head()) -> None:
+def refuse_off_policy(config: Config, policy: Policy) -> None:
     """The gradient is only right for samples of the model's own distribution."""
     g = config.generation
     for key, value, wanted in (("temperature", g.temperature, 1.0), ("top_p", g.top_p, 1.0), ("top_k", g.top_k, 0)):
@@ -145,7 +145,7 @@ def action_logprobs(model: Transformer, responses: Sequence[Response], config: C
 def train(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
     """The loop: draw prompts, roll out, reward, update, log, save. Goes on from folder/checkpoint where there is one."""
     rl = config.rl
-    refuse_off_policy(config)
+    refuse_off_policy(config, Head())
     prompts = load_prompts(config.data, "train", config.data.count, config.run.seed)
     optimizer = make_optimizer([(list(trained(model).values()), rl.lr)])
     done = load_checkpoint(folder, model, optimizer)

@@ -1,7 +1,7 @@
 """The experiment: charge a small reasoner for depth, and see whether it begins to think out loud.
 
     python scripts/experiment.py                        SFT, lambda = 0 and lambda = 1, one seed: minutes on a laptop
-    python scripts/experiment.py --full --jobs 2        every arm, three seeds: about an hour on two cores
+    python scripts/experiment.py --full --jobs 2        every arm, three seeds, two arms side by side
 
 Stopped at any moment it goes on where it was. Writes results.json, table.md, SVG figures and index.html into --out.
 """
@@ -10,7 +10,7 @@ import argparse
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -34,13 +34,12 @@ def main() -> None:
     arms, seeds, folder = experiment.FULL if args.full else experiment.DEFAULT, args.seeds or ([0, 1, 2] if args.full else [0]), Path(args.out)
     starts = [arm for arm in arms if arm.depth_weight is None]
     rest = [arm for arm in arms if arm not in starts]
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), initializer=_quiet) if args.jobs > 1 else _InTurn() as pool:
-        _all(pool, experiment.make_base, [(arm.base, folder) for arm in starts], "bases")
-        results = _all(pool, experiment.run_arm, [(arm, seed, folder, args.overrides) for seed in seeds for arm in starts], "SFT")
-        for result in results[: len(starts)]:
-            if result["prompt_exits"] == "full":
-                print(f"\n{experiment.preflight_lines(result)}")
-        results += _all(pool, experiment.run_arm, [(arm, seed, folder, args.overrides) for seed in seeds for arm in rest], "REINFORCE")
+    _all(args.jobs, experiment.make_base, [(arm.base, folder) for arm in starts], "bases")
+    results = _all(args.jobs, experiment.run_arm, [(arm, seed, folder, args.overrides) for seed in seeds for arm in starts], "SFT")
+    for result in results[: len(starts)]:
+        if result["prompt_exits"] == "full":
+            print(f"\n{experiment.preflight_lines(result)}")
+    results += _all(args.jobs, experiment.run_arm, [(arm, seed, folder, args.overrides) for seed in seeds for arm in rest], "REINFORCE")
     order = [arm.name for arm in arms]
     results.sort(key=lambda r: (order.index(r["arm"]), r["seed"]))
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -49,38 +48,20 @@ def main() -> None:
     print(f"\n{experiment.table(results)}\n\n{folder / 'index.html'} shows it; the figures and results.json lie beside.")
 
 
+def _all(jobs: int, function, calls: list[tuple], name: str) -> list:
+    """function(*call) for every call, in order: one after the other, or `jobs` side by side."""
+    if jobs == 1:
+        return [function(*call) for call in calls]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet) as pool:
+        futures = [pool.submit(function, *call) for call in calls]
+        for done in tqdm(as_completed(futures), name, len(calls), unit="arm", dynamic_ncols=True):
+            done.result()  # an error is told at once
+        return [future.result() for future in futures]
+
+
 def _quiet() -> None:
     """The bars of processes side by side would write over each other."""
     sys.stderr = open(os.devnull, "w")
-
-
-class _InTurn:
-    """A pool of no processes."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
-
-    def submit(self, function, *arguments):
-        return _Done(function(*arguments))
-
-
-class _Done:
-    def __init__(self, value):
-        self.result = lambda: value
-
-
-def _all(pool, function, jobs: list[tuple], name: str) -> list:
-    """Every job, side by side; in order."""
-    with tqdm(total=len(jobs), desc=name, unit="arm", disable=isinstance(pool, _InTurn), dynamic_ncols=True) as bar:
-        futures = []
-        for job in jobs:
-            futures.append(pool.submit(function, *job))
-            if hasattr(futures[-1], "add_done_callback"):
-                futures[-1].add_done_callback(lambda _: bar.update())
-        return [future.result() for future in futures]
 
 
 if __name__ == "__main__":

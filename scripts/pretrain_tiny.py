@@ -78,12 +78,17 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides, Recipe).pretrain
-    started = time.time()
+    started, commit = time.time(), _commit()
     model, steps = train(config)
     figures = {**evaluate(model, config), "steps": steps, "seconds": round(time.time() - started)}
     print(json.dumps(figures, indent=2))
-    save(model, Path(config.out), config, figures)
+    save(model, Path(config.out), config, figures, commit)
     print(f"written to {config.out}; python scripts/sample.py --model {config.out} --policy full tries it")
+
+
+def _commit() -> str:
+    """What the code is before training starts; it may change on disk meanwhile."""
+    return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def new_model(config: PretrainConfig) -> Transformer:
@@ -226,12 +231,11 @@ def text(tokens: list[int]) -> str:
     return " ".join(WORDS[t] for t in tokens if t != EOS)
 
 
-def save(model: Transformer, out: Path, config: PretrainConfig, figures: dict) -> None:
+def save(model: Transformer, out: Path, config: PretrainConfig, figures: dict, commit: str) -> None:
     """A folder like any public model's. It is declared as a Llama with attention biases, that of o_proj being 0: the same function,
     and AutoTokenizer leaves our tokenizer alone (for a Qwen2 it puts Qwen2's own splitting into words in its place)."""
     out.mkdir(parents=True, exist_ok=True)
     s = model.shape
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     metadata = {"format": "pt", "made_by": "python scripts/pretrain_tiny.py", "commit": commit, "seed": str(config.seed),
                 "figures": json.dumps(figures), "torch": torch.__version__}
     tensors = {n: p.detach().contiguous() for n, p in model.named_parameters()}

@@ -52,7 +52,9 @@ def main() -> None:
         size = make_snapshot(folder / "hub" / NAME, SHAPE | SMALL if args.small else SHAPE)
         print(f"snapshot of {size / 1e9:.2f} GB made in {time.time() - started:.0f} s")
         with Hub(folder / "hub") as hub:
-            env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1"}
+            outside = ("HF_", "HUGGINGFACE_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")  # a cache of the user's shall never hold these weights
+            env = {k: v for k, v in os.environ.items() if not k.upper().startswith(outside)}
+            env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1"}
             first = train(env, folder, "sft.steps=1", "sft.save_every=1")
             env["HF_HUB_OFFLINE"] = "1"  # the second time from the cache
             second = resume(env, folder)

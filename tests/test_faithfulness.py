@@ -36,9 +36,9 @@ def test_forced_tokens_are_written_and_choose_their_exits(base):
     free = generate(model, ids, "head", 12, seed=1)
     forced = [g.tokens[:k] for g, k in zip(free, (0, 1, 2, 3))]
     assert [vars(g) for g in generate(model, ids, "head", 12, seed=1, forced=forced)] == [vars(g) for g in free]
-    other = generate(model, ids, "head", 12, seed=1, forced=[[5, 5]] * 4, batch_size=2)
+    other = generate(model, ids * 8, "head", 12, seed=1, forced=[[5, 5]] * 32, batch_size=5)
     assert all(g.tokens[:2] == [5, 5] for g in other)
-    assert len({g.depths[1] for g in other}) > 1 or len({d for g in other for d in g.depths[1:]}) > 1
+    assert {2, 8} <= {g.depths[1] for g in other}  # read out after the first forced token: some exited there, some did not
     model.exits = None
 
 
@@ -119,8 +119,7 @@ def test_the_probe_finds_values_late_and_not_early(base):
     train = [p for p, _ in zip((p for p in clock_prompts(9, 2) if not is_held_out(p.prompt)), range(1500))]
     curve = probe(model, tokenizer, train, prompts)
     assert len(curve) == 8 and curve[-1] > 0.9 and curve[0] < 0.4
-    shuffled = [Prompt(a.id, a.prompt, checker="clock") for a in train[:200]]
-    assert probe(model, tokenizer, shuffled, prompts)[-1] > 0.5
+    assert probe(model, tokenizer, train[:30], prompts)[1] < 0.6 < probe(model, tokenizer, train[:30], train[:30])[1]  # few points are learned by heart
 
 
 def test_the_experiment_runs_resumes_and_writes(tmp_path, monkeypatch):
