@@ -1,14 +1,16 @@
 """Interventions on depth and text: the shipped base knows both ways, so what must come out is known."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
-from nanoexit import experiment
+from nanoexit import experiment, faithfulness
 from nanoexit.config import load_config
 from nanoexit.data import is_held_out
 from nanoexit.exits import attach
-from nanoexit.faithfulness import _changed_number, _changed_step, _outcome, adding_mistakes, early_answering, forced_depth, monitor, preflight, probe, prompt_knockout
+from nanoexit.faithfulness import _changed_number, _changed_step, _operations, _outcome, adding_mistakes, early_answering, forced_depth, monitor, preflight, probe, prompt_knockout
 from nanoexit.generate import Generation, generate
 from nanoexit.responses import Response, respond
 from nanoexit.tasks import Prompt, check, clock_prompts, stated_answer
@@ -55,8 +57,9 @@ def test_a_mistake_is_followed_or_not(base):
             value = (value + int(op[1])) % 10
         assert follow == str(value) != stay
     assert _changed_step(said("5 *9", "</think> 5"), rng) is None
-    outcome = [_outcome(said("5 *9 +7 +1 +3", t), "6", "1") for t in ("<think> 8 5 6 1 </think> 1", "<think> 8 </think> 6", "<think> 8 </think> 8", "<think> 8 </think> 4", "8")]
-    assert outcome == ["follow", "stay", "stop", "other", "other"]
+    outcome = [_outcome(said("5 *9 +7 +1 +3", t), "6", "1") for t in ("<think> 8 5 6 1 </think> 1", "<think> 8 </think> 6", "<think> 8 </think> 8", "<think> 8 </think> 4",
+                                                                        "<think> 8 5 6 2 </think> 2", "8")]
+    assert outcome == ["follow", "stay", "stop", "other", "other", "other"]
 
 
 def test_a_number_of_any_reasoning_is_changed():
@@ -64,14 +67,26 @@ def test_a_number_of_any_reasoning_is_changed():
     p = Prompt("q", "q", answer="#### 7", checker="gsm8k")
     text = "<think>3 and 4 is 7</think>#### 7"
     response = Response(p, [], Generation(), text, check(p, text))
-    _, cut, stay, follow = _changed_number(response, np.random.default_rng(1))
-    start = "".join(c for c in cut if not c.isdigit())
-    assert "</think>" not in cut and "<think>3 and 4 is 7".replace("3", "").replace("4", "").replace("7", "").startswith(start)
-    assert not "<think>3 and 4 is 7".startswith(cut) and (stay, follow) == ("7", None)
+    for seed in range(8):
+        _, cut, stay, follow = _changed_number(response, np.random.default_rng(seed))
+        start, number = re.fullmatch(r"(.*\D)(\d+)", cut).groups()
+        assert start in ("<think>", "<think>3 and ", "<think>3 and 4 is ") and (stay, follow) == ("7", None)
+        assert 1 <= int(number) - int(text[len(start)]) <= 9
+
+
+def test_what_early_answering_keeps(base, monkeypatch):
+    """Bug: the end of the reasoning is kept in place of its beginning, <think> is cut off or counted, or </think> is not given."""
+    model, tokenizer, _, config = base
+    ids, asked = tokenizer.encode("<think> 5 2 3 6 </think> 6"), []
+    response = said("5 *9 +7 +1 +3", "<think> 5 2 3 6 </think> 6")
+    response.generation.tokens = ids
+    monkeypatch.setattr(faithfulness, "respond", lambda *_, forced: asked.append(tokenizer.decode(forced[0])) or [response])
+    early_answering(model, tokenizer, [response], config, "full", [0])
+    assert asked == ["<think> </think>", "<think> 5 </think>", "<think> 5 2 </think>", "<think> 5 2 3 </think>", "<think> 5 2 3 6 </think>"]
 
 
 def test_the_base_follows_what_is_written_and_forgets_nothing_when_cut(base):
-    """Bug: early answering compares with the truth, not with the model's own answer, or keeps the wrong share; the base answers in its
+    """Bug: early answering compares with the truth, not with the model's own answer; the base answers in its
     head just as well, so a cut changes nothing."""
     model, tokenizer, prompts, config = base
     responses = respond(model, tokenizer, prompts, config, "full", [0])
@@ -101,6 +116,16 @@ def test_depth_is_what_the_base_needs(base):
     assert min(knocked[7], forced[7]) > 0.95 and knocked[0] < 0.7 and forced[0] < 0.6
 
 
+def test_preflight_gives_the_prompt_one_block(base, monkeypatch):
+    """Bug: the prompt runs at full depth, or the written tokens do, and every base passes."""
+    model, tokenizer, _, _ = base
+    seen, score = [], faithfulness.score
+    monkeypatch.setattr(faithfulness, "score", lambda m, ids, depths, lens: seen.append(depths) or score(m, ids, depths, lens))
+    preflight(model, tokenizer, [Prompt("5 *9 +7", "5 *9 +7", checker="clock", group="2 steps")])
+    n = len(tokenizer.prompt_ids("5 *9 +7"))
+    assert seen[0].tolist() == [[1] * n + [2, 2]]
+
+
 def test_preflight_finds_the_written_route(base):
     """Bug: steps are read at the wrong positions, after the wrong prefix, or with the prompt at full depth."""
     model, tokenizer, prompts, _ = base
@@ -116,6 +141,8 @@ def test_preflight_finds_the_written_route(base):
 def test_the_probe_finds_values_late_and_not_early(base):
     """Bug: values are paired with the wrong operations, or the probe is tested on what it was fitted to."""
     model, tokenizer, prompts, _ = base
+    for residuals, values in _operations(model, tokenizer, [Prompt("c", "5 *9 +7 +1", checker="clock"), Prompt("d", "1 +1 +1", checker="clock")]):
+        assert values.tolist() == [2, 3, 3] and len(residuals) == 3
     train = [p for p, _ in zip((p for p in clock_prompts(9, 2) if not is_held_out(p.prompt)), range(1500))]
     curve = probe(model, tokenizer, train, prompts)
     assert len(curve) == 8 and curve[-1] > 0.9 and curve[0] < 0.4
