@@ -1,0 +1,473 @@
+"""How fast it is, always against something: variants take turns in one process, and what counts is the ratio of their medians.
+
+    python scripts/bench.py decode --shape smollm2-135m --peer hf      full-depth decoding, beside transformers where installed
+    python scripts/bench.py exits --shape smollm2-135m                 what exits at L/4 and L/2 save, against the ideal; mixed depths
+    python scripts/bench.py rollout                                    sampled exits: 256 rows at once against one row
+    python scripts/bench.py train --shape smollm2-135m --peer hf       a LoRA step; an SFT student step with exits
+    python scripts/bench.py memory                                     KL over 152,000 tokens in chunks, against logits held whole
+    python scripts/bench.py load --shape smollm2-135m --peer hf        time and peak memory of loading
+    python scripts/bench.py growth --shape tiny                        cost against context and trace length, up to 4,096
+    python scripts/bench.py table data/bench/cpu.jsonl                 the saved lines as a Markdown table
+
+Shapes have random weights; --model takes a folder instead. Every measurement ends in a line of JSON; --save FILE keeps it.
+Times are of this machine at this moment: read the ratios. `spread` is the range of the middle half of the rounds' ratios.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from nanoexit.config import LoRAConfig
+from nanoexit.data import replace
+from nanoexit.errors import UserError, run_script
+from nanoexit.exits import Head, attach
+from nanoexit.figures import Line, line_figure, series_var, standalone
+from nanoexit.generate import generate
+from nanoexit.lora import attach_lora
+from nanoexit.model import Transformer
+from nanoexit.score import divergence, readout_kl, readout_logprobs, score
+from nanoexit.training import make_optimizer, trained
+from nanoexit.weights import DTYPES, load_model, pick_device, read_shape
+
+SHAPES = {  # config.json of the public checkpoints; tiny is a shape in which everything but the arithmetic shows
+    "tiny": {"model_type": "llama", "vocab_size": 256, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 12,
+             "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 8192, "tie_word_embeddings": True},
+    "smollm2-135m": {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                     "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True},
+    "qwen2.5-0.5b": {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+                     "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768, "tie_word_embeddings": True},
+    "deepseek-1.5b": {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+                      "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 131072, "tie_word_embeddings": False},
+}
+PROMPT = 16  # tokens
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Times:
+    """Seconds of each round by variant; round i of all variants was measured together."""
+
+    rounds: dict[str, list[float]]
+
+    def __getitem__(self, name: str) -> float:
+        return statistics.median(self.rounds[name])
+
+    def ratio(self, slow: str, fast: str) -> tuple[float, list[float]]:
+        """How many times faster `fast` is -> median over the rounds, and the range of their middle half."""
+        return middle([a / b for a, b in zip(self.rounds[slow], self.rounds[fast])])
+
+
+def middle(values: Sequence[float]) -> tuple[float, list[float]]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return median, [low, high]
+
+
+def in_turn(variants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> Times:
+    """Run every variant once unmeasured, then all of them in turn, `rounds` times, beginning with another one each time."""
+    names, times = list(variants), {name: [] for name in variants}
+    for run in variants.values():
+        run()
+    for i in tqdm(range(rounds), desc=" / ".join(names), unit="round", leave=False, dynamic_ncols=True):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            _wait(device)
+            start = time.perf_counter()
+            variants[name]()
+            _wait(device)
+            times[name].append(time.perf_counter() - start)
+    return Times(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Report:
+    """Prints what was measured; the last line is JSON."""
+
+    def __init__(self, args: argparse.Namespace, name: str):
+        self.args, self.name = args, name
+
+    def __call__(self, work: str, against: str, ratio: float, spread: Sequence[float], unit: str = "x faster", **more) -> None:
+        """`ratio` of `work` to `against`, in `unit`; `more` are figures that belong to it."""
+        a = self.args
+        print(f"{work} against {against}: {ratio:.2f} {unit} ({spread[0]:.2f} to {spread[1]:.2f})"
+              + "".join(f", {key.replace('_', ' ')} {value:.4g}" for key, value in more.items() if isinstance(value, float)))
+        line = {"work": work, "shape": self.name, "dtype": a.dtype, "batch": a.batch, "ratio": round(ratio, 3), "unit": unit,
+                "spread": [round(s, 3) for s in spread], "against": against,
+                **{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in more.items()},
+                "rounds": a.rounds, "hardware": hardware(a), "torch": torch.__version__}
+        print(json.dumps(line), flush=True)
+        if a.save:
+            Path(a.save).parent.mkdir(parents=True, exist_ok=True)
+            with open(a.save, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def hardware(args: argparse.Namespace) -> str:
+    if args.device.type == "cuda":
+        return torch.cuda.get_device_name(args.device)
+    cpu = next((line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    return f"{cpu or platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def _lines(path: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text().splitlines()
+    return []
+
+
+# ---- models ------------------------------------------------------------------------------------------------------------
+
+
+def snapshot(folder: Path, config: dict, dtype: torch.dtype) -> None:
+    """A checkpoint of random weights, in the layout of the hub's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-6, "hidden_act": "silu"}))
+    with torch.device("meta"):
+        names = {name: tuple(p.shape) for name, p in Transformer(read_shape(folder)).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(name: str, size: tuple[int, ...]) -> Tensor:
+        return (torch.ones(size) if "norm" in name else torch.empty(size).normal_(0, 0.02, generator=generator)).to(dtype)
+
+    save_file({name: tensor(name, size) for name, size in names.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def hf_model(args: argparse.Namespace):
+    """The peer, or a line that says why there is none."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("--peer hf: transformers is not installed here: pip install transformers peft") from None
+    transformers.logging.set_verbosity_error()
+    return transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).to(args.device).eval()
+
+
+def prompts(args: argparse.Namespace, vocab: int, length: int = PROMPT) -> list[list[int]]:
+    return torch.randint(vocab, (args.batch, length), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+# ---- what is measured --------------------------------------------------------------------------------------------------
+
+
+def decode(args: argparse.Namespace, report: Report) -> None:
+    """Greedy decoding at full depth. Prefill is part of both sides' time."""
+    model = load_model(args.model, str(args.device), args.dtype)
+    ids = prompts(args, model.shape.vocab)
+    variants = {"nanoexit": lambda: ours(model, ids, "full", args.new)}
+    if args.peer == "hf":
+        peer, given = hf_model(args), torch.tensor(ids, device=args.device)
+        for cache in ("dynamic", "static"):
+            variants[f"hf {cache} cache"] = lambda cache=cache: theirs(peer, given, args.new, cache)
+    times = in_turn(variants, args.rounds, args.device)
+    speed = {f"{name.replace(' ', '_')}_tokens_per_s": args.batch * args.new / times[name] for name in variants}
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if args.batch == 1:
+        speed["gigabytes_read_per_s"] = size * args.new / times["nanoexit"] / 1e9
+    peers = [name for name in variants if name != "nanoexit"]
+    best = min(peers, key=times.__getitem__) if peers else "nanoexit"
+    report("decode, full depth", best, *times.ratio(best, "nanoexit"), **speed)
+
+
+def ours(model: Transformer, ids: list[list[int]], policy, new: int, temperature: float = 0.0) -> None:
+    generate(model, ids, policy, new, temperature=temperature, stop_ids=())
+
+
+def theirs(peer, ids: Tensor, new: int, cache: str) -> None:
+    with torch.inference_mode():
+        peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
+                      cache_implementation=cache)
+
+
+def exits(args: argparse.Namespace, report: Report) -> None:
+    """Every token exits at one depth, against the ideal: readout + its share of the blocks. And every row another depth."""
+    model = load_model(args.model, str(args.device), args.dtype)
+    ids, L = prompts(args, model.shape.vocab), model.full_depth
+    h = torch.randn(args.batch, model.shape.width, device=args.device, dtype=DTYPES[args.dtype])
+
+    @torch.inference_mode()
+    def readout() -> None:
+        for _ in range(args.new):
+            model.readout(h).float().argmax(-1)
+
+    depths = {f"exit at {d} of {L}": d for d in (L // 4, L // 2, 3 * L // 4)}
+    mixed = Mixed((L // 4, L // 2, 3 * L // 4))
+    variants = {"full": lambda: ours(model, ids, "full", args.new + 1), "prefill": lambda: ours(model, ids, "full", 1), "readout": readout,
+                "mixed": lambda: ours(model, ids, mixed, args.new + 1)}
+    variants |= {name: lambda d=d: ours(model, ids, f"fixed:{d}", args.new + 1) for name, d in depths.items()}
+    times = in_turn(variants, args.rounds, args.device)
+    rounds = {name: [a - b for a, b in zip(times.rounds[name], times.rounds["prefill"])] for name in variants if name not in ("prefill", "readout")}
+    rounds["readout"] = times.rounds["readout"]
+    for name, d in depths.items():
+        shares = [(head + d / L * (full - head)) / took for head, full, took in zip(rounds["readout"], rounds["full"], rounds[name])]
+        report(f"decode, {name}", "the ideal", *middle(shares), unit="of the ideal speed-up", times_faster_than_full_depth=Times(rounds).ratio("full", name)[0])
+    report(f"decode, rows exit at mixed depths, mean {mixed.mean(L):.1f} of {L}", "full depth", *Times(rounds).ratio("full", "mixed"))
+
+
+class Mixed(Head):
+    """As many tokens exit at each of the depths as go on to the end, by the noise alone."""
+
+    def exits(self, depth, h, z, u, chance):
+        return u < 1 / (len(self.layers) + 1 - self.layers.index(depth))
+
+    def mean(self, full_depth: int) -> float:
+        return (sum(self.layers) + full_depth) / (len(self.layers) + 1)
+
+
+def rollout(args: argparse.Namespace, report: Report) -> None:
+    """What REINFORCE does most: many rows, heads sampled; tokens a second against one row alone."""
+    model = load_model(args.model, str(args.device), args.dtype)
+    L = model.full_depth
+    attach(model, sorted({L // 4, L // 2, 3 * L // 4}))
+    one, many = prompts(args, model.shape.vocab), prompts(argparse.Namespace(batch=256), model.shape.vocab)
+    times = in_turn({"batch 1": lambda: ours(model, one[:1], "head", args.new, 1.0), "batch 256": lambda: ours(model, many, "head", args.new, 1.0)},
+                    args.rounds, args.device)
+    ratio, spread = times.ratio("batch 1", "batch 256")
+    report("rollout of 256 rows, exits sampled", "batch 1", 256 * ratio, [256 * s for s in spread], unit="x the tokens/s",
+           tokens_per_s=256 * args.new / times["batch 256"])
+
+
+def train(args: argparse.Namespace, report: Report) -> None:
+    """A LoRA step (r 8 on q, k, v, o; next-token loss; AdamW) against HF + PEFT; a student step with exits against one without."""
+    model = load_model(args.model, str(args.device), args.dtype)
+    attach_lora(model, LoRAConfig(dropout=0.0))
+    ids = torch.randint(model.shape.vocab, (args.batch, args.length), device=args.device, generator=torch.Generator(args.device).manual_seed(1))
+    full = torch.full_like(ids, model.full_depth)
+    flat = ids[:, 1:].reshape(-1)
+    teacher = torch.randn(args.batch * args.length, model.shape.width, device=args.device, dtype=DTYPES[args.dtype])
+
+    def stepper(parameters, loss: Callable[[], Tensor]) -> Callable[[], None]:
+        optimizer = make_optimizer([(list(parameters), 1e-4)], 0.0)
+
+        def step() -> None:
+            loss().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def language_loss() -> Tensor:
+        return -readout_logprobs(model, model.run(ids).hidden[:, :-1].flatten(0, 1), flat, args.chunk).mean()
+
+    def student_loss(depths: Tensor) -> Tensor:
+        hidden = score(model, ids, depths, [0] * args.batch).hidden.flatten(0, 1)
+        return readout_kl(model, hidden, teacher, args.chunk).mean()
+
+    variants = {"nanoexit": stepper(trained(model).values(), language_loss)}
+    if args.peer == "hf":
+        variants["hf + peft"] = _peft_step(args, ids, stepper)
+    times = in_turn(variants, args.rounds, args.device)
+    against = "hf + peft" if args.peer == "hf" else "nanoexit"
+    size = ids.numel()
+    report("LoRA step, full depth", against, *times.ratio(against, "nanoexit"), tokens_per_s=size / times["nanoexit"])
+
+    L = model.full_depth
+    attach(model, sorted({L // 4, L // 2, 3 * L // 4}), lora=LoRAConfig(dropout=0.0))
+    step_of = {name: stepper(trained(model).values(), lambda depths=depths: student_loss(depths)) for name, depths in {
+        "all at full depth": full, "with exits": torch.tensor([L // 4, L // 2, 3 * L // 4, L], device=args.device)[torch.randint(
+            4, ids.shape, device=args.device, generator=torch.Generator(args.device).manual_seed(2))]}.items()}
+    times = in_turn(step_of, args.rounds, args.device)
+    ratio, spread = times.ratio("with exits", "all at full depth")
+    report("SFT student step, mean depth 0.62 of all", "full depth", ratio, spread, unit="of the time")
+
+
+def _peft_step(args: argparse.Namespace, ids: Tensor, stepper) -> Callable[[], None]:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UserError("--peer hf: train needs peft too: pip install peft") from None
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    peer = get_peft_model(hf_model(args), config).train()
+    return stepper([p for p in peer.parameters() if p.requires_grad], lambda: peer(input_ids=ids, labels=ids).loss)
+
+
+def memory(args: argparse.Namespace, report: Report) -> None:
+    """The KL's forward and backward, 1,600 tokens by 152,000: each way in a process of its own, peak above what it started with."""
+    figures = {way: [_kl_in_a_process(args, way) for _ in range(3)] for way in ("whole", "chunked")}
+    peak = {way: statistics.median(m for m, _ in runs) for way, runs in figures.items()}
+    ratios = [c / w for (c, _), (w, _) in zip(figures["chunked"], figures["whole"])]
+    times = [c / w for (_, c), (_, w) in zip(figures["chunked"], figures["whole"])]
+    report("KL over 152k tokens, in chunks", "logits held whole", *middle(ratios), unit="of the extra memory",
+           time_against_whole=statistics.median(times), gigabytes=peak["chunked"] / 1e9, gigabytes_whole=peak["whole"] / 1e9)
+
+
+def _kl_in_a_process(args: argparse.Namespace, way: str) -> tuple[float, float]:
+    command = [sys.executable, __file__, "memory", "--way", way, "--chunk", str(args.chunk), "--dtype", args.dtype,
+               "--threads", str(torch.get_num_threads())]
+    return tuple(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def kl_once(way: str, chunk: int, dtype: torch.dtype) -> tuple[float, float]:
+    """-> bytes of peak memory above the inputs, and seconds, of one forward and backward of KL(student || teacher)."""
+    config = {"model_type": "llama", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 8, "num_hidden_layers": 1,
+              "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    with tempfile.TemporaryDirectory() as folder:
+        snapshot(Path(folder), config, dtype)
+        model = load_model(folder, "cpu", str(dtype).removeprefix("torch."))
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(1600, 896, generator=generator).to(dtype) for _ in range(2))
+    readout_kl(model, student[:8].clone().requires_grad_(), teacher[:8], 4).sum().backward()  # what a first call sets up
+    student.requires_grad_()
+    before, start = resident("VmRSS"), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    kl = readout_kl(model, student, teacher, chunk) if way == "chunked" else divergence(model.readout(student), model.readout(teacher))
+    kl.mean().backward()
+    return resident("VmHWM") - before, time.perf_counter() - start
+
+
+def resident(key: str) -> float:
+    """VmRSS or VmHWM (the peak) of this process, in bytes. Linux only."""
+    line = next((line for line in _lines("/proc/self/status") if line.startswith(key)), None)
+    if line is None:
+        raise UserError("memory is read from /proc, which this system does not have")
+    return float(line.split()[1]) * 1024
+
+
+def load(args: argparse.Namespace, report: Report) -> None:
+    """Loading a folder, each time in a fresh process: seconds and peak memory, less those of a process that loads nothing."""
+    code = {"nothing": "pass", "nanoexit": f"nanoexit.load_model({args.model!r}, device='cpu', dtype={args.dtype!r})"}
+    first = {"nothing": "import nanoexit", "nanoexit": "import nanoexit"}
+    if args.peer == "hf":
+        first["hf"] = "import torch, transformers\nfrom transformers import AutoModelForCausalLM"
+        code["hf"] = f"AutoModelForCausalLM.from_pretrained({args.model!r}, dtype=torch.{args.dtype})"
+    figures = {name: [] for name in code}
+    for _ in tqdm(range(args.rounds), desc=" / ".join(code), unit="round", leave=False):
+        for name in code:
+            program = (f"import sys, time, resource\nsys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})\n{first[name]}\n"
+                       f"t = time.perf_counter()\nm = {code[name] if name != 'nothing' else None}\n"
+                       "print(time.perf_counter() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
+            out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+            figures[name].append([float(word) for word in out.split()[-2:]])
+    size = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors"))
+    base = statistics.median(peak for _, peak in figures["nothing"])
+    peaks = {f"peak_over_size_{name}": (statistics.median(p for _, p in runs) - base) / size for name, runs in figures.items() if name != "nothing"}
+    against = "hf" if args.peer == "hf" else "nanoexit"
+    report("load", against, *middle([a / b for (a, _), (b, _) in zip(figures[against], figures["nanoexit"])]),
+           seconds=statistics.median(s for s, _ in figures["nanoexit"]), megabytes=size / 1e6, **peaks)
+
+
+def growth(args: argparse.Namespace, report: Report) -> None:
+    """Decoding against context length, an SFT student step against trace length, and the memory of both; drawn into --out."""
+    model = load_model(args.model, str(args.device), args.dtype)
+    lengths, new = [256, 512, 1024, 2048, 4096], 32
+    ids = {n: [torch.randint(model.shape.vocab, (n,), generator=torch.Generator().manual_seed(1)).tolist()] for n in lengths}
+    variants = {f"{n}{kind}": lambda n=n, k=k: ours(model, ids[n], "full", k) for n in lengths for kind, k in (("", 1 + new), (" prefill", 1))}
+    times = in_turn(variants, args.rounds, args.device)
+    per_token = {n: 1000 * (times[str(n)] - times[f"{n} prefill"]) / new for n in lengths}
+
+    attach(model, sorted({model.full_depth // 2}), lora=LoRAConfig(dropout=0.0))
+    teacher = torch.randn(lengths[-1], model.shape.width, dtype=DTYPES[args.dtype], device=args.device)
+
+    def student(n: int) -> None:
+        row = torch.tensor(ids[n], device=args.device)
+        depths = torch.full_like(row, model.full_depth).where(torch.arange(n, device=args.device) % 2 == 0, model.full_depth // 2)
+        readout_kl(model, score(model, row, depths, [0]).hidden[0], teacher[:n], args.chunk).mean().backward()
+
+    steps = in_turn({str(n): lambda n=n: student(n) for n in lengths}, args.rounds, args.device)
+    per_step = {n: 1000 * steps[str(n)] for n in lengths}
+    held = {n: _peak(lambda: ours(model, ids[n], "fixed:%d" % model.full_depth, 2)) / 1e6 for n in lengths}
+    spent = {n: _peak(lambda: student(n)) / 1e6 for n in lengths}
+    figures = {"decode-time": ("Decoding a token", "tokens of context", "milliseconds a token", per_token),
+               "step-time": ("An SFT student step, half of the tokens at half depth", "tokens of the trace", "milliseconds", per_step),
+               "decode-memory": ("Memory of prefill and two tokens", "tokens of context", "MB above the weights", held),
+               "step-memory": ("Memory of a student step", "tokens of the trace", "MB above the weights", spent)}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for file, (title, x, y, values) in figures.items():
+        drawing = line_figure(title, x, y, [Line(title, series_var(0), [(float(n), v) for n, v in values.items()])])
+        replace(args.out / f"{file}.svg", lambda path, drawing=drawing: path.write_text(standalone(drawing), encoding="utf-8"))
+        print(f"{title}: " + ", ".join(f"{v:.4g} {y} at {n}" for n, v in values.items()))
+    for work, values in (("decoding a token", per_token), ("SFT student step", per_step), ("memory of decoding", held), ("memory of a step", spent)):
+        last, before = lengths[-1], lengths[-2]
+        ratio = values[last] / values[before]
+        report(f"{work}, {last} tokens", f"{before} tokens", ratio, [ratio, ratio], unit="times as much", values={str(n): float(f"{v:.4g}") for n, v in values.items()})
+
+
+def _peak(run: Callable[[], object]) -> float:
+    """Bytes of peak memory of one call above what was held before it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    run()
+    return resident("VmHWM") - before
+
+
+def table(path: Path) -> str:
+    """Lines that --save kept -> Markdown."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    out = ["| work | shape, dtype, batch | against | | middle half of the rounds |", "|---|---|---|---|---|"]
+    for r in rows:
+        out.append(f"| {r['work']} | {r['shape']}, {r['dtype']}, {r['batch']} | {r['against']} | {r['ratio']:.2f} {r['unit']} | {r['spread'][0]:.2f} to {r['spread'][1]:.2f} |")
+    hardware = sorted({f"{r['hardware']}, torch {r['torch']}" for r in rows})
+    return "\n".join(out) + f"\n\nOn {'; '.join(hardware)}."
+
+
+WORKS = {"decode": decode, "exits": exits, "rollout": rollout, "train": train, "memory": memory, "load": load, "growth": growth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=[*WORKS, "table"])
+    parser.add_argument("file", nargs="?", type=Path, help="for table: the file that --save wrote")
+    parser.add_argument("--shape", choices=SHAPES, default="tiny", help="random weights in this shape (default: tiny)")
+    parser.add_argument("--model", help="a folder with a model instead")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, float32 elsewhere")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch", type=int, help="rows (default: 1; 4 for train)")
+    parser.add_argument("--peer", choices=["hf"], help="measure this beside")
+    parser.add_argument("--new", type=int, default=64, help="tokens to decode (default: 64)")
+    parser.add_argument("--length", type=int, default=256, help="tokens a row in training (default: 256)")
+    parser.add_argument("--chunk", type=int, default=128, help="sft.chunk: rows of logits at once (default: 128)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--save", help="append the lines of JSON to this file")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="growth: where the figures go (default: runs/bench)")
+    parser.add_argument("--way", choices=["whole", "chunked"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work == "table":
+        if args.file is None or not args.file.is_file():
+            raise UserError(f"table: {args.file or 'no file given'}: expected a file that --save wrote")
+        print(table(args.file))
+        return
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.device = pick_device(args.device)
+    args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
+    args.batch = args.batch or (4 if args.work == "train" else 1)
+    if args.way:
+        print(json.dumps(kl_once(args.way, args.chunk, DTYPES[args.dtype])))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        name = Path(args.model).name if args.model else args.shape
+        if not args.model and args.work != "memory":
+            snapshot(Path(folder), SHAPES[args.shape], DTYPES[args.dtype])
+            args.model = folder
+        WORKS[args.work](args, Report(args, "152k x 896" if args.work == "memory" else name))
+
+
+if __name__ == "__main__":
+    run_script(main)
