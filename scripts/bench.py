@@ -386,7 +386,7 @@ def growth(args: argparse.Namespace, report: Report) -> None:
 
     steps = in_turn({str(n): lambda n=n: student(n) for n in lengths}, args.rounds, args.device)
     per_step = {n: 1000 * steps[str(n)] for n in lengths}
-    held = {n: _peak(lambda: ours(model, ids[n], "fixed:%d" % model.full_depth, 2)) / 1e6 for n in lengths}
+    held = {n: _peak(lambda: ours(model, ids[n], f"fixed:{model.full_depth}", 2)) / 1e6 for n in lengths}
     spent = {n: _peak(lambda: student(n)) / 1e6 for n in lengths}
     figures = {"decode-time": ("Decoding a token", "tokens of context", "milliseconds a token", per_token),
                "step-time": ("An SFT student step, half of the tokens at half depth", "tokens of the trace", "milliseconds", per_step),
