@@ -7,7 +7,7 @@
     python scripts/bench.py memory                                     KL over 152,000 tokens in chunks, against logits held whole
     python scripts/bench.py load --shape smollm2-135m --peer hf        time and peak memory of loading
     python scripts/bench.py growth --shape tiny                        cost against context and trace length, up to 4,096
-    python scripts/bench.py table data/bench/cpu.jsonl                 the saved lines as a Markdown table
+    python scripts/bench.py table runs/bench.jsonl                     the saved lines as a Markdown table
 
 Shapes have random weights; --model takes a folder instead. Every measurement ends in a line of JSON; --save FILE keeps it.
 Times are of this machine at this moment: read the ratios. `spread` is the range of the middle half of the rounds' ratios.
@@ -27,10 +27,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -154,18 +154,17 @@ def snapshot(folder: Path, config: dict, dtype: torch.dtype) -> None:
     save_file({name: tensor(name, size) for name, size in names.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
-def hf_model(args: argparse.Namespace):
-    """The peer, or a line that says why there is none."""
+def hf():
+    """The peer's module (tests/peers.py), or a line that says why there is none."""
     try:
-        import transformers
+        import peers
     except ImportError:
-        raise UserError("--peer hf: transformers is not installed here: pip install transformers peft") from None
-    transformers.logging.set_verbosity_error()
-    return transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).to(args.device).eval()
+        raise UserError("--peer hf: transformers and peft are not installed here: pip install transformers peft") from None
+    return peers
 
 
-def prompts(args: argparse.Namespace, vocab: int, length: int = PROMPT) -> list[list[int]]:
-    return torch.randint(vocab, (args.batch, length), generator=torch.Generator().manual_seed(1)).tolist()
+def prompts(rows: int, vocab: int) -> list[list[int]]:
+    return torch.randint(vocab, (rows, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 # ---- what is measured --------------------------------------------------------------------------------------------------
@@ -174,19 +173,19 @@ def prompts(args: argparse.Namespace, vocab: int, length: int = PROMPT) -> list[
 def decode(args: argparse.Namespace, report: Report) -> None:
     """Greedy decoding at full depth. Prefill is part of both sides' time."""
     model = load_model(args.model, str(args.device), args.dtype)
-    ids = prompts(args, model.shape.vocab)
+    ids = prompts(args.batch, model.shape.vocab)
     variants = {"nanoexit": lambda: ours(model, ids, "full", args.new)}
     if args.peer == "hf":
-        peer, given = hf_model(args), torch.tensor(ids, device=args.device)
+        peer, given = hf().load(args.model, DTYPES[args.dtype], args.device), torch.tensor(ids, device=args.device)
         for cache in ("dynamic", "static"):
-            variants[f"hf {cache} cache"] = lambda cache=cache: theirs(peer, given, args.new, cache)
+            variants[f"hf {cache} cache"] = lambda cache=cache: hf().decode(peer, given, args.new, cache)
     times = in_turn(variants, args.rounds, args.device)
     speed = {f"{name.replace(' ', '_')}_tokens_per_s": args.batch * args.new / times[name] for name in variants}
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if args.batch == 1:
         speed["gigabytes_read_per_s"] = size * args.new / times["nanoexit"] / 1e9
     peers = [name for name in variants if name != "nanoexit"]
-    best = min(peers, key=times.__getitem__) if peers else "nanoexit"
+    best = min(peers or ["nanoexit"], key=times.__getitem__)
     report("decode, full depth", best, *times.ratio(best, "nanoexit"), **speed)
 
 
@@ -194,16 +193,10 @@ def ours(model: Transformer, ids: list[list[int]], policy, new: int, temperature
     generate(model, ids, policy, new, temperature=temperature, stop_ids=())
 
 
-def theirs(peer, ids: Tensor, new: int, cache: str) -> None:
-    with torch.inference_mode():
-        peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
-                      cache_implementation=cache)
-
-
 def exits(args: argparse.Namespace, report: Report) -> None:
     """Every token exits at one depth, against the ideal: readout + its share of the blocks. And every row another depth."""
     model = load_model(args.model, str(args.device), args.dtype)
-    ids, L = prompts(args, model.shape.vocab), model.full_depth
+    ids, L = prompts(args.batch, model.shape.vocab), model.full_depth
     h = torch.randn(args.batch, model.shape.width, device=args.device, dtype=DTYPES[args.dtype])
 
     @torch.inference_mode()
@@ -240,8 +233,8 @@ def rollout(args: argparse.Namespace, report: Report) -> None:
     model = load_model(args.model, str(args.device), args.dtype)
     L = model.full_depth
     attach(model, sorted({L // 4, L // 2, 3 * L // 4}))
-    one, many = prompts(args, model.shape.vocab), prompts(argparse.Namespace(batch=256), model.shape.vocab)
-    times = in_turn({"batch 1": lambda: ours(model, one[:1], "head", args.new, 1.0), "batch 256": lambda: ours(model, many, "head", args.new, 1.0)},
+    one, many = prompts(1, model.shape.vocab), prompts(256, model.shape.vocab)
+    times = in_turn({"batch 1": lambda: ours(model, one, "head", args.new, 1.0), "batch 256": lambda: ours(model, many, "head", args.new, 1.0)},
                     args.rounds, args.device)
     ratio, spread = times.ratio("batch 1", "batch 256")
     report("rollout of 256 rows, exits sampled", "batch 1", 256 * ratio, [256 * s for s in spread], unit="x the tokens/s",
@@ -276,7 +269,8 @@ def train(args: argparse.Namespace, report: Report) -> None:
 
     variants = {"nanoexit": stepper(trained(model).values(), language_loss)}
     if args.peer == "hf":
-        variants["hf + peft"] = _peft_step(args, ids, stepper)
+        peer = hf().with_lora(hf().load(args.model, DTYPES[args.dtype], args.device), list(LoRAConfig().targets))
+        variants["hf + peft"] = stepper([p for p in peer.parameters() if p.requires_grad], lambda: peer(input_ids=ids, labels=ids).loss)
     times = in_turn(variants, args.rounds, args.device)
     against = "hf + peft" if args.peer == "hf" else "nanoexit"
     size = ids.numel()
@@ -290,16 +284,6 @@ def train(args: argparse.Namespace, report: Report) -> None:
     times = in_turn(step_of, args.rounds, args.device)
     ratio, spread = times.ratio("with exits", "all at full depth")
     report("SFT student step, mean depth 0.62 of all", "full depth", ratio, spread, unit="of the time")
-
-
-def _peft_step(args: argparse.Namespace, ids: Tensor, stepper) -> Callable[[], None]:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise UserError("--peer hf: train needs peft too: pip install peft") from None
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    peer = get_peft_model(hf_model(args), config).train()
-    return stepper([p for p in peer.parameters() if p.requires_grad], lambda: peer(input_ids=ids, labels=ids).loss)
 
 
 def memory(args: argparse.Namespace, report: Report) -> None:
@@ -329,11 +313,26 @@ def kl_once(way: str, chunk: int, dtype: torch.dtype) -> tuple[float, float]:
     student, teacher = (torch.randn(1600, 896, generator=generator).to(dtype) for _ in range(2))
     readout_kl(model, student[:8].clone().requires_grad_(), teacher[:8], 4).sum().backward()  # what a first call sets up
     student.requires_grad_()
-    before, start = resident("VmRSS"), time.perf_counter()
+
+    def once() -> None:
+        kl = readout_kl(model, student, teacher, chunk) if way == "chunked" else divergence(model.readout(student), model.readout(teacher))
+        kl.mean().backward()
+
+    start = time.perf_counter()
+    return peak(once, torch.device("cpu")), time.perf_counter() - start
+
+
+def peak(run: Callable[[], object], device: torch.device) -> float:
+    """Bytes of memory of one call, at its peak, above what was held before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    kl = readout_kl(model, student, teacher, chunk) if way == "chunked" else divergence(model.readout(student), model.readout(teacher))
-    kl.mean().backward()
-    return resident("VmHWM") - before, time.perf_counter() - start
+    run()
+    return resident("VmHWM") - before
 
 
 def resident(key: str) -> float:
@@ -345,17 +344,15 @@ def resident(key: str) -> float:
 
 
 def load(args: argparse.Namespace, report: Report) -> None:
-    """Loading a folder, each time in a fresh process: seconds and peak memory, less those of a process that loads nothing."""
-    code = {"nothing": "pass", "nanoexit": f"nanoexit.load_model({args.model!r}, device='cpu', dtype={args.dtype!r})"}
-    first = {"nothing": "import nanoexit", "nanoexit": "import nanoexit"}
+    """Loading a folder, each time in a fresh process: seconds, and peak memory above that of a process that loads nothing."""
+    calls = {"nothing": ("nanoexit", "None"), "nanoexit": ("nanoexit", f"nanoexit.load_model({args.model!r}, 'cpu', {args.dtype!r})")}
     if args.peer == "hf":
-        first["hf"] = "import torch, transformers\nfrom transformers import AutoModelForCausalLM"
-        code["hf"] = f"AutoModelForCausalLM.from_pretrained({args.model!r}, dtype=torch.{args.dtype})"
-    figures = {name: [] for name in code}
-    for _ in tqdm(range(args.rounds), desc=" / ".join(code), unit="round", leave=False):
-        for name in code:
-            program = (f"import sys, time, resource\nsys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})\n{first[name]}\n"
-                       f"t = time.perf_counter()\nm = {code[name] if name != 'nothing' else None}\n"
+        hf()
+        calls["hf"] = ("peers", f"peers.load({args.model!r}, torch.{args.dtype}, 'cpu')")
+    figures = {name: [] for name in calls}
+    for _ in tqdm(range(args.rounds), desc=" / ".join(calls), unit="round", leave=False):
+        for name, (module, call) in calls.items():
+            program = (f"import sys, time, resource\nsys.path[:0] = {sys.path[:2]!r}\nimport torch, {module}\nt = time.perf_counter()\nm = {call}\n"
                        "print(time.perf_counter() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
             out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
             figures[name].append([float(word) for word in out.split()[-2:]])
@@ -386,8 +383,8 @@ def growth(args: argparse.Namespace, report: Report) -> None:
 
     steps = in_turn({str(n): lambda n=n: student(n) for n in lengths}, args.rounds, args.device)
     per_step = {n: 1000 * steps[str(n)] for n in lengths}
-    held = {n: _peak(lambda: ours(model, ids[n], f"fixed:{model.full_depth}", 2)) / 1e6 for n in lengths}
-    spent = {n: _peak(lambda: student(n)) / 1e6 for n in lengths}
+    held = {n: peak(lambda: ours(model, ids[n], "full", 2), args.device) / 1e6 for n in lengths}
+    spent = {n: peak(lambda: student(n), args.device) / 1e6 for n in lengths}
     figures = {"decode-time": ("Decoding a token", "tokens of context", "milliseconds a token", per_token),
                "step-time": ("An SFT student step, half of the tokens at half depth", "tokens of the trace", "milliseconds", per_step),
                "decode-memory": ("Memory of prefill and two tokens", "tokens of context", "MB above the weights", held),
@@ -401,19 +398,6 @@ def growth(args: argparse.Namespace, report: Report) -> None:
         last, before = lengths[-1], lengths[-2]
         ratio = values[last] / values[before]
         report(f"{work}, {last} tokens", f"{before} tokens", ratio, [ratio, ratio], unit="times as much", values={str(n): float(f"{v:.4g}") for n, v in values.items()})
-
-
-def _peak(run: Callable[[], object]) -> float:
-    """Bytes of peak memory of one call above what was held before it."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    run()
-    return resident("VmHWM") - before
 
 
 def table(path: Path) -> str:
@@ -453,6 +437,9 @@ def main() -> None:
             raise UserError(f"table: {args.file or 'no file given'}: expected a file that --save wrote")
         print(table(args.file))
         return
+    for flag, low in (("batch", 1), ("new", 1), ("length", 2), ("chunk", 1), ("rounds", 2), ("threads", 1)):
+        if getattr(args, flag) is not None and getattr(args, flag) < low:
+            raise UserError(f"--{flag}: expected at least {low}, found {getattr(args, flag)}")
     if args.threads:
         torch.set_num_threads(args.threads)
     args.device = pick_device(args.device)

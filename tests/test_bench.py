@@ -1,0 +1,55 @@
+"""The bench says which way round a ratio is, and ends in a line of JSON that its table reads. Speed itself is never tested."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanoexit.config import ROOT
+
+sys.path.append(str(ROOT / "scripts"))
+
+import bench
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "scripts" / "bench.py", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_a_ratio_says_how_many_times_faster():
+    """Catches: slow and fast exchanged; rounds that are not paired; a mean where a median is meant."""
+    ratio, spread = bench.Times({"slow": [2.0, 4.0, 60.0], "fast": [1.0, 1.0, 20.0]}).ratio("slow", "fast")
+    assert ratio == 3.0 and spread == [2.5, 3.5]
+
+
+def test_mixed_depths_are_equally_likely():
+    """Catches: a chance that forgets who has left before."""
+    policy, u = bench.Mixed((2, 4, 6)), torch.rand(4000, 3, generator=torch.Generator().manual_seed(0))
+    left, counts = torch.ones(4000, dtype=torch.bool), []
+    for column, depth in enumerate(policy.layers):
+        gone = policy.exits(depth, None, None, u[:, column], None) & left
+        counts.append(int(gone.sum()))
+        left &= ~gone
+    assert all(abs(n - 1000) < 120 for n in [*counts, int(left.sum())]) and policy.mean(8) == 5.0
+
+
+@pytest.mark.parametrize("work, keys", [("decode", {"nanoexit_tokens_per_s"}), ("exits", {"times_faster_than_full_depth"}), ("train", {"tokens_per_s"})])
+def test_the_last_line_is_json_and_the_table_reads_it(tmp_path, work, keys):
+    """Catches: a work that no longer runs, a line without what the table needs."""
+    saved = tmp_path / "bench.jsonl"
+    done = run(work, "--new", 2, "--rounds", 2, "--batch", 2, "--length", 8, "--threads", 1, "--save", saved)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert json.loads(done.stdout.splitlines()[-1]) == lines[-1]
+    assert {"work", "shape", "dtype", "batch", "ratio", "spread", "against", "hardware"} | keys <= set(lines[0])
+    table = run("table", saved).stdout
+    assert all(f"| {line['work']} | tiny, float32, 2 |" in table for line in lines)
+
+
+@pytest.mark.parametrize("arguments, words", [(["decode", "--rounds", 1], "--rounds: expected at least 2, found 1"), (["table", "no.jsonl"], "no.jsonl: expected a file"),
+                                              (["decode", "--model", "/no/such"], "/no/such")])
+def test_bad_input_is_one_line(arguments, words):
+    done = run(*arguments)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
