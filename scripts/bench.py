@@ -288,7 +288,7 @@ def train(args: argparse.Namespace, report: Report) -> None:
 
 def memory(args: argparse.Namespace, report: Report) -> None:
     """The KL's forward and backward, 1,600 tokens by 152,000: each way in a process of its own, peak above what it started with."""
-    figures = {way: [_kl_in_a_process(args, way) for _ in range(3)] for way in ("whole", "chunked")}
+    figures = {way: [_alone(args, "memory", way) for _ in range(3)] for way in ("whole", "chunked")}
     peak = {way: statistics.median(m for m, _ in runs) for way, runs in figures.items()}
     ratios = [c / w for (c, _), (w, _) in zip(figures["chunked"], figures["whole"])]
     times = [c / w for (_, c), (_, w) in zip(figures["chunked"], figures["whole"])]
@@ -296,9 +296,11 @@ def memory(args: argparse.Namespace, report: Report) -> None:
            time_against_whole=statistics.median(times), gigabytes=peak["chunked"] / 1e9, gigabytes_whole=peak["whole"] / 1e9)
 
 
-def _kl_in_a_process(args: argparse.Namespace, way: str) -> tuple[float, float]:
-    command = [sys.executable, __file__, "memory", "--way", way, "--chunk", str(args.chunk), "--dtype", args.dtype,
-               "--threads", str(torch.get_num_threads())]
+def _alone(args: argparse.Namespace, work: str, way: str) -> tuple[float, float]:
+    """Bytes and seconds of `way`, measured in a fresh process: memory that was freed before would hide a peak."""
+    flags = {"way": way, "chunk": args.chunk, "dtype": args.dtype, "threads": torch.get_num_threads(), "longest": args.longest,
+             "device": args.device, "model": args.model or ""}
+    command = [sys.executable, __file__, work, *(f"--{name}={value}" for name, value in flags.items())]
     return tuple(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
@@ -366,38 +368,50 @@ def load(args: argparse.Namespace, report: Report) -> None:
 
 def growth(args: argparse.Namespace, report: Report) -> None:
     """Decoding against context length, an SFT student step against trace length, and the memory of both; drawn into --out."""
-    model = load_model(args.model, str(args.device), args.dtype)
-    lengths, new = [256, 512, 1024, 2048, 4096], 32
-    ids = {n: [torch.randint(model.shape.vocab, (n,), generator=torch.Generator().manual_seed(1)).tolist()] for n in lengths}
-    variants = {f"{n}{kind}": lambda n=n, k=k: ours(model, ids[n], "full", k) for n in lengths for kind, k in (("", 1 + new), (" prefill", 1))}
+    lengths, new = [args.longest // 2**i for i in (4, 3, 2, 1, 0)], 32
+    decoding, student = _growing(args)
+    variants = {f"{n}{kind}": lambda n=n, k=k: decoding(n, k) for n in lengths for kind, k in (("", 1 + new), (" prefill", 1))}
     times = in_turn(variants, args.rounds, args.device)
-    per_token = {n: 1000 * (times[str(n)] - times[f"{n} prefill"]) / new for n in lengths}
+    steps = in_turn({str(n): lambda n=n: student(n) for n in lengths}, args.rounds, args.device)
+    figures = {
+        "decode-time": ("decoding a token", "ms", {n: 1000 * (times[str(n)] - times[f"{n} prefill"]) / new for n in lengths}),
+        "step-time": ("SFT student step, half of the tokens at half depth", "ms", {n: 1000 * steps[str(n)] for n in lengths}),
+        "decode-memory": ("memory of prefill and one token", "MB", {n: _alone(args, "growth", f"decode:{n}")[0] / 1e6 for n in lengths}),
+        "step-memory": ("memory of a student step", "MB", {n: _alone(args, "growth", f"step:{n}")[0] / 1e6 for n in lengths}),
+    }
+    for file, (work, unit, values) in figures.items():
+        drawing = line_figure(work.capitalize(), "tokens", unit, [Line(work, list(values.items()), series_var(0))])
+        replace(args.out / f"{file}.svg", lambda path, drawing=drawing: path.write_text(standalone(drawing), encoding="utf-8"))
+        print(f"{work}: " + ", ".join(f"{v:.4g} {unit} at {n}" for n, v in values.items()))
+        ratio = values[lengths[-1]] / values[lengths[-2]]
+        report(f"{work}, {lengths[-1]} tokens", f"{lengths[-2]} tokens", ratio, [ratio, ratio], unit="times as much",
+               values={str(n): float(f"{v:.4g}") for n, v in values.items()})
 
-    attach(model, sorted({model.full_depth // 2}), lora=LoRAConfig(dropout=0.0))
-    teacher = torch.randn(lengths[-1], model.shape.width, dtype=DTYPES[args.dtype], device=args.device)
+
+def _growing(args: argparse.Namespace) -> tuple[Callable, Callable]:
+    """-> decoding(n, new), which prefills n tokens first; student(n): forward and backward of one row of n tokens."""
+    model = load_model(args.model, str(args.device), args.dtype)
+    half = model.full_depth // 2
+    attach(model, [half], lora=LoRAConfig(dropout=0.0))
+    row = torch.randint(model.shape.vocab, (1, args.longest), generator=torch.Generator().manual_seed(1)).to(args.device)
+    depths = torch.full_like(row, model.full_depth)
+    depths[:, ::2] = half
+    teacher = torch.randn(args.longest, model.shape.width, dtype=DTYPES[args.dtype], device=args.device)
 
     def student(n: int) -> None:
-        row = torch.tensor(ids[n], device=args.device)
-        depths = torch.full_like(row, model.full_depth).where(torch.arange(n, device=args.device) % 2 == 0, model.full_depth // 2)
-        readout_kl(model, score(model, row, depths, [0]).hidden[0], teacher[:n], args.chunk).mean().backward()
+        readout_kl(model, score(model, row[:, :n], depths[:, :n], [0]).hidden[0], teacher[:n], args.chunk).mean().backward()
 
-    steps = in_turn({str(n): lambda n=n: student(n) for n in lengths}, args.rounds, args.device)
-    per_step = {n: 1000 * steps[str(n)] for n in lengths}
-    held = {n: peak(lambda: ours(model, ids[n], "full", 2), args.device) / 1e6 for n in lengths}
-    spent = {n: peak(lambda: student(n), args.device) / 1e6 for n in lengths}
-    figures = {"decode-time": ("Decoding a token", "tokens of context", "milliseconds a token", per_token),
-               "step-time": ("An SFT student step, half of the tokens at half depth", "tokens of the trace", "milliseconds", per_step),
-               "decode-memory": ("Memory of prefill and two tokens", "tokens of context", "MB above the weights", held),
-               "step-memory": ("Memory of a student step", "tokens of the trace", "MB above the weights", spent)}
-    args.out.mkdir(parents=True, exist_ok=True)
-    for file, (title, x, y, values) in figures.items():
-        drawing = line_figure(title, x, y, [Line(title, series_var(0), [(float(n), v) for n, v in values.items()])])
-        replace(args.out / f"{file}.svg", lambda path, drawing=drawing: path.write_text(standalone(drawing), encoding="utf-8"))
-        print(f"{title}: " + ", ".join(f"{v:.4g} {y} at {n}" for n, v in values.items()))
-    for work, values in (("decoding a token", per_token), ("SFT student step", per_step), ("memory of decoding", held), ("memory of a step", spent)):
-        last, before = lengths[-1], lengths[-2]
-        ratio = values[last] / values[before]
-        report(f"{work}, {last} tokens", f"{before} tokens", ratio, [ratio, ratio], unit="times as much", values={str(n): float(f"{v:.4g}") for n, v in values.items()})
+    return lambda n, new: ours(model, row[:, :n].tolist(), "full", new), student
+
+
+def growth_once(args: argparse.Namespace) -> tuple[float, float]:
+    """-> bytes of peak memory above the weights', and seconds, of --way decode:N or step:N, after a short call of the same kind."""
+    kind, n = args.way.split(":")
+    decoding, student = _growing(args)
+    run = student if kind == "step" else lambda n: decoding(n, 2)
+    run(8)
+    start = time.perf_counter()
+    return peak(lambda: run(int(n)), args.device), time.perf_counter() - start
 
 
 def table(path: Path) -> str:
@@ -425,19 +439,20 @@ def main() -> None:
     parser.add_argument("--peer", choices=["hf"], help="measure this beside")
     parser.add_argument("--new", type=int, default=64, help="tokens to decode (default: 64)")
     parser.add_argument("--length", type=int, default=256, help="tokens a row in training (default: 256)")
+    parser.add_argument("--longest", type=int, default=4096, help="growth: the longest context; four halvings come before (default: 4096)")
     parser.add_argument("--chunk", type=int, default=128, help="sft.chunk: rows of logits at once (default: 128)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--save", help="append the lines of JSON to this file")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="growth: where the figures go (default: runs/bench)")
-    parser.add_argument("--way", choices=["whole", "chunked"], help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work == "table":
         if args.file is None or not args.file.is_file():
             raise UserError(f"table: {args.file or 'no file given'}: expected a file that --save wrote")
         print(table(args.file))
         return
-    for flag, low in (("batch", 1), ("new", 1), ("length", 2), ("chunk", 1), ("rounds", 2), ("threads", 1)):
+    for flag, low in (("batch", 1), ("new", 1), ("length", 2), ("longest", 16), ("chunk", 1), ("rounds", 2), ("threads", 1)):
         if getattr(args, flag) is not None and getattr(args, flag) < low:
             raise UserError(f"--{flag}: expected at least {low}, found {getattr(args, flag)}")
     if args.threads:
@@ -446,7 +461,7 @@ def main() -> None:
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     args.batch = args.batch or (4 if args.work == "train" else 1)
     if args.way:
-        print(json.dumps(kl_once(args.way, args.chunk, DTYPES[args.dtype])))
+        print(json.dumps(kl_once(args.way, args.chunk, DTYPES[args.dtype]) if args.work == "memory" else growth_once(args)))
         return
     with tempfile.TemporaryDirectory() as folder:
         name = Path(args.model).name if args.model else args.shape
