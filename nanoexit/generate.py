@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nanoexit.cache import Cache
+from nanoexit.decode import DecodeStep
 from nanoexit.errors import UserError
 from nanoexit.exits import Fixed, Head, Policy, parse_policy, path_logprob, teacher_chance
 from nanoexit.model import Transformer
@@ -139,6 +140,7 @@ class _Decoder:
         self.max_new_tokens, self.sampling, self.stop_ids = max_new_tokens, sampling, frozenset(stop_ids)
         self.seed = list(seed) if isinstance(seed, Sequence) else [seed]
         self.freeze, self.forced, self.on_finish = freeze, forced, on_finish
+        self.steps = DecodeStep(model)
         self.results: list[Generation] = [Generation() for _ in prompts]
         self.capacity = max((len(p) for p in prompts), default=0) + max_new_tokens
         self.cache: Cache | None = None
@@ -157,10 +159,11 @@ class _Decoder:
         B, T = ids.shape
         cache = self._cache(B, self.capacity if self.cache is None else T)
         cache.place(0, T)
-        ask = None
+        ask = alive = None
         if self.prompt_policy is not None:
             ask = _Ask(self.model, self.prompt_policy, self._prompt_noise(rows, T))
-        run = self.model.run(ids, cache=cache, stop=ask, freeze=self.freeze)
+            alive = torch.arange(T, device=ids.device) < torch.tensor([len(p) for p in prompts], device=ids.device)[:, None]
+        run = self.model.run(ids, cache=cache, stop=ask, alive=alive, freeze=self.freeze)
         slots = self._seat(rows, cache, ids.new_zeros(B), noise)
         ends = torch.tensor([len(p) - 1 for p in prompts], device=ids.device)
         self._note_prompts(rows, run.depths, ask)
@@ -186,7 +189,11 @@ class _Decoder:
         noise = self.noise[:, counts[0]] if len(set(counts)) == 1 else self.noise[torch.arange(B, device=device), torch.tensor(counts, device=device)]
         chance = self._foresee(ids, positions, alive, chosen) if self.policy.foresees else None
         ask = _Ask(self.model, self.policy, noise[:, 1:], chance)
-        run = self.model.run(ids, positions, self.cache, ask if ask.layers else None, alive, self.freeze)
+        stop = ask if ask.layers else None
+        if self.freeze:
+            run = self.steps(ids, positions, self.cache, stop, alive)
+        else:
+            run = self.model.run(ids, positions, self.cache, stop, alive, freeze=False)
         for slot in slots:
             self.lengths[slot] += 1
         depths = run.depths[:, 0]
@@ -197,7 +204,7 @@ class _Decoder:
         slots = self.active
         if slots and len(slots) <= len(self.rows) // 2:
             keep = torch.tensor(slots, device=self.last.device)
-            self.cache.settle_all(self.model.model["layers"])
+            self.cache.settle(self.model.full_depth, self.steps.above)
             self.cache.select(keep)
             self.last, self.noise = self.last[keep], self.noise[keep]
             self.rows, self.lengths = [self.rows[s] for s in slots], [self.lengths[s] for s in slots]
@@ -245,7 +252,7 @@ class _Decoder:
             return list(range(len(rows)))
         slots = [slot for slot, row in enumerate(self.rows) if row is None][: len(rows)]
         for debtor in (self.cache, cache):
-            debtor.settle_all(self.model.model["layers"])
+            debtor.settle(self.model.full_depth, self.steps.above)
         self.cache.admit(torch.tensor(slots, device=last.device), cache)
         self.noise[slots] = noise
         for slot, row, length in zip(slots, rows, lengths):
@@ -255,7 +262,7 @@ class _Decoder:
     def _foresee(self, ids: Tensor, positions: Tensor, alive: Tensor | None, chosen) -> Tensor:
         """Run this step to full depth -> the teacher rule's chances [B, E] at the policy's depths."""
         watch = Watch(self.policy.layers)
-        run = self.model.run(ids, positions, self.cache, watch, alive)
+        run = self.steps(ids, positions, self.cache, watch, alive)
         final = self.model.readout(run.hidden[chosen, 0])
         kl = torch.stack([divergence(final, self.model.readout(watch.seen[d])) for d in sorted(watch.seen)], -1)
         chance = kl.new_zeros(len(ids), kl.shape[-1])

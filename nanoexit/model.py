@@ -133,6 +133,12 @@ def rope_frequencies(shape: Shape, device: torch.device) -> Tensor:
 _frequencies = functools.lru_cache(maxsize=8)(rope_frequencies)
 
 
+def turns(shape: Shape, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Positions [...] -> cos and sin [..., 1, head_dim / 2], one for all heads."""
+    angles = positions[..., None, None].float() * _frequencies(shape, positions.device)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE, halves paired as in the checkpoints: x [..., heads, head_dim], cos and sin [..., 1, head_dim / 2]."""
     a, b = x.chunk(2, dim=-1)
@@ -246,6 +252,10 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.model["norm"].weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model["norm"].weight.dtype
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, T] -> logits [B, T, V], every token at full depth."""
         return self.readout(self.run(ids).hidden)
@@ -275,9 +285,12 @@ class Transformer(nn.Module):
         for depth, block in enumerate(self.model["layers"], start=1):
             if live is not None and live.width == 0:  # nobody runs on: the cache owes the rest of their keys and values
                 if cache is not None:
-                    cache.owe(depth - 1, h, places)
+                    rows, columns = depths.nonzero(as_tuple=True)  # not padding
+                    cache.owe(depth - 1, h[rows, columns], rows, places.positions[rows, columns])
                 break
-            h = block(h, places, live, functools.partial(cache.write, depth - 1, block, places) if cache else _pass)
+            if cache is not None:
+                cache.settle(depth - 1, self.keys_values_above)
+            h = block(h, places, live, functools.partial(cache.write, depth - 1, places) if cache else _pass)
             if stop is None or depth == self.full_depth or depth not in stop.layers or (asked and asked.width == 0):
                 continue
             residual = h.flatten(0, 1) if asked is None else h.flatten(0, 1)[asked.index]  # [n, D]
@@ -293,17 +306,21 @@ class Transformer(nn.Module):
             h = h.flatten(0, 1).index_copy(0, gone, residual).view_as(h)
         return Run(h, depths)
 
+    def keys_values_above(self, depth: int, h: Tensor, positions: Tensor) -> Tensor:
+        """What residuals h [n, D] frozen after `depth` blocks leave at positions [n] in the others: [L - depth, n, 2, K, head_dim]."""
+        cos, sin = turns(self.shape, positions[:, None], self.dtype)  # [n, 1, 1, head_dim / 2]
+        made = [torch.stack(block.keys_values(h[:, None], cos, sin), 1) for block in self.model["layers"][depth:]]  # [n, 2, K, 1, head_dim]
+        return torch.stack(made).squeeze(-2)
+
     def _places(self, ids: Tensor, positions: Tensor | None, cache) -> Places:
         B, T = ids.shape
         if positions is None:
             positions = torch.arange(T, device=ids.device).expand(B, T)
-        angles = positions[..., None, None].float() * _frequencies(self.shape, ids.device)  # [B, T, 1, head_dim / 2]
-        dtype = self.model["norm"].weight.dtype
         aligned = cache is None or cache.start is not None
         S = T if cache is None else cache.span
         causal = aligned and S == T and T > 1
         mask = None if causal or (aligned and T == 1) else _look_back(positions, S)
-        return Places(positions, angles.cos().to(dtype), angles.sin().to(dtype), mask, causal)
+        return Places(positions, *turns(self.shape, positions, self.dtype), mask, causal)
 
 
 def _look_back(positions: Tensor, S: int) -> Tensor:

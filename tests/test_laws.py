@@ -12,10 +12,11 @@ import torch
 from conftest import random_model, with_exits
 
 from nanoexit.config import ROOT, TARGETS, LoRAConfig
+from nanoexit.decode import DecodeBlock, DecodeStep
 from nanoexit.errors import UserError
 from nanoexit.exits import attach, detach, stick_breaking
 from nanoexit.generate import generate, sample
-from nanoexit.lora import adapters_off
+from nanoexit.lora import adapters_off, linear_maps
 from nanoexit.model import Transformer
 from nanoexit.score import pad, score
 from nanoexit.tokenizer import load_tokenizer
@@ -138,10 +139,11 @@ def test_cached_generation_equals_the_slow_reference(family):
             assert reference.generate(model, prompt, 7, noise, [0]) == (g.tokens, g.depths)
 
 
-def test_a_token_that_exits_runs_no_later_block():
-    """Catches: 'skipping' that computes and masks. Counts rows through each block's MLP."""
+def test_a_token_that_exits_runs_no_later_block(monkeypatch):
+    """Catches: 'skipping' that computes and masks. Counts rows through each block (its MLP, in a forward of many positions)."""
     model = with_exits(random_model("qwen2"))
-    rows = []
+    rows, run = [], DecodeBlock.__call__
+    monkeypatch.setattr(DecodeBlock, "__call__", lambda block, h, *args: rows.append(len(h)) or run(block, h, *args))
     for block in model.model["layers"]:
         block.mlp.register_forward_hook(lambda _m, args, _out: rows.append(args[0].shape[:-1].numel()))
     score(model, torch.tensor([PROMPTS[1]]), torch.tensor([[5, 1, 2, 4, 1, 5, 2]]), [1])
@@ -149,6 +151,28 @@ def test_a_token_that_exits_runs_no_later_block():
     rows.clear()
     generate(model, [PROMPTS[0]], "fixed:2", 4, stop_ids=[])
     assert rows == [3] * 5 + [1, 1] * 3
+    rows.clear()
+    gens = generate(model, PROMPTS, "head", 4, seed=5, stop_ids=[])
+    steps = [[g.depths[i] for g in gens] for i in range(1, 4)]
+    assert rows[5:] == [running for depths in steps for d in range(5) if (running := sum(x > d for x in depths))]
+
+
+@pytest.mark.parametrize("without", [(), ("k_proj", "gate_proj"), TARGETS])
+def test_a_decoding_step_equals_the_plain_forward(family, without, monkeypatch):
+    """Catches: maps joined in the wrong order, an adapter on a neighbour's rows, keys of frozen rows made from the wrong norm."""
+    model = with_exits(random_model(family))
+    for name, linear in linear_maps(model):
+        if name.rsplit(".", 1)[-1] in without:
+            linear.adapter = None
+    given = [[17] * 6, [4] * 6, [30, 2] * 3]  # the same tokens on both ways
+    kw = {"seed": 5, "stop_ids": [], "forced": given}
+    fast = generate(model, PROMPTS[:3], "head", 7, **kw)
+    assert any(len(set(g.depths)) > 2 for g in fast), "exits at several depths, or this shows nothing"
+    monkeypatch.setattr(DecodeStep, "__call__", lambda step, *args: model.run(*args))
+    slow = generate(model, PROMPTS[:3], "head", 7, **kw)
+    for a, b in zip(fast, slow):
+        assert (a.tokens, a.depths) == (b.tokens, b.depths)
+        assert torch.allclose(torch.tensor([a.token_logprobs, a.exit_logprobs]), torch.tensor([b.token_logprobs, b.exit_logprobs]), atol=1e-4)
 
 
 # --- law 4: a row does not feel its neighbours --------------------------------------------------------------------------
