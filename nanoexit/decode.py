@@ -18,47 +18,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoexit.cache import Cache
+from nanoexit.layout import Product, laid_out
 from nanoexit.model import Block, Linear, Run, Shape, Stop, Transformer, attend, rotate, turns
 
 
 class Joined:
-    """Linear maps of one input as one product: [..., in] -> [..., sum of out], adapters included."""
+    """Linear maps of one input as one product: [n, in] -> [n, sum of out], adapters included."""
 
-    def __init__(self, *maps: Linear):
-        self.weight = _share([m.weight for m in maps])
-        self.bias = None if maps[0].bias is None else torch.cat([m.bias for m in maps])
-        self.down = self.up = None
-        on = [m.adapter if m.adapter is not None and m.adapter.enabled else None for m in maps]
-        if any(a is not None for a in on):
-            self.down = torch.cat([a.lora_A for a in on if a is not None]).to(self.weight.dtype)
-            ups = [self.weight.new_zeros(m.out_features, 0) if a is None else a.lora_B * a.scale for m, a in zip(maps, on)]
-            self.up = torch.block_diag(*ups).to(self.weight.dtype)
+    def __init__(self, base: Product, *maps: Linear):
+        self.base, self.down, self.up = base, *joined_adapters(maps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = self.base(x)
         return y if self.down is None else y + F.linear(F.linear(x, self.down), self.up)
 
 
-def _share(parts: Sequence[torch.nn.Parameter]) -> Tensor:
-    """The parts as one tensor, whose slices they become: nothing is held twice. Done again where something moved them."""
-    whole, rows = parts[0].detach(), sum(len(p) for p in parts)
-    ends = [p.data_ptr() + p.nbytes for p in parts]
-    together = all(p.is_contiguous() and p.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() for p in parts)
-    if len(parts) > 1 and not (together and [p.data_ptr() for p in parts[1:]] == ends[:-1]):
-        whole = torch.cat([p.detach() for p in parts])
-        for part, view in zip(parts, whole.split([len(p) for p in parts])):
-            part.data = view
-    return whole.as_strided((rows, whole.shape[1]), whole.stride())
+def joined_adapters(maps: Sequence[Linear]) -> tuple[Tensor | None, Tensor | None]:
+    """The maps' adapters as one: down [sum of r, in], up [sum of out, sum of r], scaled; None where none is on."""
+    on = [m.adapter if m.adapter is not None and m.adapter.enabled else None for m in maps]
+    if not any(a is not None for a in on):
+        return None, None
+    down = torch.cat([a.lora_A for a in on if a is not None])
+    up = torch.block_diag(*(m.weight.new_zeros(m.out_features, 0) if a is None else a.lora_B * a.scale for m, a in zip(maps, on)))
+    return down.to(maps[0].weight.dtype), up.to(maps[0].weight.dtype)
 
 
 class DecodeBlock:
     """model.Block for one token a row."""
 
-    def __init__(self, block: Block):
+    def __init__(self, block: Block, qkv: Product, o: Product, gate_up: Product, down: Product):
         a, m = block.self_attn, block.mlp
         self.heads, self.kv_heads, self.head_dim = a.heads, a.kv_heads, a.head_dim
-        self.qkv, self.o = Joined(a.q_proj, a.k_proj, a.v_proj), Joined(a.o_proj)
-        self.gate_up, self.down = Joined(m.gate_proj, m.up_proj), Joined(m.down_proj)
+        self.qkv, self.o = Joined(qkv, a.q_proj, a.k_proj, a.v_proj), Joined(o, a.o_proj)
+        self.gate_up, self.down = Joined(gate_up, m.gate_proj, m.up_proj), Joined(down, m.down_proj)
         self.before, self.between = block.input_layernorm, block.post_attention_layernorm
         self.qk_norm, self.eps = None, self.before.eps
         if a.q_norm is not None:
@@ -115,11 +107,16 @@ class Step:
 class DecodeStep:
     """`model.run` for one token a row; adapters are read when it is made."""
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, rows: int, pack: bool | str = "auto"):
         self.model, self.shape = model, model.shape
-        with torch.inference_mode(False), torch.no_grad():  # parameters that move stay ordinary tensors
-            self.blocks = [DecodeBlock(block) for block in model.model["layers"]]
+        laid = laid_out(model, rows, pack)
+        self.blocks = [DecodeBlock(block, *products) for block, products in zip(model.model["layers"], laid.blocks)]
+        self._readout = laid.readout
         self.above = KeysValuesAbove(model)
+
+    def readout(self, h: Tensor) -> Tensor:
+        """Residuals [n, D] -> logits [n, V], as `Transformer.readout`."""
+        return self._readout(self.model.model["norm"](h))
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: Cache, stop: Stop | None = None, alive: Tensor | None = None) -> Run:
         """ids, positions [B, 1]; rows that are not alive neither run nor leave anything. See Transformer.run."""
@@ -162,13 +159,14 @@ class KeysValuesAbove:
     def _stack(self) -> None:
         """weight [L, 2 K head_dim, D]; bias [L, 1, 2 K head_dim]; the adapters' down [L, r, D] and up [L, 2 K head_dim, r]."""
         blocks = self.model.model["layers"]
-        maps = [Joined(b.self_attn.k_proj, b.self_attn.v_proj) for b in blocks]
+        maps = [(b.self_attn.k_proj, b.self_attn.v_proj) for b in blocks]
         norms = torch.stack([b.input_layernorm.weight for b in blocks])[:, None]
-        self.weight = torch.stack([m.weight for m in maps]) * norms
-        self.bias = None if maps[0].bias is None else torch.stack([m.bias for m in maps])[:, None]
+        self.weight = torch.stack([torch.cat((k.weight, v.weight)) for k, v in maps]) * norms
+        self.bias = None if maps[0][0].bias is None else torch.stack([torch.cat((k.bias, v.bias)) for k, v in maps])[:, None]
         self.k_norm = None if blocks[0].self_attn.k_norm is None else torch.stack([b.self_attn.k_norm.weight for b in blocks])[:, None, None]
-        self.down = None if maps[0].down is None else torch.stack([m.down for m in maps]) * norms
-        self.up = None if maps[0].up is None else torch.stack([m.up for m in maps])
+        downs, ups = zip(*map(joined_adapters, maps))
+        self.down = None if downs[0] is None else torch.stack(downs) * norms
+        self.up = None if ups[0] is None else torch.stack(ups)
 
     def __call__(self, depth: int, h: Tensor, positions: Tensor) -> Tensor:
         """Residuals h [n, D], positions [n] -> [L - depth, n, 2, K, head_dim]."""

@@ -44,21 +44,22 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], policy: str |
              temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int | Sequence[int] = 0,
              stop_ids: Collection[int] | None = None, batch_size: int | None = None, prompt_exits: str = "full",
              freeze: bool = True, forced: Sequence[Sequence[int]] | None = None,
-             on_finish: Callable[[int, Generation], None] | None = None) -> list[Generation]:
+             on_finish: Callable[[int, Generation], None] | None = None, pack: bool | str = "auto") -> list[Generation]:
     """Continue every prompt (lists of token ids, ragged) by up to max_new_tokens tokens.
 
     policy: see exits.parse_policy. stop_ids: tokens that end a row, default the model's own. batch_size: rows at once, default
     all. prompt_exits: full, limit:D or head. freeze=False: the `unfrozen` ablation. forced: the first tokens of each
     response, given instead of drawn; they choose their exits like any other. on_finish(row, generation): called as rows end.
+    pack: whether to decode from a second copy of the weights (layout.py); auto: where it is at most 2 GiB, and off the CPU.
     Raises UserError for an empty prompt, or one that leaves no room below the model's longest position.
     """
     _check(model, prompts, max_new_tokens)
     was_training = model.training
     model.eval()
     try:
-        decoder = _Decoder(model, prompts, parse_policy(policy, model), parse_prompt_exits(prompt_exits, model), max_new_tokens,
-                           (temperature, top_p, top_k), seed, model.stop_ids if stop_ids is None else stop_ids, freeze, forced, on_finish)
         size = min(batch_size or len(prompts), len(prompts))
+        decoder = _Decoder(model, prompts, parse_policy(policy, model), parse_prompt_exits(prompt_exits, model), max_new_tokens,
+                           (temperature, top_p, top_k), seed, model.stop_ids if stop_ids is None else stop_ids, freeze, forced, on_finish, size, pack)
         waiting = deque(range(len(prompts)))
         while waiting or decoder.active:
             free = size - len(decoder.active)
@@ -135,12 +136,12 @@ class Watch:
 class _Decoder:
     """The rows under way. A slot is a row's place in the batch and the cache; free slots stay idle until they are filled."""
 
-    def __init__(self, model, prompts, policy, prompt_policy, max_new_tokens, sampling, seed, stop_ids, freeze, forced, on_finish):
+    def __init__(self, model, prompts, policy, prompt_policy, max_new_tokens, sampling, seed, stop_ids, freeze, forced, on_finish, rows, pack):
         self.model, self.prompts, self.policy, self.prompt_policy = model, prompts, policy, prompt_policy
         self.max_new_tokens, self.sampling, self.stop_ids = max_new_tokens, sampling, frozenset(stop_ids)
         self.seed = list(seed) if isinstance(seed, Sequence) else [seed]
         self.freeze, self.forced, self.on_finish = freeze, forced, on_finish
-        self.steps = DecodeStep(model)
+        self.steps = DecodeStep(model, rows, pack)
         self.results: list[Generation] = [Generation() for _ in prompts]
         self.capacity = max((len(p) for p in prompts), default=0) + max_new_tokens
         self.cache: Cache | None = None
@@ -211,7 +212,7 @@ class _Decoder:
 
     def _draw(self, slots: list[int], h: Tensor, depths: Tensor, exit_logprobs: Tensor, u: Tensor | None = None) -> None:
         """Read out residuals h [n, D] of these slots, sample their next tokens, and note what was drawn."""
-        logits = self.model.readout(h).float()
+        logits = self.steps.readout(h).float()
         tokens = sample(logits, self.noise[slots, 0, 0] if u is None else u, *self.sampling)
         for i, slot in enumerate(slots if self.forced else ()):
             given, n = self.forced[self.rows[slot]], len(self.results[self.rows[slot]].tokens)
@@ -263,8 +264,8 @@ class _Decoder:
         """Run this step to full depth -> the teacher rule's chances [B, E] at the policy's depths."""
         watch = Watch(self.policy.layers)
         run = self.steps(ids, positions, self.cache, watch, alive)
-        final = self.model.readout(run.hidden[chosen, 0])
-        kl = torch.stack([divergence(final, self.model.readout(watch.seen[d])) for d in sorted(watch.seen)], -1)
+        final = self.steps.readout(run.hidden[chosen, 0])
+        kl = torch.stack([divergence(final, self.steps.readout(watch.seen[d])) for d in sorted(watch.seen)], -1)
         chance = kl.new_zeros(len(ids), kl.shape[-1])
         chance[chosen] = teacher_chance(kl, self.policy.strength)
         return chance

@@ -262,8 +262,12 @@ class Transformer(nn.Module):
 
     def readout(self, h: Tensor) -> Tensor:
         """Residuals [..., D] of any depth -> logits [..., V]."""
-        head = self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(self.model["norm"](h), head)
+        return F.linear(self.model["norm"](h), self.readout_weight)
+
+    @property
+    def readout_weight(self) -> Tensor:
+        """[V, D], the embedding's where they are tied."""
+        return self.model["embed_tokens"].weight if self.lm_head is None else self.lm_head.weight
 
     def run(self, ids: Tensor, positions: Tensor | None = None, cache=None, stop: Stop | None = None,
             alive: Tensor | None = None, freeze: bool = True) -> Run:
