@@ -11,6 +11,7 @@ into the stacked k and v maps.
 Host syncs: one a depth where somebody may exit, to know who runs on.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -18,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoexit.cache import Cache
-from nanoexit.layout import Product, laid_out
-from nanoexit.model import Block, Linear, Run, Shape, Stop, Transformer, attend, rotate, turns
+from nanoexit.layout import LaidOut, Product, laid_out
+from nanoexit.model import Block, Linear, Run, Shape, Stop, Transformer, rotate, turns
 
 
 class Joined:
@@ -51,68 +52,89 @@ class DecodeBlock:
         self.heads, self.kv_heads, self.head_dim = a.heads, a.kv_heads, a.head_dim
         self.qkv, self.o = Joined(qkv, a.q_proj, a.k_proj, a.v_proj), Joined(o, a.o_proj)
         self.gate_up, self.down = Joined(gate_up, m.gate_proj, m.up_proj), Joined(down, m.down_proj)
-        self.before, self.between = block.input_layernorm, block.post_attention_layernorm
-        self.qk_norm, self.eps = None, self.before.eps
+        self.before, self.between, self.eps = block.input_layernorm.weight, block.post_attention_layernorm.weight, block.input_layernorm.eps
+        self.qk_norm = None
         if a.q_norm is not None:
             self.qk_norm = torch.stack([a.q_norm.weight] * a.heads + [a.k_norm.weight] * a.kv_heads)  # [H + K, head_dim]
 
     def __call__(self, h: Tensor, step: "Step", layer: int) -> Tensor:
         """Residuals h [n, D] of the rows that run -> the same after this block; their keys and values go into the cache."""
-        qkv = self.qkv(F.rms_norm(h, h.shape[-1:], self.before.weight, self.eps)).unflatten(-1, (-1, self.head_dim))
+        n, turned = len(h), self.heads + self.kv_heads
+        qkv = self.qkv(F.rms_norm(h, h.shape[1:], self.before, self.eps)).view(n, -1, self.head_dim)  # [n, H + 2 K, head_dim]
         if self.qk_norm is not None:
-            qk = qkv[:, : self.heads + self.kv_heads]
-            qkv[:, : self.heads + self.kv_heads] = F.rms_norm(qk, (self.head_dim,), None, self.eps) * self.qk_norm
-        qkv = torch.addcmul(qkv * step.cos, qkv.roll(self.head_dim // 2, -1), step.sin)  # [n, H + 2 K, head_dim]
-        y = step.attend(layer, qkv[:, : self.heads], qkv[:, self.heads :].unflatten(1, (2, -1)))
-        h = h + self.o(y)
-        gate, up = self.gate_up(F.rms_norm(h, h.shape[-1:], self.between.weight, self.eps)).chunk(2, -1)
+            qkv[:, :turned] = F.rms_norm(qkv[:, :turned], (self.head_dim,), None, self.eps) * self.qk_norm
+        qkv = torch.addcmul(qkv * step.cos, qkv.roll(self.head_dim // 2, -1), step.sin)
+        h = h + self.o(step.attend(layer, qkv[:, : self.heads], qkv[:, self.heads :].view(n, 2, self.kv_heads, self.head_dim)))
+        gate, up = self.gate_up(F.rms_norm(h, h.shape[1:], self.between, self.eps)).chunk(2, -1)
         return h + self.down(F.silu(gate) * up)
 
 
 class Step:
-    """Where one call's tokens stand, and their part of the cache. `keep` narrows it to the rows that run on."""
+    """Where one call's tokens stand, and the cache that they read and write. `keep` narrows it to the rows that run on.
 
-    def __init__(self, shape: Shape, positions: Tensor, cache: Cache, rows: Tensor | None, dtype: torch.dtype):
-        self.positions, self.cache, self.rows = positions, cache, rows  # [B]; rows [n], None: all
-        aligned = cache.start is not None
-        cos, sin = turns(shape, positions[:1] if aligned else positions if rows is None else positions[rows], dtype)
-        still = (len(cos), shape.kv_heads, shape.head_dim)  # values turn by no angle
-        self.cos = torch.cat((torch.cat((cos, cos), -1).expand(-1, shape.heads + shape.kv_heads, -1), cos.new_ones(still)), 1)
-        self.sin = torch.cat((torch.cat((-sin, sin), -1).expand(-1, shape.heads + shape.kv_heads, -1), sin.new_zeros(still)), 1)
-        self.keys, self.values = (x[..., : cache.span, :].unbind(0) for x in (cache.k, cache.v))
-        self.slots = None if not aligned else cache.kv[..., cache.start, :].unbind(0)
-        self.mask = None
-        if not aligned:
-            self.mask = (torch.arange(cache.span, device=positions.device) <= positions[:, None])[:, None, None]
+    positions [B]; span: how many positions are read; start: the one that is written, where it is the same in all rows.
+    """
+
+    def __init__(self, shape: Shape, positions: Tensor, cache: Cache, span: int, start: int | None, dtype: torch.dtype):
+        self.positions, self.cache, self.rows = positions, cache, None  # rows [n]: those that run; None: all
+        cos, sin = turns(shape, positions if start is None else positions[:1], dtype)
+        turned, still = (-1, shape.heads + shape.kv_heads, -1), (len(cos), shape.kv_heads, shape.head_dim)  # values turn by no angle
+        self.cos = torch.cat((torch.cat((cos, cos), -1).expand(turned), cos.new_ones(still)), 1)  # [B or 1, H + 2 K, head_dim]
+        self.sin = torch.cat((torch.cat((-sin, sin), -1).expand(turned), sin.new_zeros(still)), 1)
+        self.keys, self.values = cache.k[..., :span, :].unbind(0), cache.v[..., :span, :].unbind(0)
+        self.slots = self.mask = None
+        if start is not None:
+            self.slots = cache.kv[..., start, :].unbind(0)
+        else:
+            self.mask = (torch.arange(span, device=positions.device) <= positions[:, None])[:, None, None]
 
     def attend(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         """Queries q [n, H, d] of the running rows, their new keys and values [n, 2, K, d] -> [n, H * d]."""
-        if self.rows is None and self.slots is not None:
-            self.slots[layer].copy_(new)
-        elif self.rows is None:
-            self.cache.kv[layer][torch.arange(len(q), device=q.device), :, :, self.positions] = new
-        else:
+        n, H, d = q.shape
+        if self.rows is not None:
             self.cache.kv[layer][self.rows, :, :, self.positions[self.rows]] = new
-            q = q.new_zeros(len(self.positions), *q.shape[1:]).index_copy(0, self.rows, q)  # cheaper than picking rows of the cache
-        y = attend(q[:, :, None], self.keys[layer], self.values[layer], self.mask, False).flatten(1)
+            q = q.new_zeros(len(self.positions), H, d).index_copy(0, self.rows, q)  # cheaper than picking rows of the cache
+        elif self.slots is not None:
+            self.slots[layer].copy_(new)
+        else:
+            self.cache.kv[layer][torch.arange(n, device=q.device), :, :, self.positions] = new
+        k = self.keys[layer]
+        y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, d), k, self.values[layer], attn_mask=self.mask)
+        y = y.reshape(len(q), H * d)
         return y if self.rows is None else y[self.rows]
+
+    def fixed(self, fill: Tensor, rows: Tensor) -> "Step":
+        """The same step for these places among the running rows, in memory of its own."""
+        step = copy.copy(self)
+        step.positions, step.mask, step.rows = self.positions.clone(), self.mask.clone(), rows.clone()
+        step.cos, step.sin = self.cos[fill], self.sin[fill]
+        return step
+
+    def refill(self, other: "Step", fill: Tensor, rows: Tensor) -> None:
+        """Take over another step's figures, in place."""
+        self.positions.copy_(other.positions)
+        self.mask.copy_(other.mask)
+        self.rows.copy_(rows)
+        self.cos.copy_(other.cos[fill])
+        self.sin.copy_(other.sin[fill])
 
     def keep(self, staying: Tensor) -> None:
         """staying: places [m] among the n running rows."""
         self.rows = staying if self.rows is None else self.rows[staying]
-        if len(self.cos) > 1:
+        if self.slots is None:  # else one position serves all
             self.cos, self.sin = self.cos[staying], self.sin[staying]
 
 
 class DecodeStep:
     """`model.run` for one token a row; adapters are read when it is made."""
 
-    def __init__(self, model: Transformer, rows: int, pack: bool | str = "auto"):
-        self.model, self.shape = model, model.shape
+    def __init__(self, model: Transformer, rows: int, pack: str = "auto", graphs: bool = True):
+        self.model = model
         laid = laid_out(model, rows, pack)
         self.blocks = [DecodeBlock(block, *products) for block, products in zip(model.model["layers"], laid.blocks)]
         self._readout = laid.readout
-        self.above = KeysValuesAbove(model)
+        self.above = KeysValuesAbove(model, laid)
+        self.graphs = Graphs(self.blocks) if graphs and model.device.type == "cuda" else None
 
     def readout(self, h: Tensor) -> Tensor:
         """Residuals [n, D] -> logits [n, V], as `Transformer.readout`."""
@@ -121,66 +143,119 @@ class DecodeStep:
     def __call__(self, ids: Tensor, positions: Tensor, cache: Cache, stop: Stop | None = None, alive: Tensor | None = None) -> Run:
         """ids, positions [B, 1]; rows that are not alive neither run nor leave anything. See Transformer.run."""
         B, L = len(ids), len(self.blocks)
-        at, everyone = positions[:, 0], torch.arange(B, device=ids.device)
-        rows = None if alive is None else alive[:, 0].nonzero()[:, 0]
-        running = slice(None) if rows is None else rows
-        h = self.model.model["embed_tokens"](ids[running, 0])  # [n, D] of the rows that run
-        step = Step(self.shape, at, cache, rows, h.dtype)
-        hidden, depths = h.new_zeros(B, h.shape[1]), torch.zeros_like(at)
-        for depth, block in enumerate(self.blocks, start=1):
+        span, start = (cache.span, cache.start) if self.graphs is None else (Graphs.span(cache), None)
+        step = Step(self.model.shape, positions[:, 0], cache, span, start, self.model.dtype)
+        if alive is not None:
+            step.keep(alive[:, 0].nonzero()[:, 0])
+        h = self.model.model["embed_tokens"](ids[:, 0] if step.rows is None else ids[step.rows, 0])  # [n, D] of the rows that run
+        hidden, depths = h.new_zeros(B, h.shape[1]), torch.zeros_like(step.positions)
+        asked = [] if stop is None else sorted(d for d in stop.layers if d < L)
+        for start, depth in zip([0, *asked], [*asked, L]):
             if cache.debts:
                 cache.settle(depth - 1, self.above)
-            h = block(h, step, depth - 1)
-            if stop is None or depth == L or depth not in stop.layers:
-                continue
-            leaves = stop(depth, h, step.rows)
+            h = self._stretch(start, depth, h, step)
+            leaves = None if depth == L else stop(depth, h, step.rows)
             leaving = [] if leaves is None else leaves.tolist()  # host sync: which rows run on decides the shapes of the next block
             if not any(leaving):
                 continue
-            go, stay = (torch.tensor([i for i, leave in enumerate(leaving) if leave is way], device=ids.device) for way in (True, False))
+            go, stay = (torch.tensor([i for i, leave in enumerate(leaving) if leave is way], device=h.device) for way in (True, False))
             gone = go if step.rows is None else step.rows[go]
             hidden[gone], depths[gone] = h[go], depth
-            cache.owe(depth, h[go], gone, at[gone])
+            cache.owe(depth, h[go], gone, step.positions[gone])
             if not len(stay):
                 return Run(hidden[:, None], depths[:, None])
             step.keep(stay)
             h = h[stay]
-        running = everyone if step.rows is None else step.rows
+        running = slice(None) if step.rows is None else step.rows
         hidden[running], depths[running] = h, L
         return Run(hidden[:, None], depths[:, None])
 
+    def _stretch(self, start: int, end: int, h: Tensor, step: Step) -> Tensor:
+        """Blocks start..end-1, between which nobody exits."""
+        if self.graphs is not None:
+            return self.graphs(start, end, h, step)
+        for layer in range(start, end):
+            h = self.blocks[layer](h, step, layer)
+        return h
+
+
+class Graphs:
+    """CUDA graphs of the stretches between exits: shapes stand still in there, so a whole stretch is one launch.
+
+    Rows are padded to a power of two by repeating the last one, which computes and writes the same again; the positions that
+    are read are padded to SPAN and masked. A stretch is captured when it is first run in a shape.
+    """
+
+    SPAN = 256
+
+    def __init__(self, blocks: Sequence[DecodeBlock]):
+        self.blocks, self.cache_memory = blocks, None
+        self.fixed: dict[tuple, tuple[Tensor, Step]] = {}  # by rows and span: where a graph reads its input
+        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    @classmethod
+    def span(cls, cache: Cache) -> int:
+        return min(-(-cache.span // cls.SPAN) * cls.SPAN, cache.kv.shape[-2])
+
+    def __call__(self, start: int, end: int, h: Tensor, step: Step) -> Tensor:
+        """Blocks start..end-1 for residuals h [n, D] of the step's rows."""
+        if self.cache_memory != step.cache.kv.data_ptr():  # rows left, so the cache was made anew
+            self.cache_memory, self.fixed, self.captured = step.cache.kv.data_ptr(), {}, {}
+        n, B = len(h), len(step.positions)
+        size = min(1 << (n - 1).bit_length(), B)
+        fill = torch.arange(size, device=h.device).clamp(max=n - 1)
+        rows = fill if step.rows is None else step.rows[fill]
+        shape = size, len(step.keys[0][0, 0])
+        if shape not in self.fixed:
+            self.fixed[shape] = h[fill], step.fixed(fill, rows)
+        given, fixed = self.fixed[shape]
+        given.copy_(h[fill])
+        fixed.refill(step, fill, rows)
+        if (start, end, *shape) not in self.captured:
+            self.captured[start, end, *shape] = self._capture(start, end, given, fixed)
+        graph, out = self.captured[start, end, *shape]
+        graph.replay()
+        return out[:n].clone()  # the next replay may write there
+
+    def _capture(self, start: int, end: int, h: Tensor, step: Step) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        def run() -> Tensor:
+            out = h
+            for layer in range(start, end):
+                out = self.blocks[layer](out, step, layer)
+            return out
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()  # what libraries set up at their first call must not be captured; writes what the replay will write
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run()
+        return graph, out
+
 
 class KeysValuesAbove:
-    """`Transformer.keys_values_above` in one product: k and v maps of all blocks stacked, the norms' weights folded in."""
+    """`Transformer.keys_values_above` in one product for all blocks."""
 
-    def __init__(self, model: Transformer):
-        self.model, self.weight = model, None
-
-    def _stack(self) -> None:
-        """weight [L, 2 K head_dim, D]; bias [L, 1, 2 K head_dim]; the adapters' down [L, r, D] and up [L, 2 K head_dim, r]."""
-        blocks = self.model.model["layers"]
-        maps = [(b.self_attn.k_proj, b.self_attn.v_proj) for b in blocks]
-        norms = torch.stack([b.input_layernorm.weight for b in blocks])[:, None]
-        self.weight = torch.stack([torch.cat((k.weight, v.weight)) for k, v in maps]) * norms
-        self.bias = None if maps[0][0].bias is None else torch.stack([torch.cat((k.bias, v.bias)) for k, v in maps])[:, None]
-        self.k_norm = None if blocks[0].self_attn.k_norm is None else torch.stack([b.self_attn.k_norm.weight for b in blocks])[:, None, None]
-        downs, ups = zip(*map(joined_adapters, maps))
-        self.down = None if downs[0] is None else torch.stack(downs) * norms
-        self.up = None if ups[0] is None else torch.stack(ups)
+    def __init__(self, model: Transformer, laid: LaidOut):
+        self.model, self.laid = model, laid
+        blocks = model.model["layers"]
+        self.k_norm = None if not model.shape.qk_norm else torch.stack([b.self_attn.k_norm.weight for b in blocks])[:, None, None]
+        adapters = [joined_adapters((b.self_attn.k_proj, b.self_attn.v_proj)) for b in blocks]
+        self.down = self.up = None
+        if adapters[0][0] is not None:  # [L, r, D], the norms folded in; [L, 2 K head_dim, r]
+            self.down = torch.stack([down * b.input_layernorm.weight for (down, _), b in zip(adapters, blocks)])
+            self.up = torch.stack([up for _, up in adapters])
 
     def __call__(self, depth: int, h: Tensor, positions: Tensor) -> Tensor:
         """Residuals h [n, D], positions [n] -> [L - depth, n, 2, K, head_dim]."""
-        if self.weight is None:
-            self._stack()
-        s, n = self.model.shape, len(h)
+        s, blocks = self.model.shape, self.model.full_depth - depth
         x = F.rms_norm(h, h.shape[-1:], None, s.norm_eps)
-        kv = F.linear(x, self.weight[depth:].flatten(0, 1)).view(n, s.blocks - depth, -1).transpose(0, 1)
-        if self.bias is not None:
-            kv = kv + self.bias[depth:]
+        kv = self.laid.above(self.model, depth)(x).unflatten(-1, (blocks, -1)).transpose(0, 1)  # [L - depth, n, 2 K head_dim]
         if self.down is not None:
-            low = F.linear(x, self.down[depth:].flatten(0, 1)).view(n, s.blocks - depth, -1).transpose(0, 1)
+            low = F.linear(x, self.down[depth:].flatten(0, 1)).unflatten(-1, (blocks, -1)).transpose(0, 1)
             kv = torch.baddbmm(kv, low, self.up[depth:].mT)
-        k, v = kv.unflatten(-1, (2, s.kv_heads, s.head_dim)).unbind(2)  # [L - depth, n, K, head_dim]
-        if self.k_norm is not None:
-            k = F.rms_norm(k, (s.head_dim,), None, s.norm_eps) * self.k_norm[depth:]
-        return torch.stack((rotate(k, *turns(s, positions, h.dtype)), v), 2)
+        kv = kv.unflatten(-1, (2, s.kv_heads, s.head_dim))
+        k = kv[:, :, 0] if self.k_norm is None else F.rms_norm(kv[:, :, 0], (s.head_dim,), None, s.norm_eps) * self.k_norm[depth:]
+        return torch.stack((rotate(k, *turns(s, positions, h.dtype)), kv[:, :, 1]), 2)

@@ -44,13 +44,14 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], policy: str |
              temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int | Sequence[int] = 0,
              stop_ids: Collection[int] | None = None, batch_size: int | None = None, prompt_exits: str = "full",
              freeze: bool = True, forced: Sequence[Sequence[int]] | None = None,
-             on_finish: Callable[[int, Generation], None] | None = None, pack: bool | str = "auto") -> list[Generation]:
+             on_finish: Callable[[int, Generation], None] | None = None, pack: str = "auto",
+             cuda_graphs: bool = True) -> list[Generation]:
     """Continue every prompt (lists of token ids, ragged) by up to max_new_tokens tokens.
 
     policy: see exits.parse_policy. stop_ids: tokens that end a row, default the model's own. batch_size: rows at once, default
     all. prompt_exits: full, limit:D or head. freeze=False: the `unfrozen` ablation. forced: the first tokens of each
     response, given instead of drawn; they choose their exits like any other. on_finish(row, generation): called as rows end.
-    pack: whether to decode from a second copy of the weights (layout.py); auto: where it is at most 2 GiB, and off the CPU.
+    pack: auto, always or never decode from a second copy of the weights (layout.py). cuda_graphs: see decode.py.
     Raises UserError for an empty prompt, or one that leaves no room below the model's longest position.
     """
     _check(model, prompts, max_new_tokens)
@@ -59,7 +60,8 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], policy: str |
     try:
         size = min(batch_size or len(prompts), len(prompts))
         decoder = _Decoder(model, prompts, parse_policy(policy, model), parse_prompt_exits(prompt_exits, model), max_new_tokens,
-                           (temperature, top_p, top_k), seed, model.stop_ids if stop_ids is None else stop_ids, freeze, forced, on_finish, size, pack)
+                           (temperature, top_p, top_k), seed, model.stop_ids if stop_ids is None else stop_ids, freeze, forced, on_finish,
+                           DecodeStep(model, size, pack, cuda_graphs))
         waiting = deque(range(len(prompts)))
         while waiting or decoder.active:
             free = size - len(decoder.active)
@@ -136,12 +138,12 @@ class Watch:
 class _Decoder:
     """The rows under way. A slot is a row's place in the batch and the cache; free slots stay idle until they are filled."""
 
-    def __init__(self, model, prompts, policy, prompt_policy, max_new_tokens, sampling, seed, stop_ids, freeze, forced, on_finish, rows, pack):
+    def __init__(self, model, prompts, policy, prompt_policy, max_new_tokens, sampling, seed, stop_ids, freeze, forced, on_finish, steps):
         self.model, self.prompts, self.policy, self.prompt_policy = model, prompts, policy, prompt_policy
         self.max_new_tokens, self.sampling, self.stop_ids = max_new_tokens, sampling, frozenset(stop_ids)
         self.seed = list(seed) if isinstance(seed, Sequence) else [seed]
         self.freeze, self.forced, self.on_finish = freeze, forced, on_finish
-        self.steps = DecodeStep(model, rows, pack)
+        self.steps: DecodeStep = steps
         self.results: list[Generation] = [Generation() for _ in prompts]
         self.capacity = max((len(p) for p in prompts), default=0) + max_new_tokens
         self.cache: Cache | None = None

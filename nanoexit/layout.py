@@ -5,7 +5,7 @@ about half of what a CPU's memory gives. Measured (scripts/bench.py decode), the
     float32, one row     [in, out] and x @ W for maps that widen; those that narrow stay as they are stored
     otherwise on a CPU   oneDNN's blocked layout: a private operator of PyTorch's, so used only where it is there
     elsewhere            as stored, maps of one input joined
-Without a copy (`generation.pack`: false) maps stay apart and as stored.
+Without a copy (`generation.pack: never`) maps stay apart and as stored.
 """
 
 import weakref
@@ -21,10 +21,10 @@ Product = Callable[[Tensor], Tensor]  # [n, in] -> [n, out]
 AUTO_LIMIT = 2 * 2**30  # bytes: on a CPU, `auto` copies models up to this size
 
 
-def choose(model: Transformer, rows: int, pack: bool | str) -> str:
+def choose(model: Transformer, rows: int, pack: str) -> str:
     """-> apart, joined, transposed or onednn: the layout for this many rows."""
     device, dtype = model.device.type, model.dtype
-    if pack is False or (pack == "auto" and device == "cpu" and sum(p.nbytes for p in model.model.parameters()) > AUTO_LIMIT):
+    if pack == "never" or (pack == "auto" and device == "cpu" and sum(p.nbytes for p in model.model.parameters()) > AUTO_LIMIT):
         return "apart"
     if device != "cpu":
         return "joined"
@@ -64,6 +64,16 @@ class LaidOut:
             groups = ((a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,))
             self.blocks.append([lay_out(layout, [g.weight.detach() for g in maps], [g.bias for g in maps]) for maps in groups])
         self.readout = lay_out(layout, [model.readout_weight.detach()], [None])
+        self._above: dict[int, Product] = {}
+
+    def above(self, model: Transformer, depth: int) -> Product:
+        """k and v of every block from `depth` on as one map, the norms' weights folded in: [n, D] / rms -> [n, (L - depth) * 2 K head_dim]."""
+        if depth not in self._above:
+            blocks = model.model["layers"][depth:]
+            maps = [(m, block) for block in blocks for m in (block.self_attn.k_proj, block.self_attn.v_proj)]
+            weights = [m.weight.detach() * block.input_layernorm.weight.detach() for m, block in maps]
+            self._above[depth] = lay_out("joined" if self.layout == "apart" else self.layout, weights, [m.bias for m, _ in maps])
+        return self._above[depth]
 
     def holds(self, model: Transformer, layout: str) -> bool:
         """Whether this is still a copy of these weights."""
@@ -79,7 +89,7 @@ def _fingerprint(model: Transformer) -> list[tuple[Tensor, int]]:
 _kept: weakref.WeakKeyDictionary[Transformer, LaidOut] = weakref.WeakKeyDictionary()
 
 
-def laid_out(model: Transformer, rows: int, pack: bool | str = "auto") -> LaidOut:
+def laid_out(model: Transformer, rows: int, pack: str = "auto") -> LaidOut:
     """The model's maps for this many rows. A copy on the CPU is kept until the weights change: making it takes as long as some tokens."""
     layout = choose(model, rows, pack)
     kept = _kept.get(model)

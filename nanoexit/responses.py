@@ -45,7 +45,7 @@ def respond(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt],
     with tqdm(total=len(prompts), desc=show, unit="response", disable=not show, dynamic_ncols=True) as bar:
         written = generate(model, ids, policy, g.max_new_tokens, g.temperature, g.top_p, g.top_k, seed,
                            batch_size=config.evaluate.batch_size, prompt_exits=prompt_exits or config.exits.prompt,
-                           forced=forced, on_finish=lambda *_: bar.update())
+                           forced=forced, on_finish=lambda *_: bar.update(), pack=g.pack, cuda_graphs=g.cuda_graphs)
     return [read_response(tokenizer, p, i, w) for p, i, w in zip(prompts, ids, written)]
 
 

@@ -56,7 +56,7 @@ def write_traces(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Pro
     ids = [tokenizer.prompt_ids(p.prompt, p.system) for p in prompts]
     with adapters_off(model):
         written = generate(model, ids, "full", g.max_new_tokens, g.temperature, g.top_p, g.top_k, seed, batch_size=g.batch_size,
-                           on_finish=lambda *_: tick(1))
+                           on_finish=lambda *_: tick(1), pack=g.pack, cuda_graphs=g.cuda_graphs)
     traces = [Trace(p.id, p.prompt, tokenizer.decode(w.tokens), i, w.tokens, w.finish) for p, i, w in zip(prompts, ids, written)]
     by_length = sorted(range(len(traces)), key=lambda i: len(ids[i]) + len(traces[i].tokens))
     for start in range(0, len(traces), g.batch_size):  # rows of like length together: little padding

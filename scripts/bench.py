@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from nanoexit.config import LoRAConfig
 from nanoexit.data import replace
+from nanoexit.decode import DecodeStep
 from nanoexit.errors import UserError, run_script
 from nanoexit.exits import Head, attach
 from nanoexit.figures import Line, line_figure, series_var, standalone
@@ -174,7 +175,7 @@ def decode(args: argparse.Namespace, report: Report) -> None:
     """Greedy decoding at full depth. Prefill is part of both sides' time."""
     model = load_model(args.model, str(args.device), args.dtype)
     ids = prompts(args.batch, model.shape.vocab)
-    variants = {"nanoexit": lambda: ours(model, ids, "full", args.new)}
+    variants = {"nanoexit": lambda: ours(args, model, ids, "full", args.new)}
     if args.peer == "hf":
         peer, given = hf().load(args.model, DTYPES[args.dtype], args.device), torch.tensor(ids, device=args.device)
         for cache in ("dynamic", "static"):
@@ -189,8 +190,8 @@ def decode(args: argparse.Namespace, report: Report) -> None:
     report("decode, full depth", best, *times.ratio(best, "nanoexit"), **speed)
 
 
-def ours(model: Transformer, ids: list[list[int]], policy, new: int, temperature: float = 0.0) -> None:
-    generate(model, ids, policy, new, temperature=temperature, stop_ids=())
+def ours(args: argparse.Namespace, model: Transformer, ids: list[list[int]], policy, new: int, temperature: float = 0.0) -> None:
+    generate(model, ids, policy, new, temperature=temperature, stop_ids=(), pack=args.pack, cuda_graphs=not args.no_graphs)
 
 
 def exits(args: argparse.Namespace, report: Report) -> None:
@@ -198,17 +199,18 @@ def exits(args: argparse.Namespace, report: Report) -> None:
     model = load_model(args.model, str(args.device), args.dtype)
     ids, L = prompts(args.batch, model.shape.vocab), model.full_depth
     h = torch.randn(args.batch, model.shape.width, device=args.device, dtype=DTYPES[args.dtype])
+    step = DecodeStep(model, args.batch, args.pack)
 
     @torch.inference_mode()
     def readout() -> None:
         for _ in range(args.new):
-            model.readout(h).float().argmax(-1)
+            step.readout(h).float().argmax(-1)
 
     depths = {f"exit at {d} of {L}": d for d in (L // 4, L // 2, 3 * L // 4)}
     mixed = Mixed((L // 4, L // 2, 3 * L // 4))
-    variants = {"full": lambda: ours(model, ids, "full", args.new + 1), "prefill": lambda: ours(model, ids, "full", 1), "readout": readout,
-                "mixed": lambda: ours(model, ids, mixed, args.new + 1)}
-    variants |= {name: lambda d=d: ours(model, ids, f"fixed:{d}", args.new + 1) for name, d in depths.items()}
+    variants = {"full": lambda: ours(args, model, ids, "full", args.new + 1), "prefill": lambda: ours(args, model, ids, "full", 1), "readout": readout,
+                "mixed": lambda: ours(args, model, ids, mixed, args.new + 1)}
+    variants |= {name: lambda d=d: ours(args, model, ids, f"fixed:{d}", args.new + 1) for name, d in depths.items()}
     times = in_turn(variants, args.rounds, args.device)
     rounds = {name: [a - b for a, b in zip(times.rounds[name], times.rounds["prefill"])] for name in variants if name not in ("prefill", "readout")}
     rounds["readout"] = times.rounds["readout"]
@@ -234,7 +236,7 @@ def rollout(args: argparse.Namespace, report: Report) -> None:
     L = model.full_depth
     attach(model, sorted({L // 4, L // 2, 3 * L // 4}))
     one, many = prompts(1, model.shape.vocab), prompts(256, model.shape.vocab)
-    times = in_turn({"batch 1": lambda: ours(model, one, "head", args.new, 1.0), "batch 256": lambda: ours(model, many, "head", args.new, 1.0)},
+    times = in_turn({"batch 1": lambda: ours(args, model, one, "head", args.new, 1.0), "batch 256": lambda: ours(args, model, many, "head", args.new, 1.0)},
                     args.rounds, args.device)
     ratio, spread = times.ratio("batch 1", "batch 256")
     report("rollout of 256 rows, exits sampled", "batch 1", 256 * ratio, [256 * s for s in spread], unit="x the tokens/s",
@@ -401,7 +403,7 @@ def _growing(args: argparse.Namespace) -> tuple[Callable, Callable]:
     def student(n: int) -> None:
         readout_kl(model, score(model, row[:, :n], depths[:, :n], [0]).hidden[0], teacher[:n], args.chunk).mean().backward()
 
-    return lambda n, new: ours(model, row[:, :n].tolist(), "full", new), student
+    return lambda n, new: ours(args, model, row[:, :n].tolist(), "full", new), student
 
 
 def growth_once(args: argparse.Namespace) -> tuple[float, float]:
@@ -441,6 +443,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens a row in training (default: 256)")
     parser.add_argument("--longest", type=int, default=4096, help="growth: the longest context; four halvings come before (default: 4096)")
     parser.add_argument("--chunk", type=int, default=128, help="sft.chunk: rows of logits at once (default: 128)")
+    parser.add_argument("--pack", choices=["auto", "always", "never"], default="auto", help="generation.pack (default: auto)")
+    parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--save", help="append the lines of JSON to this file")

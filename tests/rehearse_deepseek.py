@@ -1,7 +1,8 @@
 """A dress rehearsal of configs/deepseek.yaml at full size, without the real weights: not part of the test suite.
 
-    python tests/rehearse_deepseek.py            (about five minutes, 8 GB of disk for a while, 9 GiB of memory at most)
+    python tests/rehearse_deepseek.py            (about fifteen minutes, 8 GB of disk for a while, 9 GiB of memory at most)
     python tests/rehearse_deepseek.py --small    (the same with a tiny shape, to try the script itself)
+    python tests/rehearse_deepseek.py --gpu      (on a GPU: traces of 400 tokens, batches of 8; speed and memory)
 
 Makes a snapshot of random weights with the exact shape of DeepSeek-R1-Distill-Qwen-1.5B, serves it as that model from a hub on the
 loopback address, and runs the unchanged config from there on the CPU: 2 traces of 32 tokens and 1 step, then a second step by
@@ -45,7 +46,13 @@ SMALLER = ["data.count=2", "generation.max_new_tokens=32", "evaluate.count=2", "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a tiny shape of 28 blocks")
+    parser.add_argument("--gpu", action="store_true", help="16 traces of 400 tokens and 4 steps of 8 traces on a GPU, without a hub")
     args = parser.parse_args()
+    if args.gpu:
+        with tempfile.TemporaryDirectory() as scratch:
+            make_snapshot(Path(scratch) / "model", SHAPE | SMALL if args.small else SHAPE)
+            on_gpu(Path(scratch))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         started = time.time()
@@ -67,6 +74,43 @@ def main() -> None:
         print(f"peak resident memory {peak / 2**30:.2f} GiB, limit {LIMIT / 2**30:.0f} GiB")
         if peak > LIMIT or steps[-1] != 2:
             sys.exit(1)
+
+
+def on_gpu(folder: Path) -> None:
+    """The same config for 16 traces of 400 tokens and 4 steps, batches of 8: prints tokens/s and the peak of GPU memory."""
+    from nanoexit import sft
+    from nanoexit.config import load_config
+    from nanoexit.data import load_prompts
+    from nanoexit.responses import respond
+    from nanoexit.teacher import make_traces
+    from nanoexit.training import load_student
+
+    def measured(what: str, run, tokens) -> object:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = run()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        n = tokens(result)
+        print(f"{what}: {n} tokens in {seconds:.1f} s, {n / seconds:.0f} tokens/s, peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB", flush=True)
+        return result
+
+    config = load_config(ROOT / "configs/deepseek.yaml", [
+        f"model.name={folder / 'model'}", f"run.dir={folder / 'run'}", "data.count=16", "generation.batch_size=8", "sft.batch_size=8", "model.device=cuda"])
+    model, tokenizer = load_student(config)
+    print(f"{torch.cuda.get_device_name()}, weights {torch.cuda.memory_allocated() / 2**30:.2f} GiB in {model.dtype}")
+    traces = measured("teacher writes traces and their divergences", lambda: make_traces(model, tokenizer, config), lambda ts: sum(len(t.tokens) for t in ts))
+    patterns = config.sft.samples_per_trace
+    model.train()
+    for step in range(4):
+        measured(f"SFT step {step + 1}, {patterns} patterns a trace", lambda step=step: sft.step_losses(model, traces[8 * (step % 2) :][:8], config, step),
+                 lambda _, step=step: patterns * sum(len(t.tokens) for t in traces[8 * (step % 2) :][:8]))
+    model.eval()
+    prompts = load_prompts(config.data, "train", 8, 0)
+    for policy in ("full", "head"):
+        measured(f"8 responses, policy {policy}", lambda policy=policy: respond(model, tokenizer, prompts, config, policy, [1]),
+                 lambda rs: sum(len(r.generation.tokens) for r in rs))
 
 
 def make_snapshot(folder: Path, config: dict) -> int:
