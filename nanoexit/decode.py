@@ -11,8 +11,10 @@ into the stacked k and v maps.
 Host syncs: one a depth where somebody may exit, to know who runs on.
 """
 
-import copy
-from collections.abc import Sequence
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,23 +72,31 @@ class DecodeBlock:
 
 
 class Step:
-    """Where one call's tokens stand, and the cache that they read and write. `keep` narrows it to the rows that run on.
+    """Where one call's tokens stand, and the cache that they read and write.
 
-    positions [B]; span: how many positions are read; start: the one that is written, where it is the same in all rows.
+    positions [B]; span: how many positions are read; start: the one that is written, where it is the same in all rows;
+    rows [n]: those that run, None for all, set by `keep`.
     """
 
     def __init__(self, shape: Shape, positions: Tensor, cache: Cache, span: int, start: int | None, dtype: torch.dtype):
-        self.positions, self.cache, self.rows = positions, cache, None  # rows [n]: those that run; None: all
+        self.positions, self.cache, self.rows = positions, cache, None
         cos, sin = turns(shape, positions if start is None else positions[:1], dtype)
         turned, still = (-1, shape.heads + shape.kv_heads, -1), (len(cos), shape.kv_heads, shape.head_dim)  # values turn by no angle
-        self.cos = torch.cat((torch.cat((cos, cos), -1).expand(turned), cos.new_ones(still)), 1)  # [B or 1, H + 2 K, head_dim]
-        self.sin = torch.cat((torch.cat((-sin, sin), -1).expand(turned), sin.new_zeros(still)), 1)
+        cos = torch.cat((torch.cat((cos, cos), -1).expand(turned), cos.new_ones(still)), 1)
+        sin = torch.cat((torch.cat((-sin, sin), -1).expand(turned), sin.new_zeros(still)), 1)
+        self.turns = self.cos, self.sin = cos, sin  # [B or 1, H + 2 K, head_dim]; cos and sin are those of `rows`
         self.keys, self.values = cache.k[..., :span, :].unbind(0), cache.v[..., :span, :].unbind(0)
         self.slots = self.mask = None
         if start is not None:
             self.slots = cache.kv[..., start, :].unbind(0)
         else:
             self.mask = (torch.arange(span, device=positions.device) <= positions[:, None])[:, None, None]
+
+    def keep(self, rows: Tensor | None) -> "Step":
+        if rows is not self.rows:
+            self.rows = rows
+            self.cos, self.sin = self.turns if self.slots is not None else (x[rows] for x in self.turns)
+        return self
 
     def attend(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         """Queries q [n, H, d] of the running rows, their new keys and values [n, 2, K, d] -> [n, H * d]."""
@@ -103,38 +113,17 @@ class Step:
         y = y.reshape(len(q), H * d)
         return y if self.rows is None else y[self.rows]
 
-    def fixed(self, fill: Tensor, rows: Tensor) -> "Step":
-        """The same step for these places among the running rows, in memory of its own."""
-        step = copy.copy(self)
-        step.positions, step.mask, step.rows = self.positions.clone(), self.mask.clone(), rows.clone()
-        step.cos, step.sin = self.cos[fill], self.sin[fill]
-        return step
-
-    def refill(self, other: "Step", fill: Tensor, rows: Tensor) -> None:
-        """Take over another step's figures, in place."""
-        self.positions.copy_(other.positions)
-        self.mask.copy_(other.mask)
-        self.rows.copy_(rows)
-        self.cos.copy_(other.cos[fill])
-        self.sin.copy_(other.sin[fill])
-
-    def keep(self, staying: Tensor) -> None:
-        """staying: places [m] among the n running rows."""
-        self.rows = staying if self.rows is None else self.rows[staying]
-        if self.slots is None:  # else one position serves all
-            self.cos, self.sin = self.cos[staying], self.sin[staying]
-
 
 class DecodeStep:
     """`model.run` for one token a row; adapters are read when it is made."""
 
-    def __init__(self, model: Transformer, rows: int, pack: str = "auto", graphs: bool = True):
+    def __init__(self, model: Transformer, rows: int, pack: str = "auto", cuda_graphs: bool = True):
         self.model = model
         laid = laid_out(model, rows, pack)
         self.blocks = [DecodeBlock(block, *products) for block, products in zip(model.model["layers"], laid.blocks)]
         self._readout = laid.readout
         self.above = KeysValuesAbove(model, laid)
-        self.graphs = Graphs(self.blocks) if graphs and model.device.type == "cuda" else None
+        self.graphs = Graphs(self) if cuda_graphs and model.device.type == "cuda" else None
 
     def readout(self, h: Tensor) -> Tensor:
         """Residuals [n, D] -> logits [n, V], as `Transformer.readout`."""
@@ -142,38 +131,43 @@ class DecodeStep:
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: Cache, stop: Stop | None = None, alive: Tensor | None = None) -> Run:
         """ids, positions [B, 1]; rows that are not alive neither run nor leave anything. See Transformer.run."""
-        B, L = len(ids), len(self.blocks)
-        span, start = (cache.span, cache.start) if self.graphs is None else (Graphs.span(cache), None)
-        step = Step(self.model.shape, positions[:, 0], cache, span, start, self.model.dtype)
-        if alive is not None:
-            step.keep(alive[:, 0].nonzero()[:, 0])
-        h = self.model.model["embed_tokens"](ids[:, 0] if step.rows is None else ids[step.rows, 0])  # [n, D] of the rows that run
-        hidden, depths = h.new_zeros(B, h.shape[1]), torch.zeros_like(step.positions)
+        B, L, at = len(ids), len(self.blocks), positions[:, 0]
+        rows = None if alive is None else alive[:, 0].nonzero()[:, 0]
+        h = self.model.model["embed_tokens"](ids[:, 0] if rows is None else ids[rows, 0])  # [n, D] of the rows that run
+        run = self._stretches(at, cache)
+        hidden, depths = h.new_zeros(B, h.shape[1]), torch.zeros_like(at)
         asked = [] if stop is None else sorted(d for d in stop.layers if d < L)
         for start, depth in zip([0, *asked], [*asked, L]):
             if cache.debts:
                 cache.settle(depth - 1, self.above)
-            h = self._stretch(start, depth, h, step)
-            leaves = None if depth == L else stop(depth, h, step.rows)
+            h = run(start, depth, h, rows)
+            leaves = None if depth == L else stop(depth, h, rows)
             leaving = [] if leaves is None else leaves.tolist()  # host sync: which rows run on decides the shapes of the next block
             if not any(leaving):
                 continue
+            if all(leaving) and rows is None:  # everybody, here: nothing to sort out
+                cache.owe(depth, h, torch.arange(B, device=h.device), at)
+                return Run(h[:, None], depths[:, None].fill_(depth))
             go, stay = (torch.tensor([i for i, leave in enumerate(leaving) if leave is way], device=h.device) for way in (True, False))
-            gone = go if step.rows is None else step.rows[go]
+            gone = go if rows is None else rows[go]
             hidden[gone], depths[gone] = h[go], depth
-            cache.owe(depth, h[go], gone, step.positions[gone])
+            cache.owe(depth, h[go], gone, at[gone])
             if not len(stay):
                 return Run(hidden[:, None], depths[:, None])
-            step.keep(stay)
-            h = h[stay]
-        running = slice(None) if step.rows is None else step.rows
-        hidden[running], depths[running] = h, L
+            rows, h = stay if rows is None else rows[stay], h[stay]
+        if rows is None:
+            return Run(h[:, None], depths[:, None].fill_(L))
+        hidden[rows], depths[rows] = h, L
         return Run(hidden[:, None], depths[:, None])
 
-    def _stretch(self, start: int, end: int, h: Tensor, step: Step) -> Tensor:
-        """Blocks start..end-1, between which nobody exits."""
+    def _stretches(self, positions: Tensor, cache: Cache) -> Callable[[int, int, Tensor, Tensor | None], Tensor]:
+        """-> f(start, end, h [n, D], rows [n] or None for all): blocks start..end-1, between which nobody exits."""
         if self.graphs is not None:
-            return self.graphs(start, end, h, step)
+            return functools.partial(self.graphs, positions, cache)
+        step = Step(self.model.shape, positions, cache, cache.span, cache.start, self.model.dtype)
+        return lambda start, end, h, rows: self.stretch(start, end, h, step.keep(rows))
+
+    def stretch(self, start: int, end: int, h: Tensor, step: Step) -> Tensor:
         for layer in range(start, end):
             h = self.blocks[layer](h, step, layer)
         return h
@@ -183,56 +177,48 @@ class Graphs:
     """CUDA graphs of the stretches between exits: shapes stand still in there, so a whole stretch is one launch.
 
     Rows are padded to a power of two by repeating the last one, which computes and writes the same again; the positions that
-    are read are padded to SPAN and masked. A stretch is captured when it is first run in a shape.
+    are read are padded to SPAN and masked. A stretch that comes WARM times in one shape is captured then, for this cache.
     """
 
-    SPAN = 256
+    SPAN, WARM = 256, 3
 
-    def __init__(self, blocks: Sequence[DecodeBlock]):
-        self.blocks, self.cache_memory = blocks, None
-        self.fixed: dict[tuple, tuple[Tensor, Step]] = {}  # by rows and span: where a graph reads its input
-        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+    def __init__(self, steps: DecodeStep):
+        self.steps, self.memory = weakref.proxy(steps), None
+        self.seen: Counter[tuple[int, int, int, int]] = Counter()
+        self.captured: dict[tuple[int, int, int, int], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
-    @classmethod
-    def span(cls, cache: Cache) -> int:
-        return min(-(-cache.span // cls.SPAN) * cls.SPAN, cache.kv.shape[-2])
-
-    def __call__(self, start: int, end: int, h: Tensor, step: Step) -> Tensor:
-        """Blocks start..end-1 for residuals h [n, D] of the step's rows."""
-        if self.cache_memory != step.cache.kv.data_ptr():  # rows left, so the cache was made anew
-            self.cache_memory, self.fixed, self.captured = step.cache.kv.data_ptr(), {}, {}
-        n, B = len(h), len(step.positions)
+    def __call__(self, positions: Tensor, cache: Cache, start: int, end: int, h: Tensor, rows: Tensor | None) -> Tensor:
+        """Blocks start..end-1 for residuals h [n, D] of these rows."""
+        if self.memory != cache.kv.data_ptr():  # rows left, so the cache was made anew
+            self.memory = cache.kv.data_ptr()
+            self.seen.clear()
+            self.captured.clear()
+        B, n = len(positions), len(h)
         size = min(1 << (n - 1).bit_length(), B)
-        fill = torch.arange(size, device=h.device).clamp(max=n - 1)
-        rows = fill if step.rows is None else step.rows[fill]
-        shape = size, len(step.keys[0][0, 0])
-        if shape not in self.fixed:
-            self.fixed[shape] = h[fill], step.fixed(fill, rows)
-        given, fixed = self.fixed[shape]
-        given.copy_(h[fill])
-        fixed.refill(step, fill, rows)
-        if (start, end, *shape) not in self.captured:
-            self.captured[start, end, *shape] = self._capture(start, end, given, fixed)
-        graph, out = self.captured[start, end, *shape]
+        span = min(-(-cache.span // self.SPAN) * self.SPAN, cache.kv.shape[-2])
+        if rows is None:
+            rows = torch.arange(B, device=h.device)
+        if size > n:
+            fill = torch.arange(size, device=h.device).clamp(max=n - 1)
+            h, rows = h[fill], rows[fill]
+        key, given = (start, end, size, span), [h, positions, rows]
+        self.seen[key] += 1
+        if self.seen[key] < self.WARM:
+            return self._run(cache, *key, *given)[:n]
+        if key not in self.captured:
+            fixed, graph = [x.clone() for x in given], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = self._run(cache, *key, *fixed)
+            self.captured[key] = graph, fixed, out
+        graph, fixed, out = self.captured[key]
+        for x, now in zip(fixed, given):
+            x.copy_(now)
         graph.replay()
-        return out[:n].clone()  # the next replay may write there
+        return out[:n].clone()  # the next replay writes there
 
-    def _capture(self, start: int, end: int, h: Tensor, step: Step) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        def run() -> Tensor:
-            out = h
-            for layer in range(start, end):
-                out = self.blocks[layer](out, step, layer)
-            return out
-
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()  # what libraries set up at their first call must not be captured; writes what the replay will write
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = run()
-        return graph, out
+    def _run(self, cache: Cache, start: int, end: int, size: int, span: int, h: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        step = Step(self.steps.model.shape, positions, cache, span, None, h.dtype)
+        return self.steps.stretch(start, end, h, step.keep(rows))
 
 
 class KeysValuesAbove:

@@ -220,10 +220,13 @@ class _Decoder:
             given, n = self.forced[self.rows[slot]], len(self.results[self.rows[slot]].tokens)
             if n < len(given):
                 tokens[i] = given[n]
-        self.last[slots] = tokens
-        drawn = torch.stack([token_logprob(logits, tokens), exit_logprobs]).tolist()
-        for slot, token, depth, logp, exit_logp in zip(slots, tokens.tolist(), depths.tolist(), *drawn):
-            self._note(slot, token, depth, logp, exit_logp)
+        if len(slots) == len(self.rows):
+            self.last.copy_(tokens)
+        else:
+            self.last[slots] = tokens
+        drawn = torch.stack([tokens, depths, token_logprob(logits, tokens), exit_logprobs])  # float32 holds integers up to 2**24
+        for slot, token, depth, logp, exit_logp in zip(slots, *drawn.tolist()):
+            self._note(slot, int(token), int(depth), logp, exit_logp)
 
     def _note(self, slot: int, token: int, depth: int, logp: float, exit_logp: float) -> None:
         row = self.rows[slot]

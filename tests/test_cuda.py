@@ -14,7 +14,7 @@ PROMPTS = [[3, 7, 11], [5, 1, 30, 22, 9, 4, 17], [8, 8], [2, 39, 14, 6, 25], [1,
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_graphs_write_what_is_written_without(family, policy, batch_size):
     """Catches: a captured shape used for another, padding rows that write elsewhere, debts paid into another cache's memory."""
-    model = with_exits(random_model(family).cuda())
+    model = with_exits(random_model(family)).cuda()
     kw = {"seed": 5, "stop_ids": [0, 1, 2], "batch_size": batch_size}
     fast = generate(model, PROMPTS, policy, 12, **kw)
     slow = generate(model, PROMPTS, policy, 12, cuda_graphs=False, **kw)
@@ -25,7 +25,7 @@ def test_graphs_write_what_is_written_without(family, policy, batch_size):
 
 def test_a_long_text_crosses_the_captured_span(family):
     """Catches: positions beyond the first 256 that are not read."""
-    model = with_exits(random_model(family).cuda())
+    model = with_exits(random_model(family)).cuda()
     fast = generate(model, PROMPTS[:2], "head", 300, temperature=0, stop_ids=[])
     slow = generate(model, PROMPTS[:2], "head", 300, temperature=0, stop_ids=[], cuda_graphs=False)
     same = [sum(x == y for x, y in zip(a.tokens, b.tokens)) for a, b in zip(fast, slow)]
