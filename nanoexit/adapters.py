@@ -20,7 +20,7 @@ from nanoexit.exits import attach
 from nanoexit.lora import adapters, attach_lora, linear_maps, merged_weight
 from nanoexit.model import Transformer
 from nanoexit.tokenizer import read_json
-from nanoexit.weights import check_tensor, compare_names, open_file, read_tensor
+from nanoexit.weights import check_finite, check_tensor, compare_names, open_file, read_tensor
 
 PEFT_PREFIX = "base_model.model."
 PEFT_READ = {  # options of adapter_config.json that are read, or that change nothing once an adapter is trained; any other has to be off
@@ -125,6 +125,7 @@ def _copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
         for name, p in wanted.items():
             tensor = read_tensor(file, name, path)
             check_tensor(tensor, name, tuple(p.shape), path)
+            check_finite(tensor, name, path)
             p.data.copy_(tensor)
 
 

@@ -138,8 +138,10 @@ def _fill(model: Transformer, folder: Path, device: torch.device, dtype: torch.d
             tensor = read_tensor(files[path], names[name], path)
             check_tensor(tensor, names[name], expected[name], path)
             mapped += tensor.nbytes if tensor.dtype != dtype else 0  # in its own dtype on the CPU, the map is the weight
+            weight = tensor.to(device, dtype)
+            check_finite(weight, names[name], path)
             owner = model.get_submodule(name.rpartition(".")[0])
-            setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+            setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(weight, requires_grad=False))
 
 
 def _locate(folder: Path) -> dict[str, Path]:
@@ -196,5 +198,9 @@ def check_tensor(tensor: Tensor, name: str, shape: tuple[int, ...], path: Path) 
         raise UserError(f"{path}: tensor {name} has the shape {list(tensor.shape)}, expected {list(shape)}")
     if tensor.dtype not in DTYPES.values():
         raise UserError(f"{path}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}, expected {', '.join(DTYPES)}")
+
+
+def check_finite(tensor: Tensor, name: str, path: Path) -> None:
+    """On the tensor's own device, in the dtype that it is used in."""
     if not all(map(torch.isfinite, torch.aminmax(tensor))):  # without a temporary as large as the tensor; NaN passes through
-        raise UserError(f"{path}: tensor {name} has values that are not finite: the file is damaged")
+        raise UserError(f"{path}: tensor {name} has values that are not finite in {str(tensor.dtype).removeprefix('torch.')}: the file is damaged, or needs a wider dtype")

@@ -36,7 +36,7 @@ def test_a_long_text_crosses_the_captured_span(family):
 def test_the_gpu_writes_what_the_cpu_writes(family, dtype):
     """Catches: a path of its own on the GPU that computes something else."""
     model = with_exits(random_model(family))
-    there = with_exits(random_model(family)).to(dtype).cuda()
+    there = with_exits(random_model(family).to(dtype)).cuda()  # heads and adapters stay float32
     given = [[17] * 8, [4] * 8]
     a, b = (generate(m, PROMPTS[:2], "full", 8, seed=1, stop_ids=[], forced=given) for m in (model, there))
     for x, y in zip(a, b):
