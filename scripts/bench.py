@@ -348,15 +348,17 @@ def resident(key: str) -> float:
 
 
 def load(args: argparse.Namespace, report: Report) -> None:
-    """Loading a folder, each time in a fresh process: seconds, and peak memory above that of a process that loads nothing."""
-    calls = {"nothing": ("nanoexit", "None"), "nanoexit": ("nanoexit", f"nanoexit.load_model({args.model!r}, 'cpu', {args.dtype!r})")}
+    """Loading a folder and reading one token with it (weights may be mapped and not read before), each time in a fresh process:
+    seconds, and peak memory above that of a process that loads nothing."""
+    calls = {"nothing": ("nanoexit", "torch.numel"), "nanoexit": ("nanoexit", f"nanoexit.load_model({args.model!r}, {str(args.device)!r}, {args.dtype!r})")}
     if args.peer == "hf":
         hf()
-        calls["hf"] = ("peers", f"peers.load({args.model!r}, torch.{args.dtype}, 'cpu')")
+        calls["hf"] = ("peers", f"peers.load({args.model!r}, torch.{args.dtype}, {str(args.device)!r})")
     figures = {name: [] for name in calls}
     for _ in tqdm(range(args.rounds), desc=" / ".join(calls), unit="round", leave=False):
         for name, (module, call) in calls.items():
-            program = (f"import sys, time, resource\nsys.path[:0] = {sys.path[:2]!r}\nimport torch, {module}\nt = time.perf_counter()\nm = {call}\n"
+            program = (f"import sys, time, resource\nsys.path[:0] = {sys.path[:2]!r}\nimport torch, {module}\nt = time.perf_counter()\n"
+                       f"with torch.no_grad():\n  str({call}(torch.tensor([[1]], device={str(args.device)!r})))\n"
                        "print(time.perf_counter() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
             out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
             figures[name].append([float(word) for word in out.split()[-2:]])
@@ -364,7 +366,7 @@ def load(args: argparse.Namespace, report: Report) -> None:
     base = statistics.median(peak for _, peak in figures["nothing"])
     peaks = {f"peak_over_size_{name}": (statistics.median(p for _, p in runs) - base) / size for name, runs in figures.items() if name != "nothing"}
     against = "hf" if args.peer == "hf" else "nanoexit"
-    report("load", against, *middle([a / b for (a, _), (b, _) in zip(figures[against], figures["nanoexit"])]),
+    report("load and read a token", against, *middle([a / b for (a, _), (b, _) in zip(figures[against], figures["nanoexit"])]),
            seconds=statistics.median(s for s, _ in figures["nanoexit"]), megabytes=size / 1e6, **peaks)
 
 
