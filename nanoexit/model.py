@@ -235,7 +235,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.shape = shape
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(shape.vocab, shape.width),
+            "embed_tokens": nn.Embedding.from_pretrained(torch.empty(shape.vocab, shape.width), freeze=False),  # not drawn: that is slow on "meta"
             "layers": nn.ModuleList(Block(shape) for _ in range(shape.blocks)),
             "norm": RMSNorm(shape.width, shape.norm_eps),
         })

@@ -172,7 +172,7 @@ def prompts(rows: int, vocab: int) -> list[list[int]]:
 
 
 def decode(args: argparse.Namespace, report: Report) -> None:
-    """Greedy decoding at full depth. Prefill is part of both sides' time."""
+    """Greedy decoding at full depth; without a peer, against our own plain way. Prefill is part of all sides' time."""
     model = load_model(args.model, str(args.device), args.dtype)
     ids = prompts(args.batch, model.shape.vocab)
     variants = {"nanoexit": lambda: ours(args, model, ids, "full", args.new)}
@@ -180,13 +180,15 @@ def decode(args: argparse.Namespace, report: Report) -> None:
         peer, given = hf().load(args.model, DTYPES[args.dtype], args.device), torch.tensor(ids, device=args.device)
         for cache in ("dynamic", "static"):
             variants[f"hf {cache} cache"] = lambda cache=cache: hf().decode(peer, given, args.new, cache)
+    else:
+        plain = argparse.Namespace(**{**vars(args), "pack": "never", "no_graphs": True})
+        variants["weights as stored"] = lambda: ours(plain, model, ids, "full", args.new)
     times = in_turn(variants, args.rounds, args.device)
     speed = {f"{name.replace(' ', '_')}_tokens_per_s": args.batch * args.new / times[name] for name in variants}
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if args.batch == 1:
         speed["gigabytes_read_per_s"] = size * args.new / times["nanoexit"] / 1e9
-    peers = [name for name in variants if name != "nanoexit"]
-    best = min(peers or ["nanoexit"], key=times.__getitem__)
+    best = min((name for name in variants if name != "nanoexit"), key=times.__getitem__)
     report("decode, full depth", best, *times.ratio(best, "nanoexit"), **speed)
 
 
@@ -269,14 +271,12 @@ def train(args: argparse.Namespace, report: Report) -> None:
         hidden = score(model, ids, depths, [0] * args.batch).hidden.flatten(0, 1)
         return readout_kl(model, hidden, teacher, args.chunk).mean()
 
-    variants = {"nanoexit": stepper(trained(model).values(), language_loss)}
     if args.peer == "hf":
         peer = hf().with_lora(hf().load(args.model, DTYPES[args.dtype], args.device), list(LoRAConfig().targets))
-        variants["hf + peft"] = stepper([p for p in peer.parameters() if p.requires_grad], lambda: peer(input_ids=ids, labels=ids).loss)
-    times = in_turn(variants, args.rounds, args.device)
-    against = "hf + peft" if args.peer == "hf" else "nanoexit"
-    size = ids.numel()
-    report("LoRA step, full depth", against, *times.ratio(against, "nanoexit"), tokens_per_s=size / times["nanoexit"])
+        times = in_turn({"nanoexit": stepper(trained(model).values(), language_loss),
+                         "hf + peft": stepper([p for p in peer.parameters() if p.requires_grad], lambda: peer(input_ids=ids, labels=ids).loss)},
+                        args.rounds, args.device)
+        report("LoRA step, full depth", "hf + peft", *times.ratio("hf + peft", "nanoexit"), tokens_per_s=ids.numel() / times["nanoexit"])
 
     L = model.full_depth
     attach(model, sorted({L // 4, L // 2, 3 * L // 4}), lora=LoRAConfig(dropout=0.0))
@@ -350,15 +350,16 @@ def resident(key: str) -> float:
 def load(args: argparse.Namespace, report: Report) -> None:
     """Loading a folder and reading one token with it (weights may be mapped and not read before), each time in a fresh process:
     seconds, and peak memory above that of a process that loads nothing."""
-    calls = {"nothing": ("nanoexit", "torch.numel"), "nanoexit": ("nanoexit", f"nanoexit.load_model({args.model!r}, {str(args.device)!r}, {args.dtype!r})")}
+    where, dtype = repr(str(args.device)), repr(args.dtype)
+    calls = {"nothing": ("nanoexit.load_model", "lambda *_: torch.numel"), "nanoexit": ("nanoexit.load_model", f"lambda load: load({args.model!r}, {where}, {dtype})")}
     if args.peer == "hf":
         hf()
-        calls["hf"] = ("peers", f"peers.load({args.model!r}, torch.{args.dtype}, {str(args.device)!r})")
+        calls["hf"] = ("peers.load", f"lambda load: load({args.model!r}, torch.{args.dtype}, {where})")
     figures = {name: [] for name in calls}
     for _ in tqdm(range(args.rounds), desc=" / ".join(calls), unit="round", leave=False):
-        for name, (module, call) in calls.items():
-            program = (f"import sys, time, resource\nsys.path[:0] = {sys.path[:2]!r}\nimport torch, {module}\nt = time.perf_counter()\n"
-                       f"with torch.no_grad():\n  str({call}(torch.tensor([[1]], device={str(args.device)!r})))\n"
+        for name, (loader, call) in calls.items():
+            program = (f"import sys, time, resource\nsys.path[:0] = {sys.path[:2]!r}\nimport torch, {loader.partition('.')[0]}\nload = {loader}\n"
+                       f"t = time.perf_counter()\nwith torch.no_grad():\n  str(({call})(load)(torch.tensor([[1]], device={where})))\n"
                        "print(time.perf_counter() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
             out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
             figures[name].append([float(word) for word in out.split()[-2:]])

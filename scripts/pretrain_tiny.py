@@ -93,6 +93,7 @@ def _commit() -> str:
 
 def new_model(config: PretrainConfig) -> Transformer:
     torch.manual_seed(config.seed)
+    torch.empty(len(WORDS), config.width).normal_()  # drawn and dropped, so that a seed gives the model that it always gave
     shape = Shape("qwen2", len(WORDS), config.width, config.ffn, config.blocks, config.heads, config.kv_heads,
                   config.width // config.heads, qkv_bias=True, tied=True, max_positions=64)
     model = Transformer(shape)
