@@ -285,7 +285,7 @@ def train(args: argparse.Namespace, report: Report) -> None:
             4, ids.shape, device=args.device, generator=torch.Generator(args.device).manual_seed(2))]}.items()}
     times = in_turn(step_of, args.rounds, args.device)
     ratio, spread = times.ratio("with exits", "all at full depth")
-    report("SFT student step, mean depth 0.62 of all", "full depth", ratio, spread, unit="of the time")
+    report("SFT student step, mean depth 0.62 of all", "full depth", ratio, spread, unit="of the time", tokens_per_s=ids.numel() / times["with exits"])
 
 
 def memory(args: argparse.Namespace, report: Report) -> None:
