@@ -1,6 +1,6 @@
 """One token a row, fast: the same blocks as model.py's, with their maps joined and only the tokens that still run.
 
-Contract. `DecodeStep(model)(ids, positions, cache, stop, alive)` is `model.run` for one token a row, to rounding error, for
+Contract. `DecodeStep(model)(ids, positions, cache, stop, rows)` is `model.run` for one token a row, to rounding error, for
 inference; tests hold one against the other. Make a new one when adapters change.
 
 What makes it fast. q, k and v are one product, gate and up another, adapters of such a group two more. Rotation turns q, k
@@ -90,24 +90,25 @@ class Step:
         if start is not None:
             self.slots = cache.kv[..., start, :].unbind(0)
         else:
-            self.mask = (torch.arange(span, device=positions.device) <= positions[:, None])[:, None, None]
+            at = torch.arange(max(span, len(positions)), device=positions.device)
+            self.mask = (at[:span] <= positions[:, None])[:, None, None]
+            self.places = (at[: len(positions)], slice(None), slice(None), positions)  # where the running rows write
 
     def keep(self, rows: Tensor | None) -> "Step":
         if rows is not self.rows:
-            self.rows = rows
+            self.rows, self.places = rows, (rows, slice(None), slice(None), self.positions[rows])
             self.cos, self.sin = self.turns if self.slots is not None else (x[rows] for x in self.turns)
         return self
 
     def attend(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         """Queries q [n, H, d] of the running rows, their new keys and values [n, 2, K, d] -> [n, H * d]."""
-        n, H, d = q.shape
-        if self.rows is not None:
-            self.cache.kv[layer][self.rows, :, :, self.positions[self.rows]] = new
-            q = q.new_zeros(len(self.positions), H, d).index_copy(0, self.rows, q)  # cheaper than picking rows of the cache
-        elif self.slots is not None:
+        _, H, d = q.shape
+        if self.rows is None and self.slots is not None:
             self.slots[layer].copy_(new)
         else:
-            self.cache.kv[layer][torch.arange(n, device=q.device), :, :, self.positions] = new
+            self.cache.kv[layer][self.places] = new
+        if self.rows is not None:
+            q = q.new_zeros(len(self.positions), H, d).index_copy(0, self.rows, q)  # cheaper than picking rows of the cache
         k = self.keys[layer]
         y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, d), k, self.values[layer], attn_mask=self.mask)
         y = y.reshape(len(q), H * d)
@@ -129,10 +130,9 @@ class DecodeStep:
         """Residuals [n, D] -> logits [n, V], as `Transformer.readout`."""
         return self._readout(self.model.model["norm"](h))
 
-    def __call__(self, ids: Tensor, positions: Tensor, cache: Cache, stop: Stop | None = None, alive: Tensor | None = None) -> Run:
-        """ids, positions [B, 1]; rows that are not alive neither run nor leave anything. See Transformer.run."""
+    def __call__(self, ids: Tensor, positions: Tensor, cache: Cache, stop: Stop | None = None, rows: Tensor | None = None) -> Run:
+        """ids, positions [B, 1]; only `rows` run and leave anything, default all. See Transformer.run."""
         B, L, at = len(ids), len(self.blocks), positions[:, 0]
-        rows = None if alive is None else alive[:, 0].nonzero()[:, 0]
         h = self.model.model["embed_tokens"](ids[:, 0] if rows is None else ids[rows, 0])  # [n, D] of the rows that run
         run = self._stretches(at, cache)
         hidden, depths = h.new_zeros(B, h.shape[1]), torch.zeros_like(at)

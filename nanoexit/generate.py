@@ -187,15 +187,16 @@ class _Decoder:
         positions = torch.full((B, 1), lengths[0], device=device) if aligned else torch.tensor(lengths, device=device)[:, None]
         self.cache.place(lengths[0] if aligned else None, max(lengths) + 1)
         everyone = len(slots) == B
-        chosen = slice(None) if everyone else torch.tensor(slots, device=device)
-        alive = None if everyone else torch.tensor([[row is not None] for row in self.rows], device=device)
+        rows = None if everyone else torch.tensor(slots, device=device)
+        chosen = slice(None) if everyone else rows
         noise = self.noise[:, counts[0]] if len(set(counts)) == 1 else self.noise[torch.arange(B, device=device), torch.tensor(counts, device=device)]
-        chance = self._foresee(ids, positions, alive, chosen) if self.policy.foresees else None
+        chance = self._foresee(ids, positions, rows) if self.policy.foresees else None
         ask = _Ask(self.model, self.policy, noise[:, 1:], chance)
         stop = ask if ask.layers else None
         if self.freeze:
-            run = self.steps(ids, positions, self.cache, stop, alive)
+            run = self.steps(ids, positions, self.cache, stop, rows)
         else:
+            alive = None if everyone else torch.zeros_like(ids, dtype=torch.bool).index_fill(0, rows, True)
             run = self.model.run(ids, positions, self.cache, stop, alive, freeze=False)
         for slot in slots:
             self.lengths[slot] += 1
@@ -265,10 +266,11 @@ class _Decoder:
             self.rows[slot], self.lengths[slot] = row, length
         return slots
 
-    def _foresee(self, ids: Tensor, positions: Tensor, alive: Tensor | None, chosen) -> Tensor:
+    def _foresee(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Tensor:
         """Run this step to full depth -> the teacher rule's chances [B, E] at the policy's depths."""
         watch = Watch(self.policy.layers)
-        run = self.steps(ids, positions, self.cache, watch, alive)
+        run = self.steps(ids, positions, self.cache, watch, rows)
+        chosen = slice(None) if rows is None else rows
         final = self.steps.readout(run.hidden[chosen, 0])
         kl = torch.stack([divergence(final, self.steps.readout(watch.seen[d])) for d in sorted(watch.seen)], -1)
         chance = kl.new_zeros(len(ids), kl.shape[-1])
