@@ -82,6 +82,7 @@ function choose(index, focus = false) {
   }
   stop();
   clock = Infinity;
+  showVariants();
   showPrompt();
 }
 
@@ -308,12 +309,11 @@ function setTheme(theme) {
   $("theme").textContent = isDark() ? "Light" : "Dark";
 }
 
-function showVariants() {
-  const labels = [...new Set(data.prompts.flatMap((entry) => entry.samples.map((sample) => sample.label)))];
-  if (labels.length < 2) return;
-  $("variants").replaceChildren(...labels.map((label) => {
+function showVariants() { // those that this prompt has: a run may keep one rollout a step, each of another prompt
+  const labels = [...new Set(data.prompts[current].samples.map((sample) => sample.label))];
+  $("variants").replaceChildren(...(labels.length < 2 ? [] : labels).map((label) => {
     const chip = el("button", { type: "button", textContent: label });
-    chip.setAttribute("aria-pressed", "true");
+    chip.setAttribute("aria-pressed", !hidden.has(label));
     chip.addEventListener("click", () => {
       hidden.has(label) ? hidden.delete(label) : hidden.add(label);
       chip.setAttribute("aria-pressed", !hidden.has(label));
@@ -341,7 +341,6 @@ if (data.prompts.length) {
   $("responses").hidden = false;
   data.prompts.forEach((entry) => entry.samples.forEach(unpack));
   root.classList.toggle("single", data.prompts.length === 1); // one prompt needs no picker
-  showVariants();
   showLeftOut();
   fillPicker();
   choose(0);

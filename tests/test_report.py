@@ -393,8 +393,13 @@ def test_replay(browser, report):
 
 
 def test_variants_scale_and_theme(browser, report):
-    """Catches choosers that change a label and nothing else."""
+    """Catches choosers that change a label and nothing else, and a button for a response that this prompt has not."""
     browser.open(report)
+    counts = []
+    for prompt in (2, 1):
+        browser.click(f"#picker li:nth-child({prompt})")
+        counts.append((len(browser.texts("#variants button")), len(browser.texts(".card h3"))))
+    assert counts == [(4, 4), (3, 3)]
     browser.click("#variants button:nth-child(1)")
     assert browser.texts(".card h3") == ["head", "after RL"]
     background = "getComputedStyle(document.querySelector('.card .text span')).backgroundColor"
