@@ -105,7 +105,8 @@ def quality_figures(rows: Sequence[dict], points: Sequence[dict]) -> str:
     keys = [(name, series_var(index), False) for index, name in enumerate(("follow", "stay", "stop"))]
     for row in points:
         if is_number(row.get("accuracy")) and is_number(row.get("mean_depth")) and row.get("full_depth"):
-            families[f"{row.get('variant') or ''} {str(row.get('policy') or '').split(':')[0]}".strip()].append(row)
+            policy = str(row.get("policy") or "")
+            families[row["name"].removesuffix(policy) + policy.split(":")[0]].append(row)
     for index, row in enumerate(rows):
         curve = [(100 * x, 100 * y) for x, y in row.get("early_answering") or [] if is_number(x) and is_number(y)]
         tips = [f"{row['name']}: {y:.0f} % same after {x:.0f} %" for x, y in curve]

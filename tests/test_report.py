@@ -157,6 +157,10 @@ def test_runs_side_by_side(tmp_path):
     ]
     for name in ("first · head", "second · head", "first loss", "second loss"):
         assert f'data-name="{name}"' in text
+    write_runs(tmp_path / "r.html", [read_run(run_folder(tmp_path / name)) for name in ("first", "second")])
+    text = (tmp_path / "r.html").read_text()
+    for name in ("first · trained · kl", "second · trained · kl"):
+        assert f'data-name="{name}"' in text, "a frontier of each run"
 
 
 def test_evaluation_fields_may_be_missing(tmp_path):
