@@ -65,10 +65,10 @@ class DecodeBlock:
         qkv = self.qkv(F.rms_norm(h, h.shape[1:], self.before, self.eps)).view(n, -1, self.head_dim)  # [n, H + 2 K, head_dim]
         if self.qk_norm is not None:
             qkv[:, :turned] = F.rms_norm(qkv[:, :turned], (self.head_dim,), None, self.eps) * self.qk_norm
-        qkv = torch.addcmul(qkv * step.cos, qkv.roll(self.head_dim // 2, -1), step.sin)
-        h = h + self.o(step.attend(layer, qkv[:, : self.heads], qkv[:, self.heads :].view(n, 2, self.kv_heads, self.head_dim)))
+        qkv = (qkv * step.cos).addcmul_(qkv.roll(self.head_dim // 2, -1), step.sin)
+        h = self.o(step.attend(layer, qkv[:, : self.heads], qkv[:, self.heads :].view(n, 2, self.kv_heads, self.head_dim))).add_(h)
         gate, up = self.gate_up(F.rms_norm(h, h.shape[1:], self.between, self.eps)).chunk(2, -1)
-        return h + self.down(F.silu(gate) * up)
+        return self.down(F.silu(gate, inplace=True).mul_(up)).add_(h)  # in place: every product is a tensor of its own
 
 
 class Step:
@@ -86,7 +86,7 @@ class Step:
         sin = torch.cat((torch.cat((-sin, sin), -1).expand(turned), sin.new_zeros(still)), 1)
         self.turns = self.cos, self.sin = cos, sin  # [B or 1, H + 2 K, head_dim]; cos and sin are those of `rows`
         self.keys, self.values = cache.k[..., :span, :].unbind(0), cache.v[..., :span, :].unbind(0)
-        self.slots = self.mask = None
+        self.slots = self.mask = self.padded = None
         if start is not None:
             self.slots = cache.kv[..., start, :].unbind(0)
         else:
@@ -96,19 +96,24 @@ class Step:
 
     def keep(self, rows: Tensor | None) -> "Step":
         if rows is not self.rows:
-            self.rows, self.places = rows, (rows, slice(None), slice(None), self.positions[rows])
-            self.cos, self.sin = self.turns if self.slots is not None else (x[rows] for x in self.turns)
+            self.rows = rows
+            if self.slots is None:
+                self.places = rows, slice(None), slice(None), self.positions[rows]
+                self.cos, self.sin = (x[rows] for x in self.turns)
         return self
 
     def attend(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         """Queries q [n, H, d] of the running rows, their new keys and values [n, 2, K, d] -> [n, H * d]."""
         _, H, d = q.shape
-        if self.rows is None and self.slots is not None:
+        if self.slots is None:
+            self.cache.kv[layer][self.places] = new
+        elif self.rows is None:
             self.slots[layer].copy_(new)
         else:
-            self.cache.kv[layer][self.places] = new
-        if self.rows is not None:
-            q = q.new_zeros(len(self.positions), H, d).index_copy(0, self.rows, q)  # cheaper than picking rows of the cache
+            self.slots[layer].index_copy_(0, self.rows, new)
+        if self.rows is not None:  # rows that are done ask something old: cheaper than picking rows of the cache
+            self.padded = q.new_zeros(len(self.positions), H, d) if self.padded is None else self.padded
+            q = self.padded.index_copy_(0, self.rows, q)
         k = self.keys[layer]
         y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, d), k, self.values[layer], attn_mask=self.mask)
         y = y.reshape(len(q), H * d)
