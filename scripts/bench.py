@@ -420,11 +420,15 @@ def growth_once(args: argparse.Namespace) -> tuple[float, float]:
 
 
 def table(path: Path) -> str:
-    """Lines that --save kept -> Markdown."""
+    """Lines that --save kept -> Markdown. Speeds are told of a GPU alone; a CPU's neighbours are too noisy."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    out = ["| work | shape, dtype, batch | against | | middle half of the rounds |", "|---|---|---|---|---|"]
+    gpu = all("threads" not in r["hardware"] for r in rows)
+    out = ["| work | shape, dtype, batch | against | | middle half of the rounds |" + " speed |" * gpu, "|---|---|---|---|---|" + "---|" * gpu]
+    units = {"nanoexit_tokens_per_s": "tokens/s", "tokens_per_s": "tokens/s", "gigabytes_read_per_s": "GB/s"}
     for r in rows:
-        out.append(f"| {r['work']} | {r['shape']}, {r['dtype']}, {r['batch']} | {r['against']} | {r['ratio']:.2f} {r['unit']} | {r['spread'][0]:.2f} to {r['spread'][1]:.2f} |")
+        speed = ", ".join(f"{r[key]:,.0f} {unit}" for key, unit in units.items() if key in r)
+        out.append(f"| {r['work']} | {r['shape']}, {r['dtype']}, {r['batch']} | {r['against']} | {r['ratio']:.2f} {r['unit']} "
+                   f"| {r['spread'][0]:.2f} to {r['spread'][1]:.2f} |" + f" {speed} |" * gpu)
     hardware = sorted({f"{r['hardware']}, torch {r['torch']}" for r in rows})
     return "\n".join(out) + f"\n\nOn {'; '.join(hardware)}."
 
