@@ -378,14 +378,16 @@ def growth(args: argparse.Namespace, report: Report) -> None:
     variants = {f"{n}{kind}": lambda n=n, k=k: decoding(n, k) for n in lengths for kind, k in (("", 1 + new), (" prefill", 1))}
     times = in_turn(variants, args.rounds, args.device)
     steps = in_turn({str(n): lambda n=n: student(n) for n in lengths}, args.rounds, args.device)
+    as_much = f"times that at {lengths[0]}"
+    relative = lambda values: {n: value / values[lengths[0]] for n, value in values.items()}
     figures = {
-        "decode-time": ("decoding a token", "ms", {n: 1000 * (times[str(n)] - times[f"{n} prefill"]) / new for n in lengths}),
-        "step-time": ("SFT student step, half of the tokens at half depth", "ms", {n: 1000 * steps[str(n)] for n in lengths}),
+        "decode-time": ("decoding a token", as_much, relative({n: times[str(n)] - times[f"{n} prefill"] for n in lengths})),
+        "step-time": ("SFT student step, half of the tokens at half depth", as_much, relative({n: steps[str(n)] for n in lengths})),
         "decode-memory": ("memory of prefill and one token", "MB", {n: _alone(args, "growth", f"decode:{n}")[0] / 1e6 for n in lengths}),
         "step-memory": ("memory of a student step", "MB", {n: _alone(args, "growth", f"step:{n}")[0] / 1e6 for n in lengths}),
     }
     for file, (work, unit, values) in figures.items():
-        drawing = line_figure(work.capitalize(), "tokens", unit, [Line(work, list(values.items()), series_var(0))])
+        drawing = line_figure(work[0].upper() + work[1:], "tokens", unit, [Line(work, list(values.items()), series_var(0))])
         replace(args.out / f"{file}.svg", lambda path, drawing=drawing: path.write_text(standalone(drawing), encoding="utf-8"))
         print(f"{work}: " + ", ".join(f"{v:.4g} {unit} at {n}" for n, v in values.items()))
         ratio = values[lengths[-1]] / values[lengths[-2]]
