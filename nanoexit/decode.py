@@ -128,7 +128,7 @@ class DecodeStep:
         laid = laid_out(model, rows, pack)
         self.blocks = [DecodeBlock(block, *products) for block, products in zip(model.model["layers"], laid.blocks)]
         self._readout = laid.readout
-        self.above = KeysValuesAbove(model, laid)
+        self.above = model.keys_values_above if laid.layout == "apart" else KeysValuesAbove(model, laid)
         self.graphs = Graphs(self) if cuda_graphs and model.device.type == "cuda" else None
 
     def readout(self, h: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class LaidOut:
             blocks = model.model["layers"][depth:]
             maps = [(m, block) for block in blocks for m in (block.self_attn.k_proj, block.self_attn.v_proj)]
             weights = [m.weight.detach() * block.input_layernorm.weight.detach() for m, block in maps]
-            self._above[depth] = lay_out("joined" if self.layout == "apart" else self.layout, weights, [m.bias for m, _ in maps])
+            self._above[depth] = lay_out(self.layout, weights, [m.bias for m, _ in maps])
         return self._above[depth]
 
     def holds(self, model: Transformer, layout: str) -> bool:

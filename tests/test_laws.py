@@ -158,15 +158,16 @@ def test_a_token_that_exits_runs_no_later_block(monkeypatch):
     assert rows[5:] == [running for depths in steps for d in range(5) if (running := sum(x > d for x in depths))]
 
 
+@pytest.mark.parametrize("pack", ["always", "never"])
 @pytest.mark.parametrize("without", [(), ("k_proj", "gate_proj"), TARGETS])
-def test_a_decoding_step_equals_the_plain_forward(family, without, monkeypatch):
+def test_a_decoding_step_equals_the_plain_forward(family, without, pack, monkeypatch):
     """Catches: maps joined in the wrong order, an adapter on a neighbour's rows, keys of frozen rows made from the wrong norm."""
     model = with_exits(random_model(family))
     for name, linear in linear_maps(model):
         if name.rsplit(".", 1)[-1] in without:
             linear.adapter = None
     given = [[17] * 6, [4] * 6, [30, 2] * 3]  # the same tokens on both ways
-    kw = {"seed": 5, "stop_ids": [], "forced": given}
+    kw = {"seed": 5, "stop_ids": [], "forced": given, "pack": pack}
     fast = generate(model, PROMPTS[:3], "head", 7, **kw)
     assert any(len(set(g.depths)) > 2 for g in fast), "exits at several depths, or this shows nothing"
     monkeypatch.setattr(DecodeStep, "__call__", lambda step, *args: model.run(*args))
