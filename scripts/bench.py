@@ -382,7 +382,7 @@ def growth(args: argparse.Namespace, report: Report) -> None:
     relative = lambda values: {n: value / values[lengths[0]] for n, value in values.items()}
     figures = {
         "decode-time": ("decoding a token", as_much, relative({n: times[str(n)] - times[f"{n} prefill"] for n in lengths})),
-        "step-time": ("SFT student step, half of the tokens at half depth", as_much, relative({n: steps[str(n)] for n in lengths})),
+        "step-time": ("SFT student step", as_much, relative({n: steps[str(n)] for n in lengths})),
         "decode-memory": ("memory of prefill and one token", "MB", {n: _alone(args, "growth", f"decode:{n}")[0] / 1e6 for n in lengths}),
         "step-memory": ("memory of a student step", "MB", {n: _alone(args, "growth", f"step:{n}")[0] / 1e6 for n in lengths}),
     }
@@ -429,7 +429,8 @@ def table(path: Path) -> str:
     units = {"nanoexit_tokens_per_s": "tokens/s", "tokens_per_s": "tokens/s", "gigabytes_read_per_s": "GB/s"}
     for r in rows:
         speed = ", ".join(f"{r[key]:,.0f} {unit}" for key, unit in units.items() if key in r)
-        out.append(f"| {r['work']} | {r['shape']}, {r['dtype']}, {r['batch']} | {r['against']} | {r['ratio']:.2f} {r['unit']} "
+        threads = "" if gpu or f", {rows[0]['hardware'].split(', ')[-1]}" in r["hardware"] else f", {r['hardware'].split(', ')[-1]}"
+        out.append(f"| {r['work']}{threads} | {r['shape']}, {r['dtype']}, {r['batch']} | {r['against']} | {r['ratio']:.2f} {r['unit']} "
                    f"| {r['spread'][0]:.2f} to {r['spread'][1]:.2f} |" + f" {speed} |" * gpu)
     hardware = sorted({f"{r['hardware']}, torch {r['torch']}" for r in rows})
     return "\n".join(out) + f"\n\nOn {'; '.join(hardware)}."
