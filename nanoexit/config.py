@@ -79,7 +79,7 @@ class GenerationConfig:
     top_p: float = knob(1.0, "sample from the smallest set of tokens with this much probability", low=0.01, high=1)
     top_k: int = knob(0, "sample from the k most likely tokens; 0 is off", low=0)
     batch_size: int = knob(16, "rows that decode together; a finished row leaves and the next prompt takes its place", low=1)
-    pack: str = knob("auto", "decode from a second copy of the weights, laid out for it; auto: where it is below 2 GiB, and off the CPU",
+    pack: str = knob("auto", "decode from a second copy of the weights, laid out for it; auto: on a CPU for models up to 2 GiB, elsewhere always",
                      choices=["auto", "always", "never"])
     cuda_graphs: bool = knob(True, "on CUDA, replay the blocks between two exits as one launch")
 
