@@ -4,9 +4,8 @@ Contract. `DecodeStep(model)(ids, positions, cache, stop, rows)` is `model.run` 
 inference; tests hold one against the other. Make a new one when adapters change.
 
 What makes it fast. q, k and v are one product, gate and up another, adapters of such a group two more. Rotation turns q, k
-and v together (values by no angle), and what goes into the cache is one copy. Rows that exited leave the call, and their
-debts are paid by one product for all later blocks: the frozen residual is normalized once, the norms' weights are folded
-into the stacked k and v maps.
+and v together (values by no angle), and what goes into the cache is one copy. Tokens that exited, now or before, go along as
+far as somebody runs, for keys and values alone: the k and v maps are read once for those who run and those who owe.
 
 Host syncs: one a depth where somebody may exit, to know who runs on.
 """
@@ -20,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoexit.cache import Cache
-from nanoexit.layout import LaidOut, Product, laid_out
-from nanoexit.model import Block, Linear, Run, Shape, Stop, Transformer, rotate, turns
+from nanoexit.cache import Cache, Debt
+from nanoexit.layout import Product, laid_out
+from nanoexit.model import Block, Linear, Run, Shape, Stop, Transformer, turns
 
 
 class Joined:
@@ -49,8 +48,8 @@ def joined_adapters(maps: Sequence[Linear]) -> tuple[Tensor | None, Tensor | Non
 class DecodeBlock:
     """model.Block for one token a row."""
 
-    def __init__(self, block: Block, qkv: Product, o: Product, gate_up: Product, down: Product):
-        a, m = block.self_attn, block.mlp
+    def __init__(self, block: Block, products: Sequence[Product], q_and_kv: Callable[[], tuple[Product, Product]]):
+        a, m, (qkv, o, gate_up, down) = block.self_attn, block.mlp, products
         self.heads, self.kv_heads, self.head_dim = a.heads, a.kv_heads, a.head_dim
         self.qkv, self.o = Joined(qkv, a.q_proj, a.k_proj, a.v_proj), Joined(o, a.o_proj)
         self.gate_up, self.down = Joined(gate_up, m.gate_proj, m.up_proj), Joined(down, m.down_proj)
@@ -59,65 +58,91 @@ class DecodeBlock:
         if a.q_norm is not None:
             self.qk_norm = torch.stack([a.q_norm.weight] * a.heads + [a.k_norm.weight] * a.kv_heads)  # [H + K, head_dim]
 
+        @functools.cache
+        def apart() -> tuple[Joined, Joined]:
+            q, kv = q_and_kv()
+            return Joined(q, a.q_proj), Joined(kv, a.k_proj, a.v_proj)
+
+        self.q_and_kv = apart
+
     def __call__(self, h: Tensor, step: "Step", layer: int) -> Tensor:
         """Residuals h [n, D] of the rows that run -> the same after this block; their keys and values go into the cache."""
-        n, turned = len(h), self.heads + self.kv_heads
-        qkv = self.qkv(F.rms_norm(h, h.shape[1:], self.before, self.eps)).view(n, -1, self.head_dim)  # [n, H + 2 K, head_dim]
-        if self.qk_norm is not None:
-            qkv[:, :turned] = F.rms_norm(qkv[:, :turned], (self.head_dim,), None, self.eps) * self.qk_norm
-        qkv = (qkv * step.cos).addcmul_(qkv.roll(self.head_dim // 2, -1), step.sin)
-        h = self.o(step.attend(layer, qkv[:, : self.heads], qkv[:, self.heads :].view(n, 2, self.kv_heads, self.head_dim))).add_(h)
+        q, kv = self.ask(h, step) if step.due is None else self.ask_and_pay(h, step)
+        h = self.o(step.attend(layer, q, kv)).add_(h)
         gate, up = self.gate_up(F.rms_norm(h, h.shape[1:], self.between, self.eps)).chunk(2, -1)
         return self.down(F.silu(gate, inplace=True).mul_(up)).add_(h)  # in place: every product is a tensor of its own
+
+    def ask(self, h: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
+        """-> queries [n, H, head_dim], keys and values [n, 2 K, head_dim] of the rows that run."""
+        qkv = self.qkv(F.rms_norm(h, h.shape[1:], self.before, self.eps))
+        return self.turned(qkv, slice(None), step.turns).split((self.heads, 2 * self.kv_heads), 1)
+
+    def ask_and_pay(self, h: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
+        """The same, and after the rows' own the keys and values [n + m, 2 K, head_dim] of the m tokens that owe them."""
+        x = F.rms_norm(torch.cat((h, step.due.h)), h.shape[1:], self.before, self.eps)
+        q, kv = self.q_and_kv()
+        turns, asking = step.turns, slice(self.heads)
+        q = self.turned(q(x[: len(h)]), asking, [t[:, asking] for t in turns])
+        return q, self.turned(kv(x), slice(self.heads, None), step.due_turns)
+
+    def turned(self, y: Tensor, which: slice, turns: Sequence[Tensor]) -> Tensor:
+        """Heads y [n, ... * head_dim] of q, k and v, in this order, of which these are given -> normalized where this model does, rotated."""
+        y = y.view(len(y), -1, self.head_dim)
+        if self.qk_norm is not None:
+            norm = self.qk_norm[which]
+            y[:, : len(norm)] = F.rms_norm(y[:, : len(norm)], (self.head_dim,), None, self.eps) * norm
+        cos, sin = turns
+        return (y * cos).addcmul_(y.roll(self.head_dim // 2, -1), sin)
 
 
 class Step:
     """Where one call's tokens stand, and the cache that they read and write.
 
-    positions [B]; span: how many positions are read; start: the one that is written, where it is the same in all rows;
-    rows [n]: those that run, None for all, set by `keep`.
+    positions [B]; span: how many positions are read; aligned: whether all rows write the same one; rows [n]: those that run,
+    None for all; due: those that owe keys and values to the blocks that run. Both are set by `keep`.
     """
 
-    def __init__(self, shape: Shape, positions: Tensor, cache: Cache, span: int, start: int | None, dtype: torch.dtype):
-        self.positions, self.cache, self.rows = positions, cache, None
-        cos, sin = turns(shape, positions if start is None else positions[:1], dtype)
-        turned, still = (-1, shape.heads + shape.kv_heads, -1), (len(cos), shape.kv_heads, shape.head_dim)  # values turn by no angle
-        cos = torch.cat((torch.cat((cos, cos), -1).expand(turned), cos.new_ones(still)), 1)
-        sin = torch.cat((torch.cat((-sin, sin), -1).expand(turned), sin.new_zeros(still)), 1)
-        self.turns = self.cos, self.sin = cos, sin  # [B or 1, H + 2 K, head_dim]; cos and sin are those of `rows`
+    def __init__(self, shape: Shape, positions: Tensor, cache: Cache, span: int, aligned: bool, dtype: torch.dtype):
+        self.shape, self.positions, self.aligned, self.dtype = shape, positions, aligned, dtype
+        self.all_turns = self.turns_of(positions[:1] if aligned else positions)
         self.keys, self.values = cache.k[..., :span, :].unbind(0), cache.v[..., :span, :].unbind(0)
-        self.slots = self.mask = self.padded = None
-        if start is not None:
-            self.slots = cache.kv[..., start, :].unbind(0)
-        else:
-            at = torch.arange(max(span, len(positions)), device=positions.device)
-            self.mask = (at[:span] <= positions[:, None])[:, None, None]
-            self.places = (at[: len(positions)], slice(None), slice(None), positions)  # where the running rows write
+        self.capacity = cache.kv.shape[-2]
+        self.slots = cache.kv.view(len(cache.kv), -1, shape.head_dim).unbind(0)  # of each block [B * 2 K * capacity, head_dim]
+        self.mask = None if aligned else (torch.arange(span, device=positions.device) <= positions[:, None])[:, None, None]
+        self.padded = None
 
-    def keep(self, rows: Tensor | None) -> "Step":
-        if rows is not self.rows:
-            self.rows = rows
-            if self.slots is None:
-                self.places = rows, slice(None), slice(None), self.positions[rows]
-                self.cos, self.sin = (x[rows] for x in self.turns)
+    def turns_of(self, positions: Tensor) -> list[Tensor]:
+        """Positions [n] -> cos and sin for all heads of q, k and v, [n, H + 2 K, head_dim]; values turn by no angle."""
+        s, (cos, sin) = self.shape, turns(self.shape, positions, self.dtype)
+        turned, still = (-1, s.heads + s.kv_heads, -1), (len(cos), s.kv_heads, s.head_dim)
+        return [torch.cat((torch.cat((cos, cos), -1).expand(turned), cos.new_ones(still)), 1),
+                torch.cat((torch.cat((-sin, sin), -1).expand(turned), sin.new_zeros(still)), 1)]
+
+    def keep(self, rows: Tensor | None, due: Debt | None) -> "Step":
+        self.rows, self.due, self.turns = rows, due, self.all_turns
+        writing, at = torch.arange(len(self.positions), device=self.positions.device), self.positions
+        if rows is not None:
+            writing, at = rows, at[rows]
+            self.turns = self.all_turns if self.aligned else [t[rows] for t in self.all_turns]
+        if due is not None:
+            H, n = self.shape.heads, len(at)
+            self.due_turns = [torch.cat((a[:, H:].expand(n, -1, -1), b[:, H:])) for a, b in zip(self.turns, self.turns_of(due.positions))]
+            writing, at = torch.cat((writing, due.rows)), torch.cat((at, due.positions))
+        heads = torch.arange(2 * self.shape.kv_heads, device=at.device)
+        self.where = ((writing[:, None] * len(heads) + heads) * self.capacity + at[:, None]).view(-1)
         return self
 
     def attend(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """Queries q [n, H, d] of the running rows, their new keys and values [n, 2, K, d] -> [n, H * d]."""
+        """Queries q [n, H, d] of the running rows, new keys and values [n + m, 2 K, d] -> [n, H * d]."""
         _, H, d = q.shape
-        if self.slots is None:
-            self.cache.kv[layer][self.places] = new
-        elif self.rows is None:
-            self.slots[layer].copy_(new)
-        else:
-            self.slots[layer].index_copy_(0, self.rows, new)
+        self.slots[layer].index_copy_(0, self.where, new.reshape(-1, d))
         if self.rows is not None:  # rows that are done ask something old: cheaper than picking rows of the cache
             self.padded = q.new_zeros(len(self.positions), H, d) if self.padded is None else self.padded
             q = self.padded.index_copy_(0, self.rows, q)
         k = self.keys[layer]
         y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, d), k, self.values[layer], attn_mask=self.mask)
         y = y.reshape(len(q), H * d)
-        return y if self.rows is None else y[self.rows]
+        return y if self.rows is None else y.index_select(0, self.rows)
 
 
 class DecodeStep:
@@ -126,9 +151,9 @@ class DecodeStep:
     def __init__(self, model: Transformer, rows: int, pack: str = "auto", cuda_graphs: bool = True):
         self.model = model
         laid = laid_out(model, rows, pack)
-        self.blocks = [DecodeBlock(block, *products) for block, products in zip(model.model["layers"], laid.blocks)]
+        self.blocks = [DecodeBlock(block, products, functools.partial(laid.q_and_kv, model, layer))
+                       for layer, (block, products) in enumerate(zip(model.model["layers"], laid.blocks))]
         self._readout = laid.readout
-        self.above = model.keys_values_above if laid.layout == "apart" else KeysValuesAbove(model, laid)
         self.graphs = Graphs(self) if cuda_graphs and model.device.type == "cuda" else None
 
     def readout(self, h: Tensor) -> Tensor:
@@ -141,12 +166,14 @@ class DecodeStep:
         h = self.model.model["embed_tokens"](ids[:, 0] if rows is None else ids[rows, 0])  # [n, D] of the rows that run
         run = self._stretches(at, cache)
         hidden, depths = h.new_zeros(B, h.shape[1]), torch.zeros_like(at)
-        asked = [] if stop is None else sorted(d for d in stop.layers if d < L)
-        for start, depth in zip([0, *asked], [*asked, L]):
-            if cache.debts:
-                cache.settle(depth - 1, self.above)
-            h = run(start, depth, h, rows)
-            leaves = None if depth == L else stop(depth, h, rows)
+        asked = set() if stop is None else {d for d in stop.layers if d < L}
+        bounds = sorted({*asked, *cache.debts} - {L})
+        for start, depth in zip([0, *bounds], [*bounds, L]):
+            due = cache.due(start)
+            h = run(start, depth, h, rows, due)
+            if due is not None:
+                cache.paid(due, start, depth)
+            leaves = stop(depth, h, rows) if depth in asked else None
             leaving = [] if leaves is None else leaves.tolist()  # host sync: which rows run on decides the shapes of the next block
             if not any(leaving):
                 continue
@@ -165,12 +192,12 @@ class DecodeStep:
         hidden[rows], depths[rows] = h, L
         return Run(hidden[:, None], depths[:, None])
 
-    def _stretches(self, positions: Tensor, cache: Cache) -> Callable[[int, int, Tensor, Tensor | None], Tensor]:
-        """-> f(start, end, h [n, D], rows [n] or None for all): blocks start..end-1, between which nobody exits."""
+    def _stretches(self, positions: Tensor, cache: Cache) -> Callable[[int, int, Tensor, Tensor | None, Debt | None], Tensor]:
+        """-> f(start, end, h [n, D], rows [n] or None for all, due): blocks start..end-1, between which nobody exits."""
         if self.graphs is not None:
             return functools.partial(self.graphs, positions, cache)
-        step = Step(self.model.shape, positions, cache, cache.span, cache.start, self.model.dtype)
-        return lambda start, end, h, rows: self.stretch(start, end, h, step.keep(rows))
+        step = Step(self.model.shape, positions, cache, cache.span, cache.start is not None, self.model.dtype)
+        return lambda start, end, h, rows, due: self.stretch(start, end, h, step.keep(rows, due))
 
     def stretch(self, start: int, end: int, h: Tensor, step: Step) -> Tensor:
         for layer in range(start, end):
@@ -181,39 +208,36 @@ class DecodeStep:
 class Graphs:
     """CUDA graphs of the stretches between exits: shapes stand still in there, so a whole stretch is one launch.
 
-    Rows are padded to a power of two by repeating the last one, which computes and writes the same again; the positions that
-    are read are padded to SPAN and masked. A stretch that comes WARM times in one shape is captured then, for this cache.
+    Rows, and tokens that owe, are padded to a power of two by repeating the last one, which computes and writes the same
+    again; the positions that are read are padded to SPAN and masked. A stretch that comes WARM times in one shape is captured
+    then, for this cache.
     """
 
     SPAN, WARM = 256, 3
 
     def __init__(self, steps: DecodeStep):
         self.steps, self.memory = weakref.proxy(steps), None
-        self.seen: Counter[tuple[int, int, int, int]] = Counter()
-        self.captured: dict[tuple[int, int, int, int], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.seen: Counter[tuple[int, ...]] = Counter()
+        self.captured: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
-    def __call__(self, positions: Tensor, cache: Cache, start: int, end: int, h: Tensor, rows: Tensor | None) -> Tensor:
+    def __call__(self, positions: Tensor, cache: Cache, start: int, end: int, h: Tensor, rows: Tensor | None, due: Debt | None) -> Tensor:
         """Blocks start..end-1 for residuals h [n, D] of these rows."""
         if self.memory != cache.kv.data_ptr():  # rows left, so the cache was made anew
             self.memory = cache.kv.data_ptr()
             self.seen.clear()
             self.captured.clear()
-        B, n = len(positions), len(h)
-        size = min(1 << (n - 1).bit_length(), B)
+        n = len(h)
         span = min(-(-cache.span // self.SPAN) * self.SPAN, cache.kv.shape[-2])
-        if rows is None:
-            rows = torch.arange(B, device=h.device)
-        if size > n:
-            fill = torch.arange(size, device=h.device).clamp(max=n - 1)
-            h, rows = h[fill], rows[fill]
-        key, given = (start, end, size, span), [h, positions, rows]
+        rows = torch.arange(n, device=h.device) if rows is None else rows
+        given = [positions, *_pad(len(positions), h, rows), *(_pad(None, *due) if due is not None else ())]
+        key = (start, end, span, *(len(x) for x in given))
         self.seen[key] += 1
         if self.seen[key] < self.WARM:
-            return self._run(cache, *key, *given)[:n]
+            return self._run(cache, start, end, span, *given)[:n]
         if key not in self.captured:
             fixed, graph = [x.clone() for x in given], torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                out = self._run(cache, *key, *fixed)
+                out = self._run(cache, start, end, span, *fixed)
             self.captured[key] = graph, fixed, out
         graph, fixed, out = self.captured[key]
         for x, now in zip(fixed, given):
@@ -221,32 +245,13 @@ class Graphs:
         graph.replay()
         return out[:n].clone()  # the next replay writes there
 
-    def _run(self, cache: Cache, start: int, end: int, size: int, span: int, h: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-        step = Step(self.steps.model.shape, positions, cache, span, None, h.dtype)
-        return self.steps.stretch(start, end, h, step.keep(rows))
+    def _run(self, cache: Cache, start: int, end: int, span: int, positions: Tensor, h: Tensor, rows: Tensor, *due: Tensor) -> Tensor:
+        step = Step(self.steps.model.shape, positions, cache, span, False, h.dtype)
+        return self.steps.stretch(start, end, h, step.keep(rows, Debt(*due) if due else None))
 
 
-class KeysValuesAbove:
-    """`Transformer.keys_values_above` in one product for all blocks."""
-
-    def __init__(self, model: Transformer, laid: LaidOut):
-        self.model, self.laid = model, laid
-        blocks = model.model["layers"]
-        self.k_norm = None if not model.shape.qk_norm else torch.stack([b.self_attn.k_norm.weight for b in blocks])[:, None, None]
-        adapters = [joined_adapters((b.self_attn.k_proj, b.self_attn.v_proj)) for b in blocks]
-        self.down = self.up = None
-        if adapters[0][0] is not None:  # [L, r, D], the norms folded in; [L, 2 K head_dim, r]
-            self.down = torch.stack([down * b.input_layernorm.weight for (down, _), b in zip(adapters, blocks)])
-            self.up = torch.stack([up for _, up in adapters])
-
-    def __call__(self, depth: int, h: Tensor, positions: Tensor) -> Tensor:
-        """Residuals h [n, D], positions [n] -> [L - depth, n, 2, K, head_dim]."""
-        s, blocks = self.model.shape, self.model.full_depth - depth
-        x = F.rms_norm(h, h.shape[-1:], None, s.norm_eps)
-        kv = self.laid.above(self.model, depth)(x).unflatten(-1, (blocks, -1)).transpose(0, 1)  # [L - depth, n, 2 K head_dim]
-        if self.down is not None:
-            low = F.linear(x, self.down[depth:].flatten(0, 1)).unflatten(-1, (blocks, -1)).transpose(0, 1)
-            kv = torch.baddbmm(kv, low, self.up[depth:].mT)
-        kv = kv.unflatten(-1, (2, s.kv_heads, s.head_dim))
-        k = kv[:, :, 0] if self.k_norm is None else F.rms_norm(kv[:, :, 0], (s.head_dim,), None, s.norm_eps) * self.k_norm[depth:]
-        return torch.stack((rotate(k, *turns(s, positions, h.dtype)), kv[:, :, 1]), 2)
+def _pad(most: int | None, *tensors: Tensor) -> list[Tensor]:
+    """Tensors [n, ...] -> [the next power of two, at most `most`, ...]: the last of each is repeated."""
+    n = len(tensors[0])
+    size = min(1 << (n - 1).bit_length(), most or 1 << 62)
+    return list(tensors) if size == n else [x[torch.arange(size, device=x.device).clamp(max=n - 1)] for x in tensors]

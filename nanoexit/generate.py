@@ -208,7 +208,6 @@ class _Decoder:
         slots = self.active
         if slots and len(slots) <= len(self.rows) // 2:
             keep = torch.tensor(slots, device=self.last.device)
-            self.cache.settle(self.model.full_depth, self.steps.above)
             self.cache.select(keep)
             self.last, self.noise = self.last[keep], self.noise[keep]
             self.rows, self.lengths = [self.rows[s] for s in slots], [self.lengths[s] for s in slots]
@@ -258,8 +257,6 @@ class _Decoder:
             self.rows, self.lengths = list(rows), lengths
             return list(range(len(rows)))
         slots = [slot for slot, row in enumerate(self.rows) if row is None][: len(rows)]
-        for debtor in (self.cache, cache):
-            debtor.settle(self.model.full_depth, self.steps.above)
         self.cache.admit(torch.tensor(slots, device=last.device), cache)
         self.noise[slots] = noise
         for slot, row, length in zip(slots, rows, lengths):

@@ -64,16 +64,15 @@ class LaidOut:
             groups = ((a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,))
             self.blocks.append([lay_out(layout, [g.weight.detach() for g in maps], [g.bias for g in maps]) for maps in groups])
         self.readout = lay_out(layout, [model.readout_weight.detach()], [None])
-        self._above: dict[int, Product] = {}
+        self._parts: dict[int, tuple[Product, Product]] = {}
 
-    def above(self, model: Transformer, depth: int) -> Product:
-        """k and v of every block from `depth` on as one map, the norms' weights folded in: [n, D] / rms -> [n, (L - depth) * 2 K head_dim]."""
-        if depth not in self._above:
-            blocks = model.model["layers"][depth:]
-            maps = [(m, block) for block in blocks for m in (block.self_attn.k_proj, block.self_attn.v_proj)]
-            weights = [m.weight.detach() * block.input_layernorm.weight.detach() for m, block in maps]
-            self._above[depth] = lay_out(self.layout, weights, [m.bias for m, _ in maps])
-        return self._above[depth]
+    def q_and_kv(self, model: Transformer, layer: int) -> tuple[Product, Product]:
+        """q, and k+v, of one block: two products, where some tokens leave keys and values and ask nothing."""
+        if layer not in self._parts:
+            a = model.model["layers"][layer].self_attn
+            groups = (a.q_proj,), (a.k_proj, a.v_proj)
+            self._parts[layer] = tuple(lay_out(self.layout, [m.weight.detach() for m in maps], [m.bias for m in maps]) for maps in groups)
+        return self._parts[layer]
 
     def holds(self, model: Transformer, layout: str) -> bool:
         """Whether this is still a copy of these weights."""
@@ -83,7 +82,7 @@ class LaidOut:
 
 def _fingerprint(model: Transformer) -> list[tuple[Tensor, int]]:
     """Each weight, held so that its memory is not given to another, and how often it was written to."""
-    return [(p.detach(), p._version) for n, p in model.named_parameters() if ".adapter." not in n and not n.startswith("exits.")]
+    return [(p.detach(), 0 if p.is_inference() else p._version) for n, p in model.named_parameters() if ".adapter." not in n and not n.startswith("exits.")]
 
 
 _kept: weakref.WeakKeyDictionary[Transformer, LaidOut] = weakref.WeakKeyDictionary()

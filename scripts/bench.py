@@ -155,13 +155,17 @@ def snapshot(folder: Path, config: dict, dtype: torch.dtype) -> None:
     save_file({name: tensor(name, size) for name, size in names.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
-def hf():
-    """The peer's module (tests/peers.py), or a line that says why there is none."""
+def peer(name: str):
+    """The peer's module (tests/peers.py, tests/llama_peer.py), or a line that says why there is none."""
     try:
-        import peers
+        if name == "hf":
+            import peers as module
+        else:
+            import llama_peer as module
     except ImportError:
-        raise UserError("--peer hf: transformers and peft are not installed here: pip install transformers peft") from None
-    return peers
+        packages = {"hf": "transformers peft", "llama.cpp": "llama-cpp-python gguf"}[name]
+        raise UserError(f"--peer {name}: not installed here: pip install {packages}") from None
+    return module
 
 
 def prompts(rows: int, vocab: int) -> list[list[int]]:
@@ -177,9 +181,13 @@ def decode(args: argparse.Namespace, report: Report) -> None:
     ids = prompts(args.batch, model.shape.vocab)
     variants = {"nanoexit": lambda: ours(args, model, ids, "full", args.new)}
     if args.peer == "hf":
-        peer, given = hf().load(args.model, DTYPES[args.dtype], args.device), torch.tensor(ids, device=args.device)
+        hf = peer("hf")
+        theirs, given = hf.load(args.model, DTYPES[args.dtype], args.device), torch.tensor(ids, device=args.device)
         for cache in ("dynamic", "static"):
-            variants[f"hf {cache} cache"] = lambda cache=cache: hf().decode(peer, given, args.new, cache)
+            variants[f"hf {cache} cache"] = lambda cache=cache: hf.decode(theirs, given, args.new, cache)
+    elif args.peer == "llama.cpp":
+        engine = peer("llama.cpp").Peer(args.model, args.dtype, args.batch, PROMPT + args.new, torch.get_num_threads())
+        variants["llama.cpp"] = lambda: engine.decode(ids, args.new)
     else:
         plain = argparse.Namespace(**{**vars(args), "pack": "never", "no_graphs": True})
         variants["weights as stored"] = lambda: ours(plain, model, ids, "full", args.new)
@@ -272,9 +280,10 @@ def train(args: argparse.Namespace, report: Report) -> None:
         return readout_kl(model, hidden, teacher, args.chunk).mean()
 
     if args.peer == "hf":
-        peer = hf().with_lora(hf().load(args.model, DTYPES[args.dtype], args.device), list(LoRAConfig().targets))
+        hf = peer("hf")
+        theirs = hf.with_lora(hf.load(args.model, DTYPES[args.dtype], args.device), list(LoRAConfig().targets))
         times = in_turn({"nanoexit": stepper(trained(model).values(), language_loss),
-                         "hf + peft": stepper([p for p in peer.parameters() if p.requires_grad], lambda: peer(input_ids=ids, labels=ids).loss)},
+                         "hf + peft": stepper([p for p in theirs.parameters() if p.requires_grad], lambda: theirs(input_ids=ids, labels=ids).loss)},
                         args.rounds, args.device)
         report("LoRA step, full depth", "hf + peft", *times.ratio("hf + peft", "nanoexit"), tokens_per_s=ids.numel() / times["nanoexit"])
 
@@ -353,7 +362,7 @@ def load(args: argparse.Namespace, report: Report) -> None:
     where, dtype = repr(str(args.device)), repr(args.dtype)
     calls = {"nothing": ("nanoexit.load_model", "lambda *_: torch.numel"), "nanoexit": ("nanoexit.load_model", f"lambda load: load({args.model!r}, {where}, {dtype})")}
     if args.peer == "hf":
-        hf()
+        peer("hf")
         calls["hf"] = ("peers.load", f"lambda load: load({args.model!r}, torch.{args.dtype}, {where})")
     figures = {name: [] for name in calls}
     for _ in tqdm(range(args.rounds), desc=" / ".join(calls), unit="round", leave=False):
@@ -448,7 +457,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, float32 elsewhere")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, help="rows (default: 1; 4 for train)")
-    parser.add_argument("--peer", choices=["hf"], help="measure this beside")
+    parser.add_argument("--peer", choices=["hf", "llama.cpp"], help="measure this beside; llama.cpp in decode, on a CPU")
     parser.add_argument("--new", type=int, default=64, help="tokens to decode (default: 64)")
     parser.add_argument("--length", type=int, default=256, help="tokens a row in training (default: 256)")
     parser.add_argument("--longest", type=int, default=4096, help="growth: the longest context; four halvings come before (default: 4096)")
@@ -473,6 +482,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     args.device = pick_device(args.device)
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
+    if args.peer == "llama.cpp" and (args.work != "decode" or args.device.type != "cpu"):
+        raise UserError(f"--peer llama.cpp: measured in decode on a CPU, found {args.work} on {args.device}")
     args.batch = args.batch or (4 if args.work == "train" else 1)
     if args.way:
         print(json.dumps(kl_once(args.way, args.chunk, DTYPES[args.dtype]) if args.work == "memory" else growth_once(args)))
