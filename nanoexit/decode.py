@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanoexit.cache import Cache, Debt
 from nanoexit.layout import Product, laid_out
-from nanoexit.model import Block, Linear, Run, Shape, Stop, Transformer, turns
+from nanoexit.model import Block, Linear, RMSNorm, Run, Shape, Stop, Transformer, turns
 
 
 class Joined:
@@ -45,6 +45,22 @@ def joined_adapters(maps: Sequence[Linear]) -> tuple[Tensor | None, Tensor | Non
     return down.to(maps[0].weight.dtype), up.to(maps[0].weight.dtype)
 
 
+class Norm:
+    """model.RMSNorm, in fewer steps than F.rms_norm takes on a CPU, which has no kernel of its own for it."""
+
+    def __init__(self, norm: RMSNorm):
+        self.weight, self.eps = norm.weight, norm.eps
+        self.floor = torch.tensor(norm.eps, device=norm.weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D], the mean square in float32."""
+        if x.is_cuda:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        x = x * torch.addcmul(self.floor, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return x.to(self.weight.dtype).mul_(self.weight)
+
+
 class DecodeBlock:
     """model.Block for one token a row."""
 
@@ -53,7 +69,7 @@ class DecodeBlock:
         self.heads, self.kv_heads, self.head_dim = a.heads, a.kv_heads, a.head_dim
         self.qkv, self.o = Joined(qkv, a.q_proj, a.k_proj, a.v_proj), Joined(o, a.o_proj)
         self.gate_up, self.down = Joined(gate_up, m.gate_proj, m.up_proj), Joined(down, m.down_proj)
-        self.before, self.between, self.eps = block.input_layernorm.weight, block.post_attention_layernorm.weight, block.input_layernorm.eps
+        self.before, self.between, self.eps = Norm(block.input_layernorm), Norm(block.post_attention_layernorm), block.input_layernorm.eps
         self.qk_norm = None
         if a.q_norm is not None:
             self.qk_norm = torch.stack([a.q_norm.weight] * a.heads + [a.k_norm.weight] * a.kv_heads)  # [H + K, head_dim]
@@ -69,17 +85,17 @@ class DecodeBlock:
         """Residuals h [n, D] of the rows that run -> the same after this block; their keys and values go into the cache."""
         q, kv = self.ask(h, step) if step.due is None else self.ask_and_pay(h, step)
         h = self.o(step.attend(layer, q, kv)).add_(h)
-        gate, up = self.gate_up(F.rms_norm(h, h.shape[1:], self.between, self.eps)).chunk(2, -1)
+        gate, up = self.gate_up(self.between(h)).chunk(2, -1)
         return self.down(F.silu(gate, inplace=True).mul_(up)).add_(h)  # in place: every product is a tensor of its own
 
     def ask(self, h: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
         """-> queries [n, H, head_dim], keys and values [n, 2 K, head_dim] of the rows that run."""
-        qkv = self.qkv(F.rms_norm(h, h.shape[1:], self.before, self.eps))
-        return self.turned(qkv, slice(None), step.turns).split((self.heads, 2 * self.kv_heads), 1)
+        qkv = self.turned(self.qkv(self.before(h)), slice(None), step.turns)
+        return qkv[:, : self.heads], qkv[:, self.heads :]
 
     def ask_and_pay(self, h: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
         """The same, and after the rows' own the keys and values [n + m, 2 K, head_dim] of the m tokens that owe them."""
-        x = F.rms_norm(torch.cat((h, step.due.h)), h.shape[1:], self.before, self.eps)
+        x = self.before(torch.cat((h, step.due.h)))
         q, kv = self.q_and_kv()
         turns, asking = step.turns, slice(self.heads)
         q = self.turned(q(x[: len(h)]), asking, [t[:, asking] for t in turns])
@@ -87,7 +103,7 @@ class DecodeBlock:
 
     def turned(self, y: Tensor, which: slice, turns: Sequence[Tensor]) -> Tensor:
         """Heads y [n, ... * head_dim] of q, k and v, in this order, of which these are given -> normalized where this model does, rotated."""
-        y = y.view(len(y), -1, self.head_dim)
+        y = y.view(y.shape[0], -1, self.head_dim)
         if self.qk_norm is not None:
             norm = self.qk_norm[which]
             y[:, : len(norm)] = F.rms_norm(y[:, : len(norm)], (self.head_dim,), None, self.eps) * norm
@@ -140,8 +156,8 @@ class Step:
             self.padded = q.new_zeros(len(self.positions), H, d) if self.padded is None else self.padded
             q = self.padded.index_copy_(0, self.rows, q)
         k = self.keys[layer]
-        y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, d), k, self.values[layer], attn_mask=self.mask)
-        y = y.reshape(len(q), H * d)
+        y = F.scaled_dot_product_attention(q.reshape(k.shape[0], k.shape[1], -1, d), k, self.values[layer], attn_mask=self.mask)
+        y = y.reshape(k.shape[0], H * d)
         return y if self.rows is None else y.index_select(0, self.rows)
 
 
@@ -153,12 +169,12 @@ class DecodeStep:
         laid = laid_out(model, rows, pack)
         self.blocks = [DecodeBlock(block, products, functools.partial(laid.q_and_kv, model, layer))
                        for layer, (block, products) in enumerate(zip(model.model["layers"], laid.blocks))]
-        self._readout = laid.readout
+        self._readout, self._norm = laid.readout, Norm(model.model["norm"])
         self.graphs = Graphs(self) if cuda_graphs and model.device.type == "cuda" else None
 
     def readout(self, h: Tensor) -> Tensor:
         """Residuals [n, D] -> logits [n, V], as `Transformer.readout`."""
-        return self._readout(self.model.model["norm"](h))
+        return self._readout(self._norm(h))
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: Cache, stop: Stop | None = None, rows: Tensor | None = None) -> Run:
         """ids, positions [B, 1]; only `rows` run and leave anything, default all. See Transformer.run."""
