@@ -438,8 +438,8 @@ def table(path: Path) -> str:
     units = {"nanoexit_tokens_per_s": "tokens/s", "tokens_per_s": "tokens/s", "gigabytes_read_per_s": "GB/s"}
     for r in rows:
         speed = ", ".join(f"{r[key]:,.0f} {unit}" for key, unit in units.items() if key in r)
-        threads = "" if gpu or f", {rows[0]['hardware'].split(', ')[-1]}" in r["hardware"] else f", {r['hardware'].split(', ')[-1]}"
-        out.append(f"| {r['work']}{threads} | {r['shape']}, {r['dtype']}, {r['batch']} | {r['against']} | {r['ratio']:.2f} {r['unit']} "
+        elsewhere = "".join(f", {here}" for here, first in zip(r["hardware"].split(", "), rows[0]["hardware"].split(", ")) if here != first)
+        out.append(f"| {r['work']}{elsewhere} | {r['shape']}, {r['dtype']}, {r['batch']} | {r['against']} | {r['ratio']:.2f} {r['unit']} "
                    f"| {r['spread'][0]:.2f} to {r['spread'][1]:.2f} |" + f" {speed} |" * gpu)
     hardware = sorted({f"{r['hardware']}, torch {r['torch']}" for r in rows})
     return "\n".join(out) + f"\n\nOn {'; '.join(hardware)}."

@@ -6,8 +6,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanoexit.config import ROOT
+from nanoexit.generate import generate
+from nanoexit.weights import load_model
 
 sys.path.append(str(ROOT / "scripts"))
 
@@ -53,3 +56,20 @@ def test_the_last_line_is_json_and_the_table_reads_it(tmp_path, work, keys):
 def test_bad_input_is_one_line(arguments, words):
     done = run(*arguments)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind, kv_heads", [("llama", 2), ("qwen2", 1)])
+def test_llama_cpp_decodes_the_same_model(tmp_path, kind, kv_heads):
+    """Catches: a peer that runs other weights than ours: maps exchanged, heads rotated the other way, biases lost."""
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    import llama_peer
+    shape = {"model_type": kind, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
+             "num_key_value_heads": kv_heads, "max_position_embeddings": 512, "tie_word_embeddings": kind == "llama"}
+    bench.snapshot(tmp_path, shape, torch.float32)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({name: w * 8 if "proj" in name else w for name, w in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    model, prompts = load_model(str(tmp_path), "cpu", "float32"), [[3, 7, 11, 2], [5, 1, 30, 22], [9, 4, 17, 8]]
+    ours = [g.tokens for g in generate(model, prompts, "full", 12, temperature=0, stop_ids=())]
+    assert len({token for row in ours for token in row}) > 3
+    assert llama_peer.Peer(str(tmp_path), "float32", 3, 16, 1).decode(prompts, 12) == ours
