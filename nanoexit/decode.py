@@ -57,8 +57,8 @@ class Norm:
         if x.is_cuda:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        x = x * torch.addcmul(self.floor, length, length, value=1 / x.shape[-1]).rsqrt_()
-        return x.to(self.weight.dtype).mul_(self.weight)
+        scale = torch.addcmul(self.floor, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(self.weight)  # rounded to x's type once
 
 
 class DecodeBlock:
