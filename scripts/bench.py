@@ -441,8 +441,8 @@ def table(path: Path) -> str:
         elsewhere = "".join(f", {here}" for here, first in zip(r["hardware"].split(", "), rows[0]["hardware"].split(", ")) if here != first)
         out.append(f"| {r['work']}{elsewhere} | {r['shape']}, {r['dtype']}, {r['batch']} | {r['against']} | {r['ratio']:.2f} {r['unit']} "
                    f"| {r['spread'][0]:.2f} to {r['spread'][1]:.2f} |" + f" {speed} |" * gpu)
-    hardware = sorted({f"{r['hardware']}, torch {r['torch']}" for r in rows})
-    return "\n".join(out) + f"\n\nOn {'; '.join(hardware)}."
+    first, *others = dict.fromkeys(f"{r['hardware']}, torch {r['torch']}" for r in rows)
+    return "\n".join(out) + f"\n\nOn {first}" + (f"; where it is named, {'; '.join(others)}." if others else ".")
 
 
 WORKS = {"decode": decode, "exits": exits, "rollout": rollout, "train": train, "memory": memory, "load": load, "growth": growth}
