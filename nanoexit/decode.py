@@ -50,11 +50,11 @@ class Norm:
 
     def __init__(self, norm: RMSNorm):
         self.weight, self.eps = norm.weight, norm.eps
-        self.floor = torch.tensor(norm.eps, device=norm.weight.device)
+        self.floor = torch.tensor(norm.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], the mean square in float32."""
-        if x.is_cuda:
+        if not x.is_cpu:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.addcmul(self.floor, length, length, value=1 / x.shape[-1]).rsqrt_()
