@@ -97,7 +97,7 @@ class Cache:
         self.kv[:, rows, :, :, : other.span] = other.kv[..., : other.span, :]
 
     def _move(self, places: dict[int, int]) -> None:
-        """Debts of row i are row places[i]'s from now on; those of rows that are not there are forgiven."""
+        """Debts of row i are row places[i]'s from now on; those of rows that are not there are forgiven. Host sync: one a depth."""
         debts, self.debts = self.debts, defaultdict(list)
         for depth, owed in debts.items():
             h, rows, positions = _join(owed)

@@ -74,7 +74,7 @@ class DecodeBlock:
         if a.q_norm is not None:
             self.qk_norm = torch.stack([a.q_norm.weight] * a.heads + [a.k_norm.weight] * a.kv_heads)  # [H + K, head_dim]
 
-        @functools.cache
+        @functools.cache  # laid out only where somebody owes
         def apart() -> tuple[Joined, Joined]:
             q, kv = q_and_kv()
             return Joined(q, a.q_proj), Joined(kv, a.k_proj, a.v_proj)
@@ -97,17 +97,16 @@ class DecodeBlock:
         """The same, and after the rows' own the keys and values [n + m, 2 K, head_dim] of the m tokens that owe them."""
         x = self.before(torch.cat((h, step.due.h)))
         q, kv = self.q_and_kv()
-        turns, asking = step.turns, slice(self.heads)
-        q = self.turned(q(x[: len(h)]), asking, [t[:, asking] for t in turns])
-        return q, self.turned(kv(x), slice(self.heads, None), step.due_turns)
+        asked, left = slice(self.heads), slice(self.heads, None)
+        return self.turned(q(x[: len(h)]), asked, [turn[:, asked] for turn in step.turns]), self.turned(kv(x), left, step.due_turns)
 
-    def turned(self, y: Tensor, which: slice, turns: Sequence[Tensor]) -> Tensor:
+    def turned(self, y: Tensor, which: slice, cos_sin: Sequence[Tensor]) -> Tensor:
         """Heads y [n, ... * head_dim] of q, k and v, in this order, of which these are given -> normalized where this model does, rotated."""
         y = y.view(y.shape[0], -1, self.head_dim)
         if self.qk_norm is not None:
             norm = self.qk_norm[which]
             y[:, : len(norm)] = F.rms_norm(y[:, : len(norm)], (self.head_dim,), None, self.eps) * norm
-        cos, sin = turns
+        cos, sin = cos_sin
         return (y * cos).addcmul_(y.roll(self.head_dim // 2, -1), sin)
 
 
@@ -269,5 +268,6 @@ class Graphs:
 def _pad(most: int | None, *tensors: Tensor) -> list[Tensor]:
     """Tensors [n, ...] -> [the next power of two, at most `most`, ...]: the last of each is repeated."""
     n = len(tensors[0])
-    size = min(1 << (n - 1).bit_length(), most or 1 << 62)
+    size = 1 << (n - 1).bit_length()
+    size = size if most is None else min(size, most)
     return list(tensors) if size == n else [x[torch.arange(size, device=x.device).clamp(max=n - 1)] for x in tensors]

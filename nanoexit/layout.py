@@ -8,6 +8,7 @@ about half of what a CPU's memory gives. Measured (scripts/bench.py decode), the
 Without a copy (`generation.pack: never`) maps stay apart and as stored.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -80,9 +81,10 @@ class LaidOut:
         return layout == self.layout and all(a.data_ptr() == b.data_ptr() and m == n for (a, m), (b, n) in zip(self.seen, now))
 
 
-def _fingerprint(model: Transformer) -> list[tuple[Tensor, int]]:
-    """Each weight, held so that its memory is not given to another, and how often it was written to."""
-    return [(p.detach(), 0 if p.is_inference() else p._version) for n, p in model.named_parameters() if ".adapter." not in n and not n.startswith("exits.")]
+def _fingerprint(model: Transformer) -> list[tuple[Tensor, float]]:
+    """Each weight, held so that its memory is not given to another, and how often it was written to: nan, so never the same, where
+    that is not counted (weights made under inference_mode)."""
+    return [(p.detach(), math.nan if p.is_inference() else p._version) for n, p in model.named_parameters() if ".adapter." not in n and not n.startswith("exits.")]
 
 
 _kept: weakref.WeakKeyDictionary[Transformer, LaidOut] = weakref.WeakKeyDictionary()

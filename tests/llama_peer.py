@@ -57,7 +57,7 @@ class Peer:
         llama_cpp.llama_log_set(self._quiet, None)
         self.model = llama_cpp.llama_model_load_from_file(str(convert(folder, dtype)).encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.n_threads, params.n_threads_batch = rows * (length + 256), rows, threads, threads
+        params.n_ctx, params.n_seq_max, params.n_threads, params.n_threads_batch = rows * (length + 256), rows, threads, threads  # a row's share is rounded
         if dtype == "float32":
             params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
         self.context = llama_cpp.llama_init_from_model(self.model, params)

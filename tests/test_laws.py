@@ -23,7 +23,7 @@ from nanoexit.tokenizer import load_tokenizer
 from nanoexit.weights import load_model
 
 PROMPTS = [[3, 7, 11], [5, 1, 30, 22, 9, 4, 17], [8, 8], [2, 39, 14, 6, 25]]
-PROMPT_EXITS = ["full", "limit:3", "head"]  # no head sits at 3
+PROMPT_EXITS = ["full", "limit:2", "limit:3", "head"]  # a head sits at 2, none at 3
 
 
 def rescored(model: Transformer, prompts, gens, **kw):

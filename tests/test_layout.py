@@ -57,6 +57,19 @@ def test_weights_that_changed_are_laid_out_anew(change):
     assert write(model) == expected
 
 
+def test_weights_made_under_inference_mode_are_laid_out_each_time():
+    """Catches: weights that count no changes refused, or their copy taken for fresh."""
+    other = random_model("llama", seed=7)
+    with torch.inference_mode():
+        model = random_model("llama")
+    write = lambda m: generate(m, [[3, 7, 11]], "full", 12, temperature=0, stop_ids=[])[0].tokens
+    before = write(model)
+    with torch.inference_mode():
+        for p, q in zip(model.parameters(), other.parameters()):
+            p.copy_(q)
+    assert before != write(model) == write(other)
+
+
 def test_a_model_that_is_gone_leaves_no_copy():
     """Catches: a cache that keeps every model alive."""
     kept = len(layout._kept)
