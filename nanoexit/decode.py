@@ -4,8 +4,10 @@ Contract. `DecodeStep(model)(ids, positions, cache, stop, rows)` is `model.run` 
 inference; tests hold one against the other. Make a new one when adapters change.
 
 What makes it fast. q, k and v are one product, gate and up another, adapters of such a group two more. Rotation turns q, k
-and v together (values by no angle), and what goes into the cache is one copy. Tokens that exited, now or before, go along as
-far as somebody runs, for keys and values alone: the k and v maps are read once for those who run and those who owe.
+and v together (values by no angle), and what goes into the cache is one copy. Rows that exit stay in their places and in the
+q, k and v product for as long as somebody runs (they owe keys and values; cutting their q out costs more than it saves);
+attention's output map and the MLP, five sixths of a block and more, run for the others alone. Tokens that exited before go
+along too, for keys and values alone: the k and v maps are read once for those who run and those who owe.
 
 Host syncs: one a depth where somebody may exit, to know who runs on.
 """
@@ -14,6 +16,7 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,9 @@ from torch import Tensor
 from nanoexit.cache import Cache, Debt
 from nanoexit.layout import Product, laid_out
 from nanoexit.model import Block, Linear, RMSNorm, Run, Shape, Stop, Transformer, turns
+
+
+ATTENTION_CALL = 2**14  # keys and values that a CPU reads in the time that one more call of attention takes, about
 
 
 class Joined:
@@ -81,20 +87,20 @@ class DecodeBlock:
 
         self.q_and_kv = apart
 
-    def __call__(self, h: Tensor, step: "Step", layer: int) -> Tensor:
-        """Residuals h [n, D] of the rows that run -> the same after this block; their keys and values go into the cache."""
+    def __call__(self, h: Tensor, on: Tensor, step: "Step", layer: int) -> Tensor:
+        """Residuals h [B, D] of all rows, of which `on` [n, D] run on -> those after this block; all leave keys and values."""
         q, kv = self.ask(h, step) if step.due is None else self.ask_and_pay(h, step)
-        h = self.o(step.attend(layer, q, kv)).add_(h)
-        gate, up = self.gate_up(self.between(h)).chunk(2, -1)
-        return self.down(F.silu(gate, inplace=True).mul_(up)).add_(h)  # in place: every product is a tensor of its own
+        on = self.o(step.attend(layer, q, kv)).add_(on)
+        gate, up = self.gate_up(self.between(on)).chunk(2, -1)
+        return self.down(F.silu(gate, inplace=True).mul_(up)).add_(on)  # in place: every product is a tensor of its own
 
     def ask(self, h: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
-        """-> queries [n, H, head_dim], keys and values [n, 2 K, head_dim] of the rows that run."""
+        """-> queries [B, H, head_dim], keys and values [B, 2 K, head_dim]."""
         qkv = self.turned(self.qkv(self.before(h)), slice(None), step.turns)
         return qkv[:, : self.heads], qkv[:, self.heads :]
 
     def ask_and_pay(self, h: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
-        """The same, and after the rows' own the keys and values [n + m, 2 K, head_dim] of the m tokens that owe them."""
+        """The same, and after the rows' own the keys and values [B + m, 2 K, head_dim] of the m tokens that owe them."""
         x = self.before(torch.cat((h, step.due.h)))
         q, kv = self.q_and_kv()
         asked, left = slice(self.heads), slice(self.heads, None)
@@ -113,18 +119,19 @@ class DecodeBlock:
 class Step:
     """Where one call's tokens stand, and the cache that they read and write.
 
-    positions [B]; span: how many positions are read; aligned: whether all rows write the same one; rows [n]: those that run,
-    None for all; due: those that owe keys and values to the blocks that run. Both are set by `keep`.
+    positions [B]; span: how many positions are read; aligned: whether all rows write the same one; going [n]: the rows that
+    run on, None for all; due: tokens of earlier steps that owe keys and values to the blocks that run. `keep` sets both.
     """
 
     def __init__(self, shape: Shape, positions: Tensor, cache: Cache, span: int, aligned: bool, dtype: torch.dtype):
-        self.shape, self.positions, self.aligned, self.dtype = shape, positions, aligned, dtype
-        self.all_turns = self.turns_of(positions[:1] if aligned else positions)
+        self.shape, self.dtype = shape, dtype
+        self.turns = self.turns_of(positions[:1] if aligned else positions)
         self.keys, self.values = cache.k[..., :span, :].unbind(0), cache.v[..., :span, :].unbind(0)
         self.capacity = cache.kv.shape[-2]
         self.slots = cache.kv.view(len(cache.kv), -1, shape.head_dim).unbind(0)  # of each block [B * 2 K * capacity, head_dim]
+        self.heads = torch.arange(2 * shape.kv_heads, device=positions.device)
+        self.own = self.places(torch.arange(len(positions), device=positions.device), positions)
         self.mask = None if aligned else (torch.arange(span, device=positions.device) <= positions[:, None])[:, None, None]
-        self.padded = None
 
     def turns_of(self, positions: Tensor) -> list[Tensor]:
         """Positions [n] -> cos and sin for all heads of q, k and v, [n, H + 2 K, head_dim]; values turn by no angle."""
@@ -133,31 +140,38 @@ class Step:
         return [torch.cat((torch.cat((cos, cos), -1).expand(turned), cos.new_ones(still)), 1),
                 torch.cat((torch.cat((-sin, sin), -1).expand(turned), sin.new_zeros(still)), 1)]
 
-    def keep(self, rows: Tensor | None, due: Debt | None) -> "Step":
-        self.rows, self.due, self.turns = rows, due, self.all_turns
-        writing, at = torch.arange(len(self.positions), device=self.positions.device), self.positions
-        if rows is not None:
-            writing, at = rows, at[rows]
-            self.turns = self.all_turns if self.aligned else [t[rows] for t in self.all_turns]
+    def places(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Where tokens of these rows [n] and positions [n] leave keys and values: indices [n * 2 K] into `slots`."""
+        return ((rows[:, None] * len(self.heads) + self.heads) * self.capacity + positions[:, None]).view(-1)
+
+    def keep(self, going: Tensor | None, due: Debt | None) -> "Step":
+        self.going, self.due, self.where, self.runs = going, due, self.own, self._runs(going)
         if due is not None:
-            H, n = self.shape.heads, len(at)
-            self.due_turns = [torch.cat((a[:, H:].expand(n, -1, -1), b[:, H:])) for a, b in zip(self.turns, self.turns_of(due.positions))]
-            writing, at = torch.cat((writing, due.rows)), torch.cat((at, due.positions))
-        heads = torch.arange(2 * self.shape.kv_heads, device=at.device)
-        self.where = ((writing[:, None] * len(heads) + heads) * self.capacity + at[:, None]).view(-1)
+            H, B = self.shape.heads, len(self.own) // len(self.heads)
+            self.due_turns = [torch.cat((a[:, H:].expand(B, -1, -1), b[:, H:])) for a, b in zip(self.turns, self.turns_of(due.positions))]
+            self.where = torch.cat((self.own, self.places(due.rows, due.positions)))
         return self
 
+    def _runs(self, going: Tensor | None) -> list[tuple[int, int]] | None:
+        """The stretches [start, end) of neighbours among the rows that run on, where a call for each costs less than to attend for all."""
+        if going is None or not going.is_cpu:
+            return None
+        rows = going.tolist()
+        runs = list(zip((row for row, before in zip(rows, [None, *rows]) if before is None or row != before + 1),
+                        (row + 1 for row, after in zip(rows, [*rows[1:], None]) if after != row + 1)))
+        spared = (self.keys[0].shape[0] - len(rows)) * self.keys[0][0].numel() * 2
+        return runs if spared > len(runs) * ATTENTION_CALL else None
+
     def attend(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """Queries q [n, H, d] of the running rows, new keys and values [n + m, 2 K, d] -> [n, H * d]."""
-        _, H, d = q.shape
+        """Queries q [B, H, d], new keys and values [B + m, 2 K, d] -> [n, H * d] of the rows that run on."""
+        B, H, d = q.shape
         self.slots[layer].index_copy_(0, self.where, new.reshape(-1, d))
-        if self.rows is not None:  # rows that are done ask something old: cheaper than picking rows of the cache
-            self.padded = q.new_zeros(len(self.positions), H, d) if self.padded is None else self.padded
-            q = self.padded.index_copy_(0, self.rows, q)
-        k = self.keys[layer]
-        y = F.scaled_dot_product_attention(q.reshape(k.shape[0], k.shape[1], -1, d), k, self.values[layer], attn_mask=self.mask)
-        y = y.reshape(k.shape[0], H * d)
-        return y if self.rows is None else y.index_select(0, self.rows)
+        q, k, v, mask = q.reshape(B, self.shape.kv_heads, -1, d), self.keys[layer], self.values[layer], self.mask
+        if self.runs is None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H * d)
+            return y if self.going is None else y.index_select(0, self.going)
+        return torch.cat([F.scaled_dot_product_attention(q[a:b], k[a:b], v[a:b], attn_mask=mask if mask is None else mask[a:b])
+                          for a, b in self.runs]).view(-1, H * d)
 
 
 class DecodeStep:
@@ -176,56 +190,73 @@ class DecodeStep:
         return self._readout(self._norm(h))
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: Cache, stop: Stop | None = None, rows: Tensor | None = None) -> Run:
-        """ids, positions [B, 1]; only `rows` run and leave anything, default all. See Transformer.run."""
+        """ids, positions [B, 1]; only `rows` run, default all; the others' depth is 0, and what they leave is of no use. See Transformer.run."""
         B, L, at = len(ids), len(self.blocks), positions[:, 0]
-        h = self.model.model["embed_tokens"](ids[:, 0] if rows is None else ids[rows, 0])  # [n, D] of the rows that run
-        run = self._stretches(at, cache)
-        hidden, depths = h.new_zeros(B, h.shape[1]), torch.zeros_like(at)
+        h = self.model.model["embed_tokens"](ids[:, 0])  # [B, D]
+        run, going = self._stretches(at, cache), rows
+        live = list(range(B)) if rows is None else rows.tolist()
+        depths = [0] * B
         asked = set() if stop is None else {d for d in stop.layers if d < L}
         bounds = sorted({*asked, *cache.debts} - {L})
         for start, depth in zip([0, *bounds], [*bounds, L]):
             due = cache.due(start)
-            h = run(start, depth, h, rows, due)
+            h = run(start, depth, h, going, due)
             if due is not None:
                 cache.paid(due, start, depth)
-            leaves = stop(depth, h, rows) if depth in asked else None
+            leaves = stop(depth, h if going is None else h[going], going) if depth in asked else None
             leaving = [] if leaves is None else leaves.tolist()  # host sync: which rows run on decides the shapes of the next block
             if not any(leaving):
                 continue
-            if all(leaving) and rows is None:  # everybody, here: nothing to sort out
-                cache.owe(depth, h, torch.arange(B, device=h.device), at)
-                return Run(h[:, None], depths[:, None].fill_(depth))
-            go, stay = (torch.tensor([i for i, leave in enumerate(leaving) if leave is way], device=h.device) for way in (True, False))
-            gone = go if rows is None else rows[go]
-            hidden[gone], depths[gone] = h[go], depth
-            cache.owe(depth, h[go], gone, at[gone])
-            if not len(stay):
-                return Run(hidden[:, None], depths[:, None])
-            rows, h = stay if rows is None else rows[stay], h[stay]
-        if rows is None:
-            return Run(h[:, None], depths[:, None].fill_(L))
-        hidden[rows], depths[rows] = h, L
-        return Run(hidden[:, None], depths[:, None])
+            for row, leave in zip(live, leaving):
+                depths[row] = depth if leave else 0
+            live = [row for row in live if not depths[row]]
+            if not live:
+                cache.owe(depth, *((h, torch.arange(B, device=h.device), at) if rows is None else (h[rows], rows, at[rows])))
+                break
+            going = torch.tensor(live, device=h.device)
+        for row in live:
+            depths[row] = L
+        return Run(h[:, None], torch.tensor(depths, device=h.device)[:, None])
 
     def _stretches(self, positions: Tensor, cache: Cache) -> Callable[[int, int, Tensor, Tensor | None, Debt | None], Tensor]:
-        """-> f(start, end, h [n, D], rows [n] or None for all, due): blocks start..end-1, between which nobody exits."""
+        """-> f(start, end, h [B, D], rows that run on [n] or None for all, due): blocks start..end-1, between which nobody exits."""
         if self.graphs is not None:
             return functools.partial(self.graphs, positions, cache)
         step = Step(self.model.shape, positions, cache, cache.span, cache.start is not None, self.model.dtype)
-        return lambda start, end, h, rows, due: self.stretch(start, end, h, step.keep(rows, due))
+        return lambda start, end, h, going, due: self.stretch(start, end, h, step.keep(going, due))
 
     def stretch(self, start: int, end: int, h: Tensor, step: Step) -> Tensor:
+        """Residuals h [B, D] -> those after blocks start..end-1, of the rows that run on; the others' as they were."""
+        on = h
+        if step.going is not None:
+            h, on = h.clone(), h[step.going]
         for layer in range(start, end):
-            h = self.blocks[layer](h, step, layer)
+            on = self.blocks[layer](h, on, step, layer)
+            h = on if step.going is None else h.index_copy_(0, step.going, on)
         return h
+
+
+class Given(NamedTuple):
+    """What changes from one replay to the next."""
+
+    positions: Tensor
+    h: Tensor
+    going: Tensor | None
+    due: Debt | None
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (*self[:3], *(self.due or ())) if x is not None]
+
+    def clone(self) -> "Given":
+        return Given(*(x if x is None else x.clone() for x in self[:3]), self.due and Debt(*(x.clone() for x in self.due)))
 
 
 class Graphs:
     """CUDA graphs of the stretches between exits: shapes stand still in there, so a whole stretch is one launch.
 
-    Rows, and tokens that owe, are padded to a power of two by repeating the last one, which computes and writes the same
-    again; the positions that are read are padded to SPAN and masked. A stretch that comes WARM times in one shape is captured
-    then, for this cache.
+    The rows that run on, and the tokens that owe, are padded to a power of two by repeating the last one, which computes and
+    writes the same again; the positions that are read are padded to SPAN and masked. A stretch that comes WARM times in one
+    shape is captured then, for this cache.
     """
 
     SPAN, WARM = 256, 3
@@ -233,41 +264,39 @@ class Graphs:
     def __init__(self, steps: DecodeStep):
         self.steps, self.memory = weakref.proxy(steps), None
         self.seen: Counter[tuple[int, ...]] = Counter()
-        self.captured: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.captured: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Given, Tensor]] = {}
 
-    def __call__(self, positions: Tensor, cache: Cache, start: int, end: int, h: Tensor, rows: Tensor | None, due: Debt | None) -> Tensor:
-        """Blocks start..end-1 for residuals h [n, D] of these rows."""
+    def __call__(self, positions: Tensor, cache: Cache, start: int, end: int, h: Tensor, going: Tensor | None, due: Debt | None) -> Tensor:
+        """Blocks start..end-1 for residuals h [B, D], of which the rows `going` run on."""
         if self.memory != cache.kv.data_ptr():  # rows left, so the cache was made anew
             self.memory = cache.kv.data_ptr()
             self.seen.clear()
             self.captured.clear()
-        n = len(h)
         span = min(-(-cache.span // self.SPAN) * self.SPAN, cache.kv.shape[-2])
-        rows = torch.arange(n, device=h.device) if rows is None else rows
-        given = [positions, *_pad(len(positions), h, rows), *(_pad(None, *due) if due is not None else ())]
-        key = (start, end, span, *(len(x) for x in given))
+        given = Given(positions, h, None if going is None else _pad(going)[0], None if due is None else Debt(*_pad(*due)))
+        key = (start, end, span, going is None, due is None, *map(len, given.tensors()))
         self.seen[key] += 1
         if self.seen[key] < self.WARM:
-            return self._run(cache, start, end, span, *given)[:n]
+            return self._run(cache, start, end, span, given)
         if key not in self.captured:
-            fixed, graph = [x.clone() for x in given], torch.cuda.CUDAGraph()
+            fixed, graph = given.clone(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                out = self._run(cache, start, end, span, *fixed)
+                out = self._run(cache, start, end, span, fixed)
             self.captured[key] = graph, fixed, out
         graph, fixed, out = self.captured[key]
-        for x, now in zip(fixed, given):
+        for x, now in zip(fixed.tensors(), given.tensors()):
             x.copy_(now)
         graph.replay()
-        return out[:n].clone()  # the next replay writes there
+        return out.clone()  # the next replay writes there
 
-    def _run(self, cache: Cache, start: int, end: int, span: int, positions: Tensor, h: Tensor, rows: Tensor, *due: Tensor) -> Tensor:
-        step = Step(self.steps.model.shape, positions, cache, span, False, h.dtype)
-        return self.steps.stretch(start, end, h, step.keep(rows, Debt(*due) if due else None))
+    def _run(self, cache: Cache, start: int, end: int, span: int, given: Given) -> Tensor:
+        step = Step(self.steps.model.shape, given.positions, cache, span, False, given.h.dtype)
+        return self.steps.stretch(start, end, given.h, step.keep(given.going, given.due))
 
 
-def _pad(most: int | None, *tensors: Tensor) -> list[Tensor]:
-    """Tensors [n, ...] -> [the next power of two, at most `most`, ...]: the last of each is repeated."""
+def _pad(*tensors: Tensor) -> list[Tensor]:
+    """Tensors [n, ...] -> [the next power of two, ...]: the last of each is repeated."""
     n = len(tensors[0])
     size = 1 << (n - 1).bit_length()
-    size = size if most is None else min(size, most)
     return list(tensors) if size == n else [x[torch.arange(size, device=x.device).clamp(max=n - 1)] for x in tensors]
+

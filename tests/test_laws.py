@@ -140,10 +140,10 @@ def test_cached_generation_equals_the_slow_reference(family):
 
 
 def test_a_token_that_exits_runs_no_later_block(monkeypatch):
-    """Catches: 'skipping' that computes and masks. Counts rows through each block (its MLP, in a forward of many positions)."""
+    """Catches: 'skipping' that computes and masks. Counts rows through each block's MLP."""
     model = with_exits(random_model("qwen2"))
     rows, run = [], DecodeBlock.__call__
-    monkeypatch.setattr(DecodeBlock, "__call__", lambda block, h, *args: rows.append(len(h)) or run(block, h, *args))
+    monkeypatch.setattr(DecodeBlock, "__call__", lambda block, h, on, *args: rows.append(len(on)) or run(block, h, on, *args))
     for block in model.model["layers"]:
         block.mlp.register_forward_hook(lambda _m, args, _out: rows.append(args[0].shape[:-1].numel()))
     score(model, torch.tensor([PROMPTS[1]]), torch.tensor([[5, 1, 2, 4, 1, 5, 2]]), [1])
