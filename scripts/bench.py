@@ -58,7 +58,8 @@ SHAPES = {  # config.json of the public checkpoints; tiny is a shape in which ev
     "deepseek-1.5b": {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
                       "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 131072, "tie_word_embeddings": False},
 }
-PROMPT = 16  # tokens
+LENGTHS = {"decode": "{prompt} + {new}", "exits": "{prompt} + {new}", "rollout": "{prompt} + {new}", "train": "{length}",  # tokens a row
+           "memory": "1600", "load": "1", "growth": "up to {longest}"}
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------------
@@ -108,13 +109,14 @@ class Report:
 
     def __init__(self, args: argparse.Namespace, name: str):
         self.args, self.name = args, name
+        print(f"{name}, {args.dtype}, batch {args.batch}, {LENGTHS[args.work].format(**vars(args))} tokens a row; {hardware(args)}")
 
     def __call__(self, work: str, against: str, ratio: float, spread: Sequence[float], unit: str = "x faster", **more) -> None:
         """`ratio` of `work` to `against`, in `unit`; `more` are figures that belong to it."""
         a = self.args
         print(f"{work} against {against}: {ratio:.2f} {unit} ({spread[0]:.2f} to {spread[1]:.2f})"
               + "".join(f", {key.replace('_', ' ')} {value:.4g}" for key, value in more.items() if isinstance(value, float)))
-        line = {"work": work, "shape": self.name, "dtype": a.dtype, "batch": a.batch, "ratio": round(ratio, 3), "unit": unit,
+        line = {"work": work, "shape": self.name, "dtype": a.dtype, "batch": a.batch, "tokens": LENGTHS[a.work].format(**vars(a)), "ratio": round(ratio, 3), "unit": unit,
                 "spread": [round(s, 3) for s in spread], "against": against,
                 **{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in more.items()},
                 "rounds": a.rounds, "hardware": hardware(a), "torch": torch.__version__}
@@ -168,8 +170,8 @@ def peer(name: str):
     return module
 
 
-def prompts(rows: int, vocab: int) -> list[list[int]]:
-    return torch.randint(vocab, (rows, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
+def prompts(rows: int, length: int, vocab: int) -> list[list[int]]:
+    return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 # ---- what is measured --------------------------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def prompts(rows: int, vocab: int) -> list[list[int]]:
 def decode(args: argparse.Namespace, report: Report) -> None:
     """Greedy decoding at full depth; without a peer, against our own plain way. Prefill is part of all sides' time."""
     model = load_model(args.model, str(args.device), args.dtype)
-    ids = prompts(args.batch, model.shape.vocab)
+    ids = prompts(args.batch, args.prompt, model.shape.vocab)
     variants = {"nanoexit": lambda: ours(args, model, ids, "full", args.new)}
     if args.peer == "hf":
         hf = peer("hf")
@@ -186,7 +188,7 @@ def decode(args: argparse.Namespace, report: Report) -> None:
         for cache in ("dynamic", "static"):
             variants[f"hf {cache} cache"] = lambda cache=cache: hf.decode(theirs, given, args.new, cache)
     elif args.peer == "llama.cpp":
-        engine = peer("llama.cpp").Peer(args.model, args.dtype, args.batch, PROMPT + args.new, torch.get_num_threads())
+        engine = peer("llama.cpp").Peer(args.model, args.dtype, args.batch, args.prompt + args.new, torch.get_num_threads())
         variants["llama.cpp"] = lambda: engine.decode(ids, args.new)
     else:
         plain = argparse.Namespace(**{**vars(args), "pack": "never", "no_graphs": True})
@@ -207,7 +209,7 @@ def ours(args: argparse.Namespace, model: Transformer, ids: list[list[int]], pol
 def exits(args: argparse.Namespace, report: Report) -> None:
     """Every token exits at one depth, against the ideal: readout + its share of the blocks. And every row another depth."""
     model = load_model(args.model, str(args.device), args.dtype)
-    ids, L = prompts(args.batch, model.shape.vocab), model.full_depth
+    ids, L = prompts(args.batch, args.prompt, model.shape.vocab), model.full_depth
     h = torch.randn(args.batch, model.shape.width, device=args.device, dtype=DTYPES[args.dtype])
     step = DecodeStep(model, args.batch, args.pack)
 
@@ -245,12 +247,12 @@ def rollout(args: argparse.Namespace, report: Report) -> None:
     model = load_model(args.model, str(args.device), args.dtype)
     L = model.full_depth
     attach(model, sorted({L // 4, L // 2, 3 * L // 4}))
-    one, many = prompts(1, model.shape.vocab), prompts(256, model.shape.vocab)
-    times = in_turn({"batch 1": lambda: ours(args, model, one, "head", args.new, 1.0), "batch 256": lambda: ours(args, model, many, "head", args.new, 1.0)},
+    one, many = prompts(1, args.prompt, model.shape.vocab), prompts(args.batch, args.prompt, model.shape.vocab)
+    times = in_turn({"batch 1": lambda: ours(args, model, one, "head", args.new, 1.0), f"batch {args.batch}": lambda: ours(args, model, many, "head", args.new, 1.0)},
                     args.rounds, args.device)
-    ratio, spread = times.ratio("batch 1", "batch 256")
-    report("rollout of 256 rows, exits sampled", "batch 1", 256 * ratio, [256 * s for s in spread], unit="x the tokens/s",
-           tokens_per_s=256 * args.new / times["batch 256"])
+    ratio, spread = times.ratio("batch 1", f"batch {args.batch}")
+    report(f"rollout of {args.batch} rows, exits sampled", "batch 1", args.batch * ratio, [args.batch * s for s in spread], unit="x the tokens/s",
+           tokens_per_s=args.batch * args.new / times[f"batch {args.batch}"])
 
 
 def train(args: argparse.Namespace, report: Report) -> None:
@@ -387,20 +389,23 @@ def growth(args: argparse.Namespace, report: Report) -> None:
     variants = {f"{n}{kind}": lambda n=n, k=k: decoding(n, k) for n in lengths for kind, k in (("", 1 + new), (" prefill", 1))}
     times = in_turn(variants, args.rounds, args.device)
     steps = in_turn({str(n): lambda n=n: student(n) for n in lengths}, args.rounds, args.device)
-    as_much = f"times that at {lengths[0]}"
-    relative = lambda values: {n: value / values[lengths[0]] for n, value in values.items()}
-    figures = {
-        "decode-time": ("decoding a token", as_much, relative({n: times[str(n)] - times[f"{n} prefill"] for n in lengths})),
-        "step-time": ("SFT student step", as_much, relative({n: steps[str(n)] for n in lengths})),
-        "decode-memory": ("memory of prefill and one token", "MB", {n: _alone(args, "growth", f"decode:{n}")[0] / 1e6 for n in lengths}),
-        "step-memory": ("memory of a student step", "MB", {n: _alone(args, "growth", f"step:{n}")[0] / 1e6 for n in lengths}),
+    alone = lambda kind: {n: [_alone(args, "growth", f"{kind}:{n}")[0] / 1e6 for _ in range(min(args.rounds, 3) if n in lengths[-2:] else 1)]
+                          for n in lengths}
+    figures = {  # file: (work, unit, what each round gave at each length)
+        "decode-time": ("decoding a token", "", {n: [a - b for a, b in zip(times.rounds[str(n)], times.rounds[f"{n} prefill"])] for n in lengths}),
+        "step-time": ("SFT student step", "", {n: steps.rounds[str(n)] for n in lengths}),
+        "decode-memory": ("memory of prefill and one token", "MB", alone("decode")),
+        "step-memory": ("memory of a student step", "MB", alone("step")),
     }
-    for file, (work, unit, values) in figures.items():
+    for file, (work, unit, rounds) in figures.items():
+        values = {n: statistics.median(v) for n, v in rounds.items()}
+        if not unit:
+            values, unit = {n: value / values[lengths[0]] for n, value in values.items()}, f"times that at {lengths[0]}"
         drawing = line_figure(work[0].upper() + work[1:], "tokens", unit, [Line(work, list(values.items()), series_var(0))])
         replace(args.out / f"{file}.svg", lambda path, drawing=drawing: path.write_text(standalone(drawing), encoding="utf-8"))
         print(f"{work}: " + ", ".join(f"{v:.4g} {unit} at {n}" for n, v in values.items()))
-        ratio = values[lengths[-1]] / values[lengths[-2]]
-        report(f"{work}, {lengths[-1]} tokens", f"{lengths[-2]} tokens", ratio, [ratio, ratio], unit="times as much",
+        before, last = lengths[-2:]
+        report(f"{work}, {last} tokens", f"{before} tokens", *middle([a / b for a, b in zip(rounds[last], rounds[before])]), unit="times as much",
                values={str(n): float(f"{v:.4g}") for n, v in values.items()})
 
 
@@ -434,12 +439,12 @@ def table(path: Path) -> str:
     """Lines that --save kept -> Markdown. Speeds are told of a GPU alone; a CPU's neighbours are too noisy."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     gpu = all("threads" not in r["hardware"] for r in rows)
-    out = ["| work | shape, dtype, batch | against | | middle half of the rounds |" + " speed |" * gpu, "|---|---|---|---|---|" + "---|" * gpu]
+    out = ["| work | shape, dtype, batch | tokens | against | | middle half of the rounds |" + " speed |" * gpu, "|" + "---|" * (6 + gpu)]
     units = {"nanoexit_tokens_per_s": "tokens/s", "tokens_per_s": "tokens/s", "gigabytes_read_per_s": "GB/s"}
     for r in rows:
         speed = ", ".join(f"{r[key]:,.0f} {unit}" for key, unit in units.items() if key in r)
         elsewhere = "".join(f", {here}" for here, first in zip(r["hardware"].split(", "), rows[0]["hardware"].split(", ")) if here != first)
-        out.append(f"| {r['work']}{elsewhere} | {r['shape']}, {r['dtype']}, {r['batch']} | {r['against']} | {r['ratio']:.2f} {r['unit']} "
+        out.append(f"| {r['work']}{elsewhere} | {r['shape']}, {r['dtype']}, {r['batch']} | {r.get('tokens', '')} | {r['against']} | {r['ratio']:.2f} {r['unit']} "
                    f"| {r['spread'][0]:.2f} to {r['spread'][1]:.2f} |" + f" {speed} |" * gpu)
     first, *others = dict.fromkeys(f"{r['hardware']}, torch {r['torch']}" for r in rows)
     return "\n".join(out) + f"\n\nOn {first}" + (f"; where it is named, {'; '.join(others)}." if others else ".")
@@ -456,8 +461,9 @@ def main() -> None:
     parser.add_argument("--model", help="a folder with a model instead")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, float32 elsewhere")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch", type=int, help="rows (default: 1; 4 for train)")
+    parser.add_argument("--batch", type=int, help="rows (default: 1; 4 for train, 256 for rollout)")
     parser.add_argument("--peer", choices=["hf", "llama.cpp"], help="measure this beside; llama.cpp in decode, on a CPU")
+    parser.add_argument("--prompt", type=int, default=16, help="tokens before those that are decoded (default: 16)")
     parser.add_argument("--new", type=int, default=64, help="tokens to decode (default: 64)")
     parser.add_argument("--length", type=int, default=256, help="tokens a row in training (default: 256)")
     parser.add_argument("--longest", type=int, default=4096, help="growth: the longest context; four halvings come before (default: 4096)")
@@ -475,7 +481,7 @@ def main() -> None:
             raise UserError(f"table: {args.file or 'no file given'}: expected a file that --save wrote")
         print(table(args.file))
         return
-    for flag, low in (("batch", 1), ("new", 1), ("length", 2), ("longest", 16), ("chunk", 1), ("rounds", 2), ("threads", 1)):
+    for flag, low in (("batch", 1), ("prompt", 1), ("new", 1), ("length", 2), ("longest", 16), ("chunk", 1), ("rounds", 2), ("threads", 1)):
         if getattr(args, flag) is not None and getattr(args, flag) < low:
             raise UserError(f"--{flag}: expected at least {low}, found {getattr(args, flag)}")
     if args.threads:
@@ -484,7 +490,7 @@ def main() -> None:
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     if args.peer == "llama.cpp" and (args.work != "decode" or args.device.type != "cpu"):
         raise UserError(f"--peer llama.cpp: measured in decode on a CPU, found {args.work} on {args.device}")
-    args.batch = args.batch or (4 if args.work == "train" else 1)
+    args.batch = args.batch or {"train": 4, "rollout": 256}.get(args.work, 1)
     if args.way:
         print(json.dumps(kl_once(args.way, args.chunk, DTYPES[args.dtype]) if args.work == "memory" else growth_once(args)))
         return
