@@ -274,7 +274,7 @@ class Graphs:
             self.captured.clear()
         span = min(-(-cache.span // self.SPAN) * self.SPAN, cache.kv.shape[-2])
         given = Given(positions, h, None if going is None else _pad(going)[0], None if due is None else Debt(*_pad(*due)))
-        key = (start, end, span, going is None, due is None, *map(len, given.tensors()))
+        key = (start, end, span, *map(len, given.tensors()))
         self.seen[key] += 1
         if self.seen[key] < self.WARM:
             return self._run(cache, start, end, span, given)
