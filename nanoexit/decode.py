@@ -156,10 +156,11 @@ class Step:
         """The stretches [start, end) of neighbours among the rows that run on, where a call for each costs less than to attend for all."""
         if going is None or not going.is_cpu:
             return None
-        rows = going.tolist()
-        runs = list(zip((row for row, before in zip(rows, [None, *rows]) if before is None or row != before + 1),
-                        (row + 1 for row, after in zip(rows, [*rows[1:], None]) if after != row + 1)))
-        spared = (self.keys[0].shape[0] - len(rows)) * self.keys[0][0].numel() * 2
+        runs: list[tuple[int, int]] = []
+        for row in going.tolist():
+            start = runs.pop()[0] if runs and runs[-1][1] == row else row
+            runs.append((start, row + 1))
+        spared = (len(self.keys[0]) - len(going)) * self.keys[0][0].numel() * 2
         return runs if spared > len(runs) * ATTENTION_CALL else None
 
     def attend(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
