@@ -4,8 +4,9 @@ Contract. Row i of the batch keeps the key of its token at position p in slot p 
 have any lengths. `write` stores what one block made for this call's tokens and returns everything that can be attended to.
 
 Debts. A token that exits owes its later blocks their keys and values. They are made from the frozen residual only when
-some later token reaches such a block, many tokens in one product: for all later blocks at once (`settle`), or block by
-block, beside the token that is there (`due`, `paid`). A run of shallow tokens therefore never touches the deep blocks at all.
+somebody reaches such a block. Where no row of the batch runs on, that is some later token, and many tokens are paid for in
+one product: for all later blocks at once (`settle`), or block by block, beside the token that is there (`due`, `paid`).
+A run of shallow tokens therefore never touches the deep blocks at all.
 """
 
 from collections import defaultdict
