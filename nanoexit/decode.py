@@ -6,10 +6,10 @@ inference; tests hold one against the other. Make a new one when adapters change
 What makes it fast. q, k and v are one product, gate and up another, adapters of such a group two more. Rotation turns q, k
 and v together (values by no angle), and what goes into the cache is one copy. Rows that exit stay in their places and in the
 q, k and v product for as long as somebody runs (they owe keys and values; cutting their q out costs more than it saves);
-attention's output map and the MLP, five sixths of a block and more, run for the others alone. Tokens that exited before go
-along too, for keys and values alone: the k and v maps are read once for those who run and those who owe.
+attention, where that saves reading, its output map and the MLP run for the others alone. Tokens that exited before go along
+too, for keys and values alone: the k and v maps are read once for those who run and those who owe.
 
-Host syncs: one a depth where somebody may exit, to know who runs on.
+Host syncs: one a depth where somebody may exit, to know who runs on, and one where some rows are idle.
 """
 
 import functools
@@ -25,7 +25,6 @@ from torch import Tensor
 from nanoexit.cache import Cache, Debt
 from nanoexit.layout import Product, laid_out
 from nanoexit.model import Block, Linear, RMSNorm, Run, Shape, Stop, Transformer, turns
-
 
 ATTENTION_CALL = 2**14  # keys and values that a CPU reads in the time that one more call of attention takes, about
 
@@ -153,7 +152,7 @@ class Step:
         return self
 
     def _runs(self, going: Tensor | None) -> list[tuple[int, int]] | None:
-        """The stretches [start, end) of neighbours among the rows that run on, where a call for each costs less than to attend for all."""
+        """The runs [start, end) of neighbours among the rows that go on, where a call for each costs less than to attend for all."""
         if going is None or not going.is_cpu:
             return None
         runs: list[tuple[int, int]] = []
@@ -191,7 +190,8 @@ class DecodeStep:
         return self._readout(self._norm(h))
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: Cache, stop: Stop | None = None, rows: Tensor | None = None) -> Run:
-        """ids, positions [B, 1]; only `rows` run, default all; the others' depth is 0, and what they leave is of no use. See Transformer.run."""
+        """ids, positions [B, 1]; only `rows` run, default all; the others' depth is 0, and what they leave is of no use.
+        See Transformer.run."""
         B, L, at = len(ids), len(self.blocks), positions[:, 0]
         h = self.model.model["embed_tokens"](ids[:, 0])  # [B, D]
         run, going = self._stretches(at, cache), rows
