@@ -3,8 +3,8 @@
 Contract. Row i of the batch keeps the key of its token at position p in slot p of row i: positions are explicit, rows may
 have any lengths. `write` stores what one block made for this call's tokens and returns everything that can be attended to.
 
-Debts. A token that exits owes its later blocks their keys and values. They are made from the frozen residual only when
-somebody reaches such a block. Where no row of the batch runs on, that is some later token, and many tokens are paid for in
+Debts. A token that exits owes its later blocks their keys and values. While another row of the batch runs on, they are made
+beside it. Once nobody does, the frozen residual waits here until a later token goes that deep, and many tokens are paid for in
 one product: for all later blocks at once (`settle`), or block by block, beside the token that is there (`due`, `paid`).
 A run of shallow tokens therefore never touches the deep blocks at all.
 """

@@ -6,13 +6,15 @@ inference; tests hold one against the other. Make a new one when adapters change
 What makes it fast. q, k and v are one product, gate and up another, adapters of such a group two more. Rotation turns q, k
 and v together (values by no angle), and what goes into the cache is one copy. Rows that exit stay in their places and in the
 q, k and v product for as long as somebody runs (they owe keys and values; cutting their q out costs more than it saves);
-attention, where that saves reading, its output map and the MLP run for the others alone. Tokens that exited before go along
-too, for keys and values alone: the k and v maps are read once for those who run and those who owe.
+attention's output map and the MLP run for the others alone, and on a CPU attention too, where that saves reading. Idle
+rows are kept like those that exited. Tokens that exited in earlier steps go along for keys and values alone: the k and v
+maps are read once for those who run and those who owe.
 
-Host syncs: one a depth where somebody may exit, to know who runs on, and one where some rows are idle.
+Host syncs: one a depth where somebody may exit, to know who runs on; one where some rows are idle; one where depths differ.
 """
 
 import functools
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,7 +28,7 @@ from nanoexit.cache import Cache, Debt
 from nanoexit.layout import Product, laid_out
 from nanoexit.model import Block, Linear, RMSNorm, Run, Shape, Stop, Transformer, turns
 
-ATTENTION_CALL = 2**14  # keys and values that a CPU reads in the time that one more call of attention takes, about
+ATTENTION_CALL = 2**14  # numbers of keys and values that a CPU reads in about the time that one more call of attention takes
 
 
 class Joined:
@@ -87,7 +89,7 @@ class DecodeBlock:
         self.q_and_kv = apart
 
     def __call__(self, h: Tensor, on: Tensor, step: "Step", layer: int) -> Tensor:
-        """Residuals h [B, D] of all rows, of which `on` [n, D] run on -> those after this block; all leave keys and values."""
+        """Residuals h [B, D] of all rows, of which `on` [n, D] run on -> `on` after this block; all rows leave keys and values."""
         q, kv = self.ask(h, step) if step.due is None else self.ask_and_pay(h, step)
         on = self.o(step.attend(layer, q, kv)).add_(on)
         gate, up = self.gate_up(self.between(on)).chunk(2, -1)
@@ -106,7 +108,7 @@ class DecodeBlock:
         return self.turned(q(x[: len(h)]), asked, [turn[:, asked] for turn in step.turns]), self.turned(kv(x), left, step.due_turns)
 
     def turned(self, y: Tensor, which: slice, cos_sin: Sequence[Tensor]) -> Tensor:
-        """Heads y [n, ... * head_dim] of q, k and v, in this order, of which these are given -> normalized where this model does, rotated."""
+        """Heads y [n, ... * head_dim], `which` of those of q, k and v -> rotated, and normalized before where this model does."""
         y = y.view(y.shape[0], -1, self.head_dim)
         if self.qk_norm is not None:
             norm = self.qk_norm[which]
@@ -119,7 +121,7 @@ class Step:
     """Where one call's tokens stand, and the cache that they read and write.
 
     positions [B]; span: how many positions are read; aligned: whether all rows write the same one; going [n]: the rows that
-    run on, None for all; due: tokens of earlier steps that owe keys and values to the blocks that run. `keep` sets both.
+    run on, None for all; due: tokens of earlier steps that owe keys and values to the blocks that run. `keep` sets `going` and `due`.
     """
 
     def __init__(self, shape: Shape, positions: Tensor, cache: Cache, span: int, aligned: bool, dtype: torch.dtype):
@@ -152,7 +154,8 @@ class Step:
         return self
 
     def _runs(self, going: Tensor | None) -> list[tuple[int, int]] | None:
-        """The runs [start, end) of neighbours among the rows that go on, where a call for each costs less than to attend for all."""
+        """The runs [start, end) of neighbours among the rows that go on; None where all go on, not on a CPU, and where a call for
+        each run costs more than to attend for all."""
         if going is None or not going.is_cpu:
             return None
         runs: list[tuple[int, int]] = []
@@ -190,8 +193,8 @@ class DecodeStep:
         return self._readout(self._norm(h))
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: Cache, stop: Stop | None = None, rows: Tensor | None = None) -> Run:
-        """ids, positions [B, 1]; only `rows` run, default all; the others' depth is 0, and what they leave is of no use.
-        See Transformer.run."""
+        """ids, positions [B, 1]; only `rows` (one at least) run, default all. The others' depth is 0, their residual means
+        nothing, and they leave rubbish at their positions, which must lie in the cache. See Transformer.run."""
         B, L, at = len(ids), len(self.blocks), positions[:, 0]
         h = self.model.model["embed_tokens"](ids[:, 0])  # [B, D]
         run, going = self._stretches(at, cache), rows
@@ -217,6 +220,8 @@ class DecodeStep:
             going = torch.tensor(live, device=h.device)
         for row in live:
             depths[row] = L
+        if len(set(depths)) == 1:  # as mostly: without a copy from the host, which would be a sync
+            return Run(h[:, None], torch.full_like(ids, depths[0]))
         return Run(h[:, None], torch.tensor(depths, device=h.device)[:, None])
 
     def _stretches(self, positions: Tensor, cache: Cache) -> Callable[[int, int, Tensor, Tensor | None, Debt | None], Tensor]:
@@ -230,7 +235,7 @@ class DecodeStep:
         """Residuals h [B, D] -> those after blocks start..end-1, of the rows that run on; the others' as they were."""
         on = h
         if step.going is not None:
-            h, on = h.clone(), h[step.going]
+            h, on = h.clone(), h[step.going]  # a `stop` may have kept h
         for layer in range(start, end):
             on = self.blocks[layer](h, on, step, layer)
             h = on if step.going is None else h.index_copy_(0, step.going, on)
@@ -269,12 +274,13 @@ class Graphs:
 
     def __call__(self, positions: Tensor, cache: Cache, start: int, end: int, h: Tensor, going: Tensor | None, due: Debt | None) -> Tensor:
         """Blocks start..end-1 for residuals h [B, D], of which the rows `going` run on."""
-        if self.memory != cache.kv.data_ptr():  # rows left, so the cache was made anew
-            self.memory = cache.kv.data_ptr()
+        memory = cache.kv.data_ptr(), cache.kv.shape
+        if self.memory != memory:  # rows left, so the cache was made anew
+            self.memory = memory
             self.seen.clear()
             self.captured.clear()
         span = min(-(-cache.span // self.SPAN) * self.SPAN, cache.kv.shape[-2])
-        given = Given(positions, h, None if going is None else _pad(going)[0], None if due is None else Debt(*_pad(*due)))
+        given = Given(positions, h, None if going is None else _pad(len(h), going)[0], None if due is None else Debt(*_pad(None, *due)))
         key = (start, end, span, *map(len, given.tensors()))
         self.seen[key] += 1
         if self.seen[key] < self.WARM:
@@ -295,9 +301,9 @@ class Graphs:
         return self.steps.stretch(start, end, given.h, step.keep(given.going, given.due))
 
 
-def _pad(*tensors: Tensor) -> list[Tensor]:
-    """Tensors [n, ...] -> [the next power of two, ...]: the last of each is repeated."""
+def _pad(most: int | None, *tensors: Tensor) -> list[Tensor]:
+    """Tensors [n, ...] -> [the next power of two, at most `most`, ...]: the last of each is repeated."""
     n = len(tensors[0])
-    size = 1 << (n - 1).bit_length()
+    size = min(1 << (n - 1).bit_length(), most or math.inf)
     return list(tensors) if size == n else [x[torch.arange(size, device=x.device).clamp(max=n - 1)] for x in tensors]
 

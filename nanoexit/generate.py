@@ -6,8 +6,8 @@ before it starts, so a row writes the same text alone and in company, whatever t
 Alignment, once and for all: depths[i] is the depth of the readout that produced tokens[i]. The first is read from the last
 prompt token, so it is that token's depth (L unless exits.prompt says otherwise). score.py says how to re-score.
 
-Decisions. Tokens are drawn by inverting the cumulative distribution at one uniform number. Host syncs of a decode step: one a
-depth where somebody may exit (the model's loop), and one to hand over the tokens (only the host knows who is done).
+Decisions. Tokens are drawn by inverting the cumulative distribution at one uniform number. Host syncs of a decode step: those
+that decode.py tells, and one to hand over the tokens (only the host knows who is done).
 """
 
 from collections import deque

@@ -491,6 +491,8 @@ def main() -> None:
     if args.peer == "llama.cpp" and (args.work != "decode" or args.device.type != "cpu"):
         raise UserError(f"--peer llama.cpp: measured in decode on a CPU, found {args.work} on {args.device}")
     args.batch = args.batch or {"train": 4, "rollout": 256}.get(args.work, 1)
+    if args.work == "rollout" and args.batch < 2:
+        raise UserError(f"--batch: a rollout is measured against one row; expected at least 2, found {args.batch}")
     if args.way:
         print(json.dumps(kl_once(args.way, args.chunk, DTYPES[args.dtype]) if args.work == "memory" else growth_once(args)))
         return
