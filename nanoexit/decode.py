@@ -1,4 +1,4 @@
-"""One token a row, fast: the same blocks as model.py's, with their maps joined and only the tokens that still run.
+"""One token a row, fast: the same blocks as model.py's, with their maps joined, and little done for tokens that exited.
 
 Contract. `DecodeStep(model)(ids, positions, cache, stop, rows)` is `model.run` for one token a row, to rounding error, for
 inference; tests hold one against the other. Make a new one when adapters change.
@@ -90,31 +90,26 @@ class DecodeBlock:
 
     def __call__(self, h: Tensor, on: Tensor, step: "Step", layer: int) -> Tensor:
         """Residuals h [B, D] of all rows, of which `on` [n, D] run on -> `on` after this block; all rows leave keys and values."""
-        q, kv = self.ask(h, step) if step.due is None else self.ask_and_pay(h, step)
+        q, kv = self.ask(h, step)
         on = self.o(step.attend(layer, q, kv)).add_(on)
         gate, up = self.gate_up(self.between(on)).chunk(2, -1)
         return self.down(F.silu(gate, inplace=True).mul_(up)).add_(on)  # in place: every product is a tensor of its own
 
     def ask(self, h: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
-        """-> queries [B, H, head_dim], keys and values [B, 2 K, head_dim]."""
-        qkv = self.turned(self.qkv(self.before(h)), slice(None), step.turns)
-        return qkv[:, : self.heads], qkv[:, self.heads :]
-
-    def ask_and_pay(self, h: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
-        """The same, and after the rows' own the keys and values [B + m, 2 K, head_dim] of the m tokens that owe them."""
-        x = self.before(torch.cat((h, step.due.h)))
-        q, kv = self.q_and_kv()
-        asked, left = slice(self.heads), slice(self.heads, None)
-        return self.turned(q(x[: len(h)]), asked, [turn[:, asked] for turn in step.turns]), self.turned(kv(x), left, step.due_turns)
-
-    def turned(self, y: Tensor, which: slice, cos_sin: Sequence[Tensor]) -> Tensor:
-        """Heads y [n, ... * head_dim], `which` of those of q, k and v -> rotated, and normalized before where this model does."""
-        y = y.view(y.shape[0], -1, self.head_dim)
+        """-> queries [B, H, head_dim]; keys and values [B + m, 2 K, head_dim], behind the rows' own those of the m tokens that owe them."""
+        if step.due is None:
+            y = self.qkv(self.before(h))
+        else:
+            x = self.before(torch.cat((h, step.due.h)))
+            q, kv = self.q_and_kv()
+            y = torch.cat((F.pad(q(x[: len(h)]), (0, 0, 0, len(x) - len(h))), kv(x)), -1)  # who owes asks nothing
+        y = y.view(len(y), -1, self.head_dim)  # [B + m, H + 2 K, head_dim]
         if self.qk_norm is not None:
-            norm = self.qk_norm[which]
-            y[:, : len(norm)] = F.rms_norm(y[:, : len(norm)], (self.head_dim,), None, self.eps) * norm
-        cos, sin = cos_sin
-        return (y * cos).addcmul_(y.roll(self.head_dim // 2, -1), sin)
+            n = len(self.qk_norm)
+            y[:, :n] = F.rms_norm(y[:, :n], (self.head_dim,), None, self.eps) * self.qk_norm
+        cos, sin = step.turns
+        y = (y * cos).addcmul_(y.roll(self.head_dim // 2, -1), sin)
+        return y[: len(h), : self.heads], y[:, self.heads :]
 
 
 class Step:
@@ -126,12 +121,12 @@ class Step:
 
     def __init__(self, shape: Shape, positions: Tensor, cache: Cache, span: int, aligned: bool, dtype: torch.dtype):
         self.shape, self.dtype = shape, dtype
-        self.turns = self.turns_of(positions[:1] if aligned else positions)
+        self.own_turns = self.turns_of(positions[:1] if aligned else positions)
         self.keys, self.values = cache.k[..., :span, :].unbind(0), cache.v[..., :span, :].unbind(0)
         self.capacity = cache.kv.shape[-2]
         self.slots = cache.kv.view(len(cache.kv), -1, shape.head_dim).unbind(0)  # of each block [B * 2 K * capacity, head_dim]
-        self.heads = torch.arange(2 * shape.kv_heads, device=positions.device)
-        self.own = self.places(torch.arange(len(positions), device=positions.device), positions)
+        self.planes = torch.arange(2 * shape.kv_heads, device=positions.device)  # of a row: its heads' keys, then their values
+        self.own_places = self.places_of(torch.arange(len(positions), device=positions.device), positions)
         self.mask = None if aligned else (torch.arange(span, device=positions.device) <= positions[:, None])[:, None, None]
 
     def turns_of(self, positions: Tensor) -> list[Tensor]:
@@ -141,16 +136,17 @@ class Step:
         return [torch.cat((torch.cat((cos, cos), -1).expand(turned), cos.new_ones(still)), 1),
                 torch.cat((torch.cat((-sin, sin), -1).expand(turned), sin.new_zeros(still)), 1)]
 
-    def places(self, rows: Tensor, positions: Tensor) -> Tensor:
+    def places_of(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Where tokens of these rows [n] and positions [n] leave keys and values: indices [n * 2 K] into `slots`."""
-        return ((rows[:, None] * len(self.heads) + self.heads) * self.capacity + positions[:, None]).view(-1)
+        return ((rows[:, None] * len(self.planes) + self.planes) * self.capacity + positions[:, None]).view(-1)
 
     def keep(self, going: Tensor | None, due: Debt | None) -> "Step":
-        self.going, self.due, self.where, self.runs = going, due, self.own, self._runs(going)
+        self.going, self.due, self.runs = going, due, self._runs(going)
+        self.places, self.turns = self.own_places, self.own_turns
         if due is not None:
-            H, B = self.shape.heads, len(self.own) // len(self.heads)
-            self.due_turns = [torch.cat((a[:, H:].expand(B, -1, -1), b[:, H:])) for a, b in zip(self.turns, self.turns_of(due.positions))]
-            self.where = torch.cat((self.own, self.places(due.rows, due.positions)))
+            own = [turn.expand(len(self.keys[0]), -1, -1) for turn in self.own_turns]
+            self.turns = [torch.cat(both) for both in zip(own, self.turns_of(due.positions))]
+            self.places = torch.cat((self.own_places, self.places_of(due.rows, due.positions)))
         return self
 
     def _runs(self, going: Tensor | None) -> list[tuple[int, int]] | None:
@@ -168,7 +164,7 @@ class Step:
     def attend(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         """Queries q [B, H, d], new keys and values [B + m, 2 K, d] -> [n, H * d] of the rows that run on."""
         B, H, d = q.shape
-        self.slots[layer].index_copy_(0, self.where, new.reshape(-1, d))
+        self.slots[layer].index_copy_(0, self.places, new.reshape(-1, d))
         q, k, v, mask = q.reshape(B, self.shape.kv_heads, -1, d), self.keys[layer], self.values[layer], self.mask
         if self.runs is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H * d)

@@ -440,6 +440,7 @@ def table(path: Path) -> str:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     gpu = all("threads" not in r["hardware"] for r in rows)
     out = ["| work | shape, dtype, batch | tokens | against | | middle half of the rounds |" + " speed |" * gpu, "|" + "---|" * (6 + gpu)]
+    # lines of data/bench/gpu.jsonl were kept before there was "tokens"
     units = {"nanoexit_tokens_per_s": "tokens/s", "tokens_per_s": "tokens/s", "gigabytes_read_per_s": "GB/s"}
     for r in rows:
         speed = ", ".join(f"{r[key]:,.0f} {unit}" for key, unit in units.items() if key in r)

@@ -52,6 +52,7 @@ def test_the_last_line_is_json_and_the_table_reads_it(tmp_path, work, keys):
 
 
 @pytest.mark.parametrize("arguments, words", [(["decode", "--rounds", 1], "--rounds: expected at least 2, found 1"), (["table", "no.jsonl"], "no.jsonl: expected a file"),
+                                              (["rollout", "--batch", 1], "--batch: a rollout"),
                                               (["decode", "--model", "/no/such"], "/no/such")])
 def test_bad_input_is_one_line(arguments, words):
     done = run(*arguments)

@@ -49,7 +49,7 @@ def replays(monkeypatch):
 
 @pytest.mark.parametrize("policy", ["full", "head", "fixed:2", "kl:1"])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_replayed_stretches_write_what_is_written_without(family, policy, batch_size, monkeypatch, request):
+def test_replayed_stretches_write_what_is_written_without(family, policy, batch_size, request):
     """Catches: a shape replayed for another, inputs that are not copied anew, padding that writes elsewhere or pays for others, positions masked wrongly."""
     model = with_exits(random_model(family))
     kw = {"seed": 5, "stop_ids": [0, 1, 2], "batch_size": batch_size, "prompt_exits": "limit:1"}
