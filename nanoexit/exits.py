@@ -1,43 +1,48 @@
-"""Exit heads, stick-breaking, the teacher's targets, and the policies that decide where a token exits.
+"""Exit heads, stick-breaking, exit targets, the policies that decide where a token exits, and caps.
 
-Contract. The head of depth d reads the residual after d blocks (model.py defines depth). Heads act in order of depth, each
-with the chance that the token exits there *given that it came so far*; full depth takes what is left:
-    log p(exit at d) = logsigmoid(z_d) + sum over earlier heads of logsigmoid(-z).
-All of it in log space and float32. With E heads there are E + 1 outcomes.
+Contract. The head of depth d reads the residual after d blocks (model.py defines depth). Heads act
+in order of depth, each with the chance that the token exits there *given that it came so far*. The
+deepest depth D, which is L or the cap, takes what is left:
 
-Decisions. Heads read the residual divided by its RMS, so that one learning rate serves all depths (residuals grow with
-depth). A policy sees one exit depth at a time and answers for the tokens that are still running; the model obeys.
+    log p(exit at d) = logsigmoid(z_d) + sum over earlier heads of logsigmoid(-z),
 
-Sources: stick-breaking as in PonderNet (Banino et al. 2021); `confidence` is CALM's rule (Schuster et al. 2022).
+all in log space and float32. With E heads below D there are E + 1 outcomes; heads at D and beyond
+are not asked.
+
+Decisions. Heads read the residual divided by its RMS, so that one learning rate serves all depths
+(residuals grow with depth). `Ask` is the one `stop` of generation, scoring and training: it asks
+the heads, lets a policy decide, and records the log-odds.
+
+Sources: stick-breaking as in PonderNet (Banino et al. 2021); `confidence` is the rule of CALM
+(Schuster et al. 2022).
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoexit.config import LoRAConfig
-from nanoexit.errors import UserError, nearest
-from nanoexit.lora import attach_lora, detach_lora
+from nanoexit.config import LoRAConfig, UserError, nearest
+from nanoexit.lora import adapters_off, attach_lora, detach_lora
 from nanoexit.model import Transformer
 
 FIRST_BIAS = -2.0  # a fresh head exits with chance sigmoid(-2) = 0.12
-POLICIES = ["full", "head", "head:THRESHOLD", "head-floor:P", "fixed:D", "kl:S", "confidence:T"]
+POLICIES = ["full", "head", "head:THRESHOLD", "fixed:DEPTH", "kl:STRENGTH", "confidence:THRESHOLD"]
 
 
 class ExitHeads(nn.Module):
-    """One scalar readout for each exit depth. `linear`: w . x + b; `mlp`: D -> 2D -> 1 with SiLU; x is h / rms(h)."""
+    """One scalar for each exit depth, of x = h / rms(h): w . x + b, or an MLP D -> 2D -> 1."""
 
     def __init__(self, width: int, layers: Sequence[int], kind: str = "linear", seed: int = 0):
         super().__init__()
         self.layers, self.kind = tuple(layers), kind
         generator = torch.Generator().manual_seed(seed)
-        self.heads = nn.ModuleDict({str(depth): _head(width, kind, generator) for depth in layers})
+        self.heads = nn.ModuleDict({str(d): _head(width, kind, generator) for d in layers})
 
     def forward(self, depth: int, h: Tensor) -> Tensor:
-        """h [n, D], residuals after `depth` blocks -> z [n] float32, the log-odds of exiting there."""
+        """Residuals h [n, D] after `depth` blocks -> float32 log-odds [n] of exiting there."""
         x = F.rms_norm(h.float(), h.shape[-1:])
         return self.heads[str(depth)](x).squeeze(-1)
 
@@ -54,150 +59,213 @@ def _head(width: int, kind: str, generator: torch.Generator) -> nn.Module:
     return nn.Sequential(first, nn.SiLU(), last)
 
 
-def attach(model: Transformer, exit_layers: Sequence[int], head: str = "linear", lora: LoRAConfig | None = None, seed: int = 0) -> None:
-    """Give a model exit heads at these depths (none: no exits), and adapters where `lora` is given. The base's weights stay untouched.
+def attach(
+    model: Transformer,
+    exit_layers: Sequence[int],
+    head: str = "linear",
+    lora: LoRAConfig | None = None,
+    cap: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Attach exit heads at these depths ([]: none), adapters if `lora` is given, and a cap.
 
-    Raises UserError for a depth outside 1..L-1, a repeated depth, or an unknown kind of head.
+    The base's weights are frozen and stay untouched. Raises UserError for a depth outside 1..L-1,
+    a repeated depth, an unknown kind of head, or a cap outside 1..L.
     """
-    bad = [d for d in exit_layers if not 1 <= d < model.full_depth]
-    if bad:
-        raise UserError(f"exits.layers: {bad[0]} is not an exit depth of this model: it has {model.full_depth} blocks, "
-                        f"so exits lie from 1 to {model.full_depth - 1}")
+    L = model.full_depth
+    for depth in exit_layers:
+        if not 1 <= depth < L:
+            raise UserError(
+                f"exits.layers: {depth} is not between 1 and {L - 1}: the model has {L} blocks"
+            )
     if len(set(exit_layers)) < len(exit_layers):
         raise UserError(f"exits.layers: expected different depths, found {list(exit_layers)}")
     if head not in ("linear", "mlp"):
         raise UserError(f"exits.head: {head!r} is not one of linear, mlp")
+    check_cap(model, cap)
     detach(model)
     model.requires_grad_(False)
-    model.exits = ExitHeads(model.shape.width, sorted(exit_layers), head, seed).to(model.device) if exit_layers else None
+    model.cap = cap
+    if exit_layers:
+        heads = ExitHeads(model.shape.width, sorted(exit_layers), head, seed)
+        model.exits = heads.to(model.device).train(model.training)
     if lora is not None:
         attach_lora(model, lora, seed)
 
 
 def detach(model: Transformer) -> None:
-    """Take heads and adapters off: the base model again, bit for bit."""
-    model.exits = None
+    """Remove heads, adapters and cap: the base model again, bit for bit."""
+    model.exits = model.cap = None
     detach_lora(model)
 
 
-# --- the mathematics -------------------------------------------------------------------------------------------------
+def check_cap(model: Transformer, cap: int | None) -> None:
+    """Raise UserError for a cap outside 1..L."""
+    if cap is not None and not 1 <= cap <= model.full_depth:
+        raise UserError(f"exits.cap: expected a depth from 1 to {model.full_depth}, found {cap}")
 
 
-def stick_breaking(z: Tensor) -> Tensor:
-    """Log-odds z [..., E] -> log p [..., E + 1] of exiting at each head, then of full depth; exp of it sums to 1."""
-    stay = F.logsigmoid(-z).cumsum(-1)
-    before = F.pad(stay, (1, 0))  # log of the chance that each head, and then full depth, is reached
-    return before + F.pad(F.logsigmoid(z), (0, 1))
+@contextlib.contextmanager
+def capped(model: Transformer, cap: int | None) -> Iterator[None]:
+    """Inside, the model has this cap instead of its own; None lifts it."""
+    check_cap(model, cap)
+    before, model.cap = model.cap, cap
+    try:
+        yield
+    finally:
+        model.cap = before
 
 
-def path_logprob(z: Tensor, depths: Tensor, layers: Sequence[int], full_depth: int) -> Tensor:
-    """log p(exit at depths) [...] under log-odds z [..., E]; entries of z beyond the exit are not read.
+@contextlib.contextmanager
+def as_base(model: Transformer) -> Iterator[None]:
+    """Inside, the model is its base, the teacher: adapters off, no cap."""
+    with adapters_off(model), capped(model, None):
+        yield
 
-    A depth with no head, and not full depth, could not have been sampled: -inf.
+
+def exit_depths(model: Transformer) -> tuple[int, ...]:
+    """Depths of the heads that act, in order: those below the cap."""
+    layers = () if model.exits is None else model.exits.layers
+    return tuple(depth for depth in layers if depth < model.deepest)  # type: ignore[union-attr]
+
+
+# --- the mathematics --------------------------------------------------------------------------
+
+
+def path_logprob(z: Tensor, depths: Tensor, layers: Sequence[int], deepest: int) -> Tensor:
+    """log p(exit at depths) [...] under log-odds z [..., E]; entries beyond the exit are not read.
+
+    A depth without a head, other than `deepest`, cannot have been sampled: -inf.
     """
     at = torch.tensor(layers, device=z.device)
     d = depths[..., None]
     terms = torch.where(at == d, F.logsigmoid(z), torch.where(at < d, F.logsigmoid(-z), 0.0))
-    possible = (at == d).any(-1) | (depths == full_depth)
+    possible = (at == d).any(-1) | (depths == deepest)
     return terms.sum(-1).masked_fill(~possible, -torch.inf)
 
 
-def teacher_chance(kl: Tensor, strength: float) -> Tensor:
-    """KL(P || Q_d) in nats, any shape -> the target chance to exit at d given that d is reached: 2 (1 - sigmoid(s kl))."""
+def target_chance(kl: Tensor, strength: float) -> Tensor:
+    """KL(P || Q_d) in nats -> the chance 2 (1 - sigmoid(s KL)) to exit where d is reached."""
     return 2 * torch.sigmoid(-strength * kl)
 
 
-def sample_depths(chance: Tensor, u: Tensor, layers: Sequence[int], full_depth: int) -> Tensor:
-    """Chances and uniform noise [..., E] -> depths [...]: the first head whose chance exceeds its noise, else full depth."""
-    options = torch.tensor([*layers, full_depth], device=chance.device)
+def sample_depths(chance: Tensor, u: Tensor, layers: Sequence[int], deepest: int) -> Tensor:
+    """Chances and uniform noise [..., E] -> depths [...]: the first head with u < chance."""
+    options = torch.tensor([*layers, deepest], device=chance.device)
     leaves = F.pad(u < chance, (0, 1), value=True)
     return options[leaves.int().argmax(-1)]
 
 
-# --- policies --------------------------------------------------------------------------------------------------------
+# --- policies ---------------------------------------------------------------------------------
 
 
-@dataclass
 class Policy:
-    """Never exits (`full`); the others inherit. `layers` are the depths where it wants to be asked."""
+    """Decides which tokens exit. This one, `full`, never does; the others inherit."""
 
-    layers: Collection[int] = ()
-    foresees = False  # needs chances [B, E] worked out by a run to full depth before each token (kl)
+    foresees = False  # True: needs a run to the deepest depth before each token (kl)
 
-    def exits(self, depth: int, h: Tensor, z: Tensor | None, u: Tensor, chance: Tensor | None) -> Tensor:
-        """Residuals h [n, D], head log-odds z [n], noise u [n], foreseen chances [n] -> who exits at `depth`, [n] bool."""
-        return torch.zeros_like(u, dtype=torch.bool)
+    def layers(self, model: Transformer) -> tuple[int, ...]:
+        """The depths at which it wants to decide."""
+        return ()
+
+    def exits(self, depth: int, h: Tensor, z: Tensor | None, u: Tensor, at: Tensor) -> Tensor:
+        """Residuals h [n, D], log-odds z [n], noise u [n], places at [n] -> which exit [n] bool."""
+        raise NotImplementedError
 
 
-@dataclass
 class Head(Policy):
-    """Sample the heads. `threshold` makes it deterministic; `floor` raises every chance to at least that (the original's
-    0.1 floor: no likelihood knows it, so REINFORCE refuses it)."""
+    """Sample the heads. A threshold makes it deterministic: exit if the chance exceeds it."""
 
-    threshold: float | None = None
-    floor: float = 0.0
+    def __init__(self, threshold: float | None = None):
+        self.threshold = threshold
 
-    def exits(self, depth, h, z, u, chance):
+    def layers(self, model: Transformer) -> tuple[int, ...]:
+        return exit_depths(model)
+
+    def exits(self, depth: int, h: Tensor, z: Tensor | None, u: Tensor, at: Tensor) -> Tensor:
+        assert z is not None
         p = torch.sigmoid(z)
-        return p > self.threshold if self.threshold is not None else u < p.clamp(min=self.floor)
+        return u < p if self.threshold is None else p > self.threshold
 
 
-@dataclass
+class Prescribed(Policy):
+    """Every token exits at its given depth, with or without a head there."""
+
+    def __init__(self, depths: Tensor):
+        self.depths = depths.reshape(-1)  # [N], N tokens of the call
+
+    def layers(self, model: Transformer) -> tuple[int, ...]:
+        used = self.depths.unique().tolist()  # host sync
+        return tuple(depth for depth in used if 0 < depth < model.deepest)
+
+    def exits(self, depth: int, h: Tensor, z: Tensor | None, u: Tensor, at: Tensor) -> Tensor:
+        return self.depths[at] == depth
+
+
 class Fixed(Policy):
-    """Every token exits at one depth, head or no head there."""
+    """Every token is forced to exit at one depth, with or without a head there."""
 
-    def exits(self, depth, h, z, u, chance):
-        return torch.ones_like(u, dtype=torch.bool)
+    def __init__(self, depth: int):
+        self.depth = depth
+
+    def layers(self, model: Transformer) -> tuple[int, ...]:
+        return (self.depth,) if self.depth < model.deepest else ()
+
+    def exits(self, depth: int, h: Tensor, z: Tensor | None, u: Tensor, at: Tensor) -> Tensor:
+        return torch.ones_like(at, dtype=torch.bool)
 
 
-@dataclass
+class Confidence(Policy):
+    """Exit if the early readout gives its likeliest token at least this probability."""
+
+    def __init__(self, threshold: float, model: Transformer | None):
+        self.threshold, self.model = threshold, model
+
+    def layers(self, model: Transformer) -> tuple[int, ...]:
+        return exit_depths(model) or tuple(range(1, model.deepest))
+
+    def exits(self, depth: int, h: Tensor, z: Tensor | None, u: Tensor, at: Tensor) -> Tensor:
+        assert self.model is not None
+        return self.model.readout(h).float().softmax(-1).amax(-1) >= self.threshold
+
+
 class KL(Policy):
-    """The untrained teacher rule as an oracle: each token is first run to full depth to know what exiting would lose."""
+    """The target rule itself, as an oracle: each token is first run to the deepest depth."""
 
-    strength: float = 1.0
     foresees = True
 
-    def exits(self, depth, h, z, u, chance):
-        return u < chance
+    def __init__(self, strength: float):
+        self.strength = strength
+
+    def layers(self, model: Transformer) -> tuple[int, ...]:
+        return exit_depths(model) or tuple(range(1, model.deepest))
 
 
-@dataclass
-class Confidence(Policy):
-    """Exit where the early readout gives its best token at least this probability."""
+def parse_policy(text: str, model: Transformer | None = None) -> Policy:
+    """`full`, `head`, `head:0.5`, `fixed:3`, `kl:2`, `confidence:0.9` -> a Policy.
 
-    threshold: float = 0.9
-    readout: Transformer | None = None
-
-    def exits(self, depth, h, z, u, chance):
-        return self.readout.readout(h).float().softmax(-1).amax(-1) >= self.threshold
-
-
-def parse_policy(text: str | Policy, model: Transformer) -> Policy:
-    """`full`, `head`, `head:0.5`, `head-floor:0.1`, `fixed:3`, `kl:2`, `confidence:0.9` -> a Policy for this model.
-
-    kl and confidence are asked at the model's exit depths, or after every block where it has none.
+    Without a model only the grammar is checked. `kl` and `confidence` act at the model's exit
+    depths, or after every block of a model without heads. Raises UserError.
     """
-    if isinstance(text, Policy):
-        return text
-    name, _, argument = text.partition(":")
-    layers = tuple(range(1, model.full_depth)) if model.exits is None else model.exits.layers
-    if name in ("head", "head-floor") and model.exits is None:
-        raise UserError(f"policy {text!r}: this model has no exit heads; load an adapter with heads, or use full, fixed:D, kl:S, confidence:T")
-    if name == "full" and not argument:
+    name, colon, argument = text.partition(":")
+    if name == "head" and model is not None and model.exits is None:
+        raise UserError(
+            f"policy {text!r}: this model has no exit heads; load an adapter with heads"
+        )
+    if text == "full":
         return Policy()
     if name == "head":
-        return Head(layers, threshold=_number(text, argument, 0, 1) if argument else None)
-    if name == "head-floor":
-        return Head(layers, floor=_number(text, argument, 0, 1))
+        return Head(_number(text, argument, 0, 1) if colon else None)
     if name == "fixed":
-        depth = _number(text, argument, 1, model.full_depth)
+        deepest = 10**6 if model is None else model.full_depth
+        depth = _number(text, argument, 1, deepest)
         if depth != int(depth):
-            raise UserError(f"policy {text!r}: a depth is a whole number from 1 to {model.full_depth}")
-        return Fixed((int(depth),))
+            raise UserError(f"policy {text!r}: a depth is a whole number, found {argument!r}")
+        return Fixed(int(depth))
     if name == "kl":
-        return KL(layers, _number(text, argument, 0, float("inf")))
+        return KL(_number(text, argument, 0, float("inf")))
     if name == "confidence":
-        return Confidence(layers, _number(text, argument, 0, 1), model)
+        return Confidence(_number(text, argument, 0, 1), model)
     raise UserError(f"policy {text!r} is not one of {', '.join(POLICIES)}{nearest(text, POLICIES)}")
 
 
@@ -207,5 +275,61 @@ def _number(text: str, argument: str, low: float, high: float) -> float:
     except ValueError:
         value = float("nan")
     if not low <= value <= high:
-        raise UserError(f"policy {text!r}: expected a number from {low} to {high} after the colon, found {argument!r}")
+        expected = f"expected a number from {low:g} to {high:g} after the colon"
+        raise UserError(f"policy {text!r}: {expected}, found {argument!r}")
     return value
+
+
+# --- stops: what model.run asks ---------------------------------------------------------------
+
+
+class Ask:
+    """Asks the heads, lets the policy decide, and records the log-odds of every head asked."""
+
+    def __init__(
+        self, model: Transformer, policy: Policy, tokens: int, noise: Tensor | None = None
+    ):
+        """tokens: N = B*T of the call. noise: [N, depths of the policy], uniform in [0, 1)."""
+        self.model, self.policy, self.noise, self.tokens = model, policy, noise, tokens
+        self.decides = {depth: column for column, depth in enumerate(policy.layers(model))}
+        self.heads = exit_depths(model)
+        self.layers = {*self.decides, *self.heads}
+        self.asked: dict[int, Tensor] = {}  # depth -> log-odds [N], 0 for tokens not asked
+
+    def __call__(self, depth: int, h: Tensor, index: Tensor | None) -> Tensor | None:
+        at = torch.arange(self.tokens, device=h.device) if index is None else index
+        z = None
+        if depth in self.heads:
+            z = self.model.exits(depth, h)  # type: ignore[misc]
+            whole = z.new_zeros(self.tokens).index_copy(0, index, z) if index is not None else z
+            self.asked[depth] = whole
+        if depth not in self.decides:
+            return None
+        u = h.new_zeros(len(at)) if self.noise is None else self.noise[at, self.decides[depth]]
+        return self.policy.exits(depth, h, z, u, at)
+
+    @property
+    def head_logits(self) -> Tensor | None:
+        """[N, E] float32, 0 for heads that were not asked; None without heads."""
+        if not self.heads:
+            return None
+        zeros = torch.zeros(self.tokens, device=self.model.device)
+        return torch.stack([self.asked.get(depth, zeros) for depth in self.heads], -1)
+
+    def logprobs(self, depths: Tensor) -> Tensor:
+        """depths [N] -> log p(exit there) [N] float32; 0 without heads."""
+        z = self.head_logits
+        if z is None:
+            return torch.zeros(self.tokens, device=depths.device)
+        return path_logprob(z, depths, self.heads, self.model.deepest)
+
+
+class Watch:
+    """Stops no token and keeps the residuals [n, D] at each of its depths."""
+
+    def __init__(self, layers: Collection[int]):
+        self.layers = layers
+        self.seen: dict[int, Tensor] = {}
+
+    def __call__(self, depth: int, h: Tensor, index: Tensor | None) -> None:
+        self.seen[depth] = h

@@ -1,310 +1,320 @@
-"""Generation: prefill, decode a step, sample; batched, ragged, rows leave when they are done and others take their place.
+"""Generation: prefill, decode, sample; in batches of ragged rows that finish and are replaced.
 
-Contract. Ragged prompts in, one `Generation` a prompt out, in the same order. Row i's noise comes from (seed, i) and is drawn
-before it starts, so a row writes the same text alone and in company, whatever the batch size.
+Contract. Ragged prompts in, one `Generation` a prompt out, in the same order. The noise of row i is
+a function of (seed, i) and is drawn before the row starts, so a row writes the same text alone and
+in a batch, whatever the batch size.
 
-Alignment, once and for all: depths[i] is the depth of the readout that produced tokens[i]. The first is read from the last
-prompt token, so it is that token's depth (L unless exits.prompt says otherwise). score.py says how to re-score.
+Every readout chooses its depth, the first one too. So the prompt is prefilled up to its last token,
+at full depth (or to the cap), and that last token is the first one that decodes like all others.
+`depths[i]` is the depth of the readout that produced `tokens[i]`; score.py says how to re-score.
 
-Decisions. Tokens are drawn by inverting the cumulative distribution at one uniform number. Host syncs of a decode step: those
-that decode.py tells, and one to hand over the tokens (only the host knows who is done).
+Decisions. Equal prompts of a batch are prefilled once. A token is drawn by inverting the
+cumulative distribution at one uniform number. Host syncs of a step: those of `run`, and one to
+read the tokens.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanoexit.cache import Cache
-from nanoexit.decode import DecodeStep
-from nanoexit.errors import UserError
-from nanoexit.exits import Fixed, Head, Policy, parse_policy, path_logprob, teacher_chance
-from nanoexit.model import Transformer
+from nanoexit.config import UserError
+from nanoexit.exits import (
+    KL,
+    Ask,
+    Policy,
+    Prescribed,
+    Watch,
+    parse_policy,
+    sample_depths,
+    target_chance,
+)
+from nanoexit.fast import FastModel
+from nanoexit.model import Run, Transformer
 from nanoexit.score import divergence, pad, token_logprob
 
 
 @dataclass
 class Generation:
-    """One row. Log-probabilities are those of the model's own distributions: temperature 1, nothing truncated."""
+    """One response. Log-probabilities are the model's own: temperature 1, nothing truncated."""
 
     tokens: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     token_logprobs: list[float] = field(default_factory=list)
-    exit_logprobs: list[float] = field(default_factory=list)  # log p(exit at depths[i]); 0 for the first, and without heads
-    finish: str = "length"  # or "stop": the last token is one of stop_ids
-    prompt_depths: list[int] = field(default_factory=list)
-    prompt_exit_logprobs: list[float] = field(default_factory=list)  # 0 unless the prompt sampled its exits
+    exit_logprobs: list[float] = field(default_factory=list)  # log p(exit at depths[i]), or 0
+    finish: str = ""  # "stop" (the last token is one of stop_ids) or "length"; "" in progress
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What `generate` takes beyond its first arguments."""
+
+    top_p: float = 1.0  # (0, 1]: sample from the smallest set of tokens with this probability
+    top_k: int = 0  # sample from the k likeliest tokens; 0 is off
+    stop_ids: Collection[int] | None = None  # tokens that end a row; None: the model's own
+    batch_size: int | None = None  # rows that decode together; None: all
+    forced: Sequence[Sequence[int]] = ()  # the first tokens of each response, given, not drawn
+    streams: Sequence[int] = ()  # the number of each row's noise; default 0, 1, ...
+    on_finish: Callable[[int, Generation], object] | None = None  # called with row and result
+    fast: bool = True  # decode with fast.py
+
+
+@dataclass
+class Row:
+    """A prompt and its response so far."""
+
+    number: int
+    prompt: Sequence[int]
+    forced: Sequence[int]
+    noise: np.ndarray  # [max_new_tokens, 1 + depths of the policy] uniform in [0, 1)
+    out: Generation
+
+    @property
+    def last(self) -> int:
+        """The token that the next step reads."""
+        return self.out.tokens[-1] if self.out.tokens else self.prompt[-1]
+
+    @property
+    def position(self) -> int:
+        """The position of `last`."""
+        return len(self.prompt) - 1 + len(self.out.tokens)
 
 
 @torch.inference_mode()
-def generate(model: Transformer, prompts: Sequence[Sequence[int]], policy: str | Policy = "full", max_new_tokens: int = 64,
-             temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int | Sequence[int] = 0,
-             stop_ids: Collection[int] | None = None, batch_size: int | None = None, prompt_exits: str = "full",
-             freeze: bool = True, forced: Sequence[Sequence[int]] | None = None,
-             on_finish: Callable[[int, Generation], None] | None = None, pack: str = "auto",
-             cuda_graphs: bool = True) -> list[Generation]:
-    """Continue every prompt (lists of token ids, ragged) by up to max_new_tokens tokens.
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    policy: str | Policy = "full",
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int | Sequence[int] = 0,
+    settings: Sampling = Sampling(),
+) -> list[Generation]:
+    """Continue every prompt (token ids) by up to max_new_tokens tokens.
 
-    policy: see exits.parse_policy. stop_ids: tokens that end a row, default the model's own. batch_size: rows at once, default
-    all. prompt_exits: full, limit:D or head. freeze=False: the `unfrozen` ablation. forced: the first tokens of each
-    response, given instead of drawn; they choose their exits like any other. on_finish(row, generation): called as rows end.
-    pack: auto, always or never decode from a second copy of the weights (layout.py). cuda_graphs: see decode.py.
-    Raises UserError for an empty prompt, or one that leaves no room below the model's longest position.
+    policy: see exits.parse_policy. temperature 0 takes the likeliest token. Raises UserError for an
+    empty prompt, one that leaves no room below the model's largest position, a value out of range,
+    and logits that are not finite.
     """
-    _check(model, prompts, max_new_tokens)
+    _check(model, prompts, max_new_tokens, temperature, settings)
+    policy = parse_policy(policy, model) if isinstance(policy, str) else policy
     was_training = model.training
     model.eval()
     try:
-        size = min(batch_size or len(prompts), len(prompts))
-        decoder = _Decoder(model, prompts, parse_policy(policy, model), parse_prompt_exits(prompt_exits, model), max_new_tokens,
-                           (temperature, top_p, top_k), seed, model.stop_ids if stop_ids is None else stop_ids, freeze, forced, on_finish,
-                           DecodeStep(model, size, pack, cuda_graphs))
-        waiting = deque(range(len(prompts)))
-        while waiting or decoder.active:
-            free = size - len(decoder.active)
-            if waiting and free >= max(1, size // 4):  # a few at a time: one prefill serves them all
-                decoder.admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
-            elif not waiting:
-                decoder.shrink()
+        decoder = _Decoder(model, policy, prompts, max_new_tokens, temperature, seed, settings)
+        while decoder.waiting or decoder.rows:
+            decoder.admit()
             decoder.step()
         return decoder.results
     finally:
         model.train(was_training)
 
 
-def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    settings: Sampling,
+) -> None:
+    ranges = {
+        "max_new_tokens": (max_new_tokens, 1, math.inf),
+        "temperature": (temperature, 0, 1e6),
+        "top_p": (settings.top_p, 1e-9, 1),
+        "top_k": (settings.top_k, 0, math.inf),
+        "batch_size": (1 if settings.batch_size is None else settings.batch_size, 1, math.inf),
+    }
+    for name, (value, low, high) in ranges.items():
+        real = name in ("temperature", "top_p")
+        if not low <= value <= high or not (real or isinstance(value, int)):
+            kind = "a number" if real else "a whole number"
+            raise UserError(f"{name}: expected {kind} from {low:g} to {high:g}, found {value}")
+    longest, vocab = model.shape.max_positions, model.shape.vocab
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {row} is empty: expected at least one token")
-        if len(prompt) + max_new_tokens > model.shape.max_positions:
-            raise UserError(f"prompt {row} has {len(prompt)} tokens and {max_new_tokens} more may come: this model knows "
-                            f"{model.shape.max_positions} positions; shorten it or lower generation.max_new_tokens")
-
-
-def parse_prompt_exits(text: str, model: Transformer) -> Policy | None:
-    """`full` -> None; `limit:D` -> every prompt token exits at depth D; `head` -> prompt tokens sample the heads."""
-    name, _, depth = text.partition(":")
-    if text == "full":
-        return None
-    if text == "head":
-        return parse_policy("head", model)
-    if name == "limit" and depth.isdigit() and 1 <= int(depth) <= model.full_depth:
-        return Fixed((int(depth),))
-    raise UserError(f"exits.prompt: {text!r} is not one of full, head, limit:D with D from 1 to {model.full_depth}")
-
-
-class _Ask:
-    """The `stop` of model.run while generating: asks heads and policy, and remembers the heads' log-odds [N, E]."""
-
-    def __init__(self, model: Transformer, policy: Policy, noise: Tensor, chance: Tensor | None = None):
-        self.heads, self.policy, self.noise, self.chance = model.exits, policy, noise, chance
-        self.columns = {depth: column for column, depth in enumerate(sorted(policy.layers))}
-        self.full_depth = model.full_depth
-        self.layers = set(policy.layers) | set(self.heads.layers if self.heads is not None else ())
-        self.z = None if self.heads is None else noise.new_zeros(len(noise), len(self.heads.layers))
-
-    def __call__(self, depth: int, h: Tensor, index: Tensor | None) -> Tensor | None:
-        rows = slice(None) if index is None else index
-        z = None
-        if self.heads is not None and depth in self.heads.layers:
-            z = self.heads(depth, h)
-            self.z[rows, self.heads.layers.index(depth)] = z
-        if depth not in self.columns:
-            return None
-        column = self.columns[depth]
-        chance = None if self.chance is None else self.chance[rows, column]
-        return self.policy.exits(depth, h, z, self.noise[rows, column], chance)
-
-    def logprobs(self, depths: Tensor) -> Tensor:
-        """depths [N] -> log p(exit there) [N]; 0 without heads."""
-        if self.z is None:
-            return torch.zeros(len(depths), device=depths.device)
-        return path_logprob(self.z, depths, self.heads.layers, self.full_depth)
-
-
-class Watch:
-    """A `stop` that lets everyone pass and keeps the residuals [n, D] at each depth."""
-
-    def __init__(self, layers: Collection[int]):
-        self.layers, self.seen = layers, {}
-
-    def __call__(self, depth: int, h: Tensor, index: Tensor | None) -> None:
-        self.seen[depth] = h
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            raise UserError(f"prompt {row} has a token outside 0..{vocab - 1}")
+        if len(prompt) + max_new_tokens > longest:
+            raise UserError(
+                f"prompt {row} has {len(prompt)} tokens, and up to {max_new_tokens} more follow: "
+                f"the model has {longest} positions; shorten it or lower generation.max_new_tokens"
+            )
 
 
 class _Decoder:
-    """The rows under way. A slot is a row's place in the batch and the cache; free slots stay idle until they are filled."""
+    """The rows in progress. A slot is a place in batch and cache; a free one idles until refilled."""
 
-    def __init__(self, model, prompts, policy, prompt_policy, max_new_tokens, sampling, seed, stop_ids, freeze, forced, on_finish, steps):
-        self.model, self.prompts, self.policy, self.prompt_policy = model, prompts, policy, prompt_policy
-        self.max_new_tokens, self.sampling, self.stop_ids = max_new_tokens, sampling, frozenset(stop_ids)
+    def __init__(self, model, policy, prompts, max_new_tokens, temperature, seed, settings):
+        self.model, self.policy, self.settings = model, policy, settings
+        self.prompts, self.max_new_tokens, self.temperature = prompts, max_new_tokens, temperature
         self.seed = list(seed) if isinstance(seed, Sequence) else [seed]
-        self.freeze, self.forced, self.on_finish = freeze, forced, on_finish
-        self.steps: DecodeStep = steps
-        self.results: list[Generation] = [Generation() for _ in prompts]
+        stop_ids = model.stop_ids if settings.stop_ids is None else settings.stop_ids
+        self.stop_ids = frozenset(stop_ids)
+        self.results = [Generation() for _ in prompts]
+        self.waiting = deque(range(len(prompts)))
+        self.size = min(settings.batch_size or len(prompts), len(prompts))
         self.capacity = max((len(p) for p in prompts), default=0) + max_new_tokens
-        self.cache: Cache | None = None
-        self.rows: list[int | None] = []  # the prompt in each slot
-        self.lengths: list[int] = []  # positions that each slot's row has filled
-        self.last = self.noise = None  # [B] newest tokens; [B, max_new_tokens, 1 + exits] uniform noise
+        self.slots: list[Row | None] = []
+        self.cache: Any = None  # a Cache, from the first prefill on
+        self.engine = FastModel(model, self.size) if settings.fast else model
 
     @property
-    def active(self) -> list[int]:
-        return [slot for slot, row in enumerate(self.rows) if row is not None]
+    def rows(self) -> list[Row]:
+        return [row for row in self.slots if row is not None]
 
-    def admit(self, rows: list[int]) -> None:
-        """Prefill these prompts, put them into free slots, and draw their first tokens."""
-        prompts = [self.prompts[row] for row in rows]
-        ids, noise = pad(prompts, self.model.device), self._noise(rows)
-        B, T = ids.shape
-        cache = self._cache(B, self.capacity if self.cache is None else T)
-        cache.place(0, T)
-        ask = alive = None
-        if self.prompt_policy is not None:
-            ask = _Ask(self.model, self.prompt_policy, self._prompt_noise(rows, T))
-            alive = torch.arange(T, device=ids.device) < torch.tensor([len(p) for p in prompts], device=ids.device)[:, None]
-        run = self.model.run(ids, cache=cache, stop=ask, alive=alive, freeze=self.freeze)
-        slots = self._seat(rows, cache, ids.new_zeros(B), noise)
-        ends = torch.tensor([len(p) - 1 for p in prompts], device=ids.device)
-        self._note_prompts(rows, run.depths, ask)
-        at = torch.arange(B, device=ids.device)
-        self._draw(slots, run.hidden[at, ends], run.depths[at, ends], torch.zeros(B, device=ids.device))
+    # --- rows come and go ---------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Fill free slots, a few at a time: one prefill serves them. Or shrink a batch half
+        empty.
+        """
+        free = self.size - len(self.rows)
+        if not self.waiting:
+            self._shrink()
+        elif free >= max(1, self.size // 4):
+            new = [
+                self._new_row(self.waiting.popleft()) for _ in range(min(free, len(self.waiting)))
+            ]
+            cache = self._prefill([row.prompt[:-1] for row in new])
+            if self.cache is None:
+                self.cache, self.slots = cache, list(new)
+                return
+            slots = [slot for slot, row in enumerate(self.slots) if row is None][: len(new)]
+            self.cache.admit(torch.tensor(slots, device=self.model.device), cache)
+            for slot, row in zip(slots, new):
+                self.slots[slot] = row
+
+    def _new_row(self, number: int) -> Row:
+        stream = self.settings.streams[number] if self.settings.streams else number
+        size = (self.max_new_tokens, 1 + len(self.policy.layers(self.model)))
+        noise = np.random.default_rng([*self.seed, stream]).random(size, dtype=np.float32)
+        forced = self.settings.forced[number] if self.settings.forced else ()
+        return Row(number, self.prompts[number], forced, noise, self.results[number])
+
+    def _prefill(self, prompts: list[Sequence[int]]) -> Cache:
+        """Run these prompts to the deepest depth -> a cache with a row for each of them."""
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        s, model = self.model.shape, self.model
+        T = max(map(len, distinct))
+        capacity = self.capacity if self.cache is None else max(1, T)
+        sizes = (model.deepest, len(distinct), s.kv_heads, capacity, s.head_dim)
+        cache = Cache(*sizes, model.device, model.dtype)
+        if T:
+            cache.place(0, T)
+            model.run(pad(distinct, model.device), cache=cache)
+        if len(distinct) < len(prompts):
+            place = {prompt: row for row, prompt in enumerate(distinct)}
+            rows = [place[tuple(prompt)] for prompt in prompts]
+            cache.select(torch.tensor(rows, device=model.device))
+        return cache
+
+    def _shrink(self) -> None:
+        keep = [slot for slot, row in enumerate(self.slots) if row is not None]
+        if self.cache is not None and len(keep) <= len(self.slots) // 2:
+            self.cache.select(torch.tensor(keep, device=self.model.device))
+            self.slots = [self.slots[slot] for slot in keep]
+
+    # --- one step -----------------------------------------------------------------------------
 
     def step(self) -> None:
-        """One token for every active row."""
-        slots = self.active
-        if not slots:
-            return
-        B = len(self.rows)
-        lengths = [self.lengths[slots[0]] if row is None else self.lengths[slot] for slot, row in enumerate(self.rows)]
-        counts = [0 if row is None else len(self.results[row].tokens) for row in self.rows]
-        aligned = len(set(lengths)) == 1
-        device = self.last.device
-        ids = self.last[:, None]
-        positions = torch.full((B, 1), lengths[0], device=device) if aligned else torch.tensor(lengths, device=device)[:, None]
-        self.cache.place(lengths[0] if aligned else None, max(lengths) + 1)
-        everyone = len(slots) == B
-        rows = None if everyone else torch.tensor(slots, device=device)
-        chosen = slice(None) if everyone else rows
-        noise = self.noise[:, counts[0]] if len(set(counts)) == 1 else self.noise[torch.arange(B, device=device), torch.tensor(counts, device=device)]
-        chance = self._foresee(ids, positions, rows) if self.policy.foresees else None
-        ask = _Ask(self.model, self.policy, noise[:, 1:], chance)
+        """One token for every row in progress."""
+        rows, device = self.rows, self.model.device
+        seats = [row or rows[0] for row in self.slots]  # an idle slot writes where no row reads
+        places = [row.position for row in seats]
+        same = len(set(places)) == 1
+        self.cache.place(places[0] if same else None, max(places) + 1)
+        ids = torch.tensor([[row.last] for row in seats], device=device)
+        positions = torch.tensor(places, device=device)[:, None]
+        noise = np.stack([row.noise[len(row.out.tokens)] for row in seats])
+        u = torch.from_numpy(noise).to(device)  # [B, 1 + depths of the policy]
+        at: slice | list[int] = slice(None)
+        alive = None
+        if len(rows) < len(seats):
+            alive = torch.tensor([[row is not None] for row in self.slots], device=device)
+            at = [slot for slot, row in enumerate(self.slots) if row is not None]
+        run, exit_logprobs = self._run(ids, positions, alive, u[:, 1:])
+        logits = self.engine.readout(run.hidden[at, 0]).float()  # [n, V]
+        tokens = self._draw(rows, logits, u[at, 0])
+        columns = (tokens, run.depths[at, 0], token_logprob(logits, tokens), exit_logprobs[at])
+        drawn = torch.stack([column.double() for column in columns]).tolist()  # host sync
+        for row, token, depth, logp, exit_logp in zip(rows, *drawn):
+            self._note(row, int(token), int(depth), logp, exit_logp)
+        self.slots = [None if row is None or row.out.finish else row for row in self.slots]
+
+    def _run(
+        self, ids: Tensor, positions: Tensor, alive: Tensor | None, u: Tensor
+    ) -> tuple[Run, Tensor]:
+        """ids, positions, alive [B, 1], noise u [B, depths] -> the run, log p(exit) [B]."""
+        policy = self.policy
+        if isinstance(policy, KL) and u.shape[1]:
+            policy = Prescribed(self._foresee(policy, ids, positions, alive, u))
+        ask = Ask(self.model, policy, len(ids), u)
         stop = ask if ask.layers else None
-        if self.freeze:
-            run = self.steps(ids, positions, self.cache, stop, rows)
-        else:
-            alive = None if everyone else torch.zeros_like(ids, dtype=torch.bool).index_fill(0, rows, True)
-            run = self.model.run(ids, positions, self.cache, stop, alive, freeze=False)
-        for slot in slots:
-            self.lengths[slot] += 1
-        depths = run.depths[:, 0]
-        self._draw(slots, run.hidden[chosen, 0], depths[chosen], ask.logprobs(depths)[chosen], noise[chosen, 0])
+        run = self.engine.run(ids, positions, self.cache, stop, alive)
+        return run, ask.logprobs(run.depths[:, 0])
 
-    def shrink(self) -> None:
-        """With nobody waiting, rows that are done leave the batch once they are half of it."""
-        slots = self.active
-        if slots and len(slots) <= len(self.rows) // 2:
-            keep = torch.tensor(slots, device=self.last.device)
-            self.cache.select(keep)
-            self.last, self.noise = self.last[keep], self.noise[keep]
-            self.rows, self.lengths = [self.rows[s] for s in slots], [self.lengths[s] for s in slots]
+    def _foresee(
+        self, policy: KL, ids: Tensor, positions: Tensor, alive: Tensor | None, u: Tensor
+    ) -> Tensor:
+        """Run this step to the deepest depth -> the depths [B] that the target rule draws."""
+        layers = policy.layers(self.model)
+        watch = Watch(layers)
+        run = self.engine.run(ids, positions, self.cache, watch, alive)
+        at = slice(None) if alive is None else alive[:, 0]
+        final = self.engine.readout(run.hidden[at, 0])
+        early = [divergence(final, self.engine.readout(watch.seen[depth])) for depth in layers]
+        chance = u.new_zeros(len(ids), len(layers))
+        chance[at] = target_chance(torch.stack(early, -1), policy.strength)
+        return sample_depths(chance, u, layers, self.model.deepest)
 
-    def _draw(self, slots: list[int], h: Tensor, depths: Tensor, exit_logprobs: Tensor, u: Tensor | None = None) -> None:
-        """Read out residuals h [n, D] of these slots, sample their next tokens, and note what was drawn."""
-        logits = self.steps.readout(h).float()
-        tokens = sample(logits, self.noise[slots, 0, 0] if u is None else u, *self.sampling)
-        for i, slot in enumerate(slots if self.forced else ()):
-            given, n = self.forced[self.rows[slot]], len(self.results[self.rows[slot]].tokens)
-            if n < len(given):
-                tokens[i] = given[n]
-        if len(slots) == len(self.rows):
-            self.last.copy_(tokens)
-        else:
-            self.last[slots] = tokens
-        drawn = torch.stack([tokens, depths, token_logprob(logits, tokens), exit_logprobs])  # float32 holds integers up to 2**24
-        for slot, token, depth, logp, exit_logp in zip(slots, *drawn.tolist()):
-            self._note(slot, int(token), int(depth), logp, exit_logp)
-
-    def _note(self, slot: int, token: int, depth: int, logp: float, exit_logp: float) -> None:
-        row = self.rows[slot]
-        g = self.results[row]
-        g.tokens.append(token)
-        g.depths.append(depth)
-        g.token_logprobs.append(logp)
-        g.exit_logprobs.append(exit_logp)
-        if token in self.stop_ids or len(g.tokens) == self.max_new_tokens:
-            g.finish = "stop" if token in self.stop_ids else "length"
-            self.rows[slot] = None
-            if self.on_finish:
-                self.on_finish(row, g)
-
-    def _note_prompts(self, rows: list[int], depths: Tensor, ask: _Ask | None) -> None:
-        sampled = ask is not None and isinstance(self.prompt_policy, Head)
-        logp = ask.logprobs(depths.view(-1)).view(depths.shape).tolist() if sampled else None
-        for i, (row, all_depths) in enumerate(zip(rows, depths.tolist())):
-            n = len(self.prompts[row])
-            self.results[row].prompt_depths = all_depths[:n]
-            self.results[row].prompt_exit_logprobs = logp[i][:n] if sampled else [0.0] * n
-
-    def _seat(self, rows: list[int], cache: Cache, last: Tensor, noise: Tensor) -> list[int]:
-        """Give freshly prefilled rows their slots."""
-        lengths = [len(self.prompts[row]) for row in rows]
-        if self.cache is None:
-            self.cache, self.last, self.noise = cache, last, noise
-            self.rows, self.lengths = list(rows), lengths
-            return list(range(len(rows)))
-        slots = [slot for slot, row in enumerate(self.rows) if row is None][: len(rows)]
-        self.cache.admit(torch.tensor(slots, device=last.device), cache)
-        self.noise[slots] = noise
-        for slot, row, length in zip(slots, rows, lengths):
-            self.rows[slot], self.lengths[slot] = row, length
-        return slots
-
-    def _foresee(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Tensor:
-        """Run this step to full depth -> the teacher rule's chances [B, E] at the policy's depths."""
-        watch = Watch(self.policy.layers)
-        run = self.steps(ids, positions, self.cache, watch, rows)
-        chosen = slice(None) if rows is None else rows
-        final = self.steps.readout(run.hidden[chosen, 0])
-        kl = torch.stack([divergence(final, self.steps.readout(watch.seen[d])) for d in sorted(watch.seen)], -1)
-        chance = kl.new_zeros(len(ids), kl.shape[-1])
-        chance[chosen] = teacher_chance(kl, self.policy.strength)
-        return chance
-
-    def _cache(self, rows: int, capacity: int) -> Cache:
-        return Cache(self.model.shape, rows, capacity, self.model.device, self.model.model["norm"].weight.dtype)
-
-    def _noise(self, rows: list[int]) -> Tensor:
-        size = (self.max_new_tokens, 1 + len(self.policy.layers))
-        draws = [np.random.default_rng([*self.seed, row]).random(size, dtype=np.float32) for row in rows]
-        return torch.from_numpy(np.stack(draws)).to(self.model.device)
-
-    def _prompt_noise(self, rows: list[int], width: int) -> Tensor:
-        """[B * width, E]: a stream of its own, so that a longer response leaves it as it is."""
-        E = len(self.prompt_policy.layers)
-        noise = np.ones((len(rows), width, E), dtype=np.float32)
+    def _draw(self, rows: list[Row], logits: Tensor, u: Tensor) -> Tensor:
+        """Logits [n, V], noise [n] -> the next token of each row [n]: forced, or sampled."""
+        tokens = sample(logits, u, self.temperature, self.settings.top_p, self.settings.top_k)
         for i, row in enumerate(rows):
-            n = len(self.prompts[row])
-            noise[i, :n] = np.random.default_rng([*self.seed, row, 1]).random((n, E), dtype=np.float32)
-        return torch.from_numpy(noise).flatten(0, 1).to(self.model.device)
+            written = len(row.out.tokens)
+            if written < len(row.forced):
+                tokens[i] = row.forced[written]
+        return tokens
+
+    def _note(self, row: Row, token: int, depth: int, logp: float, exit_logp: float) -> None:
+        if math.isnan(logp):  # some logit is nan or infinite
+            step = len(row.out.tokens)
+            raise UserError(f"prompt {row.number}: the logits of token {step} are not finite")
+        out = row.out
+        out.tokens.append(token)
+        out.depths.append(depth)
+        out.token_logprobs.append(logp)
+        out.exit_logprobs.append(exit_logp)
+        stopped = token in self.stop_ids
+        if stopped or len(out.tokens) == self.max_new_tokens:
+            out.finish = "stop" if stopped else "length"
+            if self.settings.on_finish:
+                self.settings.on_finish(row.number, out)
 
 
 def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """Logits [n, V] float32 and uniform numbers u [n] in [0, 1) -> tokens [n]. Temperature 0 is the most likely token.
+    """Logits [n, V] float32 and uniform numbers u [n] in [0, 1) -> tokens [n].
 
-    top_k and top_p (Holtzman et al. 2020) keep the likeliest tokens; the most likely one always stays.
+    Temperature 0 takes the likeliest token. top_k acts first, then top_p (Holtzman et al. 2020) on
+    what is left; the likeliest token always stays.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p = (logits / temperature).softmax(-1)
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     order = None
     if top_k or top_p < 1:
         p, order = p.sort(-1, descending=True)
-        p = p.where(p.cumsum(-1) - p < top_p, 0.0)
-        p = p if not top_k else p[:, :top_k]
+        p = p[:, :top_k] if top_k else p
+        before = p.cumsum(-1) - p
+        p = p.where(before < top_p * p.sum(-1, keepdim=True), 0.0)
     cdf = p.cumsum(-1)
-    choice = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[-1] - 1)
+    choice = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+    choice = choice.clamp(max=cdf.shape[-1] - 1)
     return (choice if order is None else order.gather(-1, choice)).squeeze(-1)

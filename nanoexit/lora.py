@@ -1,8 +1,9 @@
 """LoRA by hand (Hu et al. 2021): attach, switch off, merge.
 
-y = W x + (alpha / r) B A dropout(x), with A [r, in] drawn as in the paper's code and B [out, r] zero at first, so that a fresh
-adapter changes nothing, bit for bit. Adapters are float32 whatever the base's dtype, and are cast for the product, so
-that small updates are not lost in bfloat16. The base weights are never written to.
+y = W x + (alpha / r) B A dropout(x), with A [r, in] drawn as in the paper's code and B [out, r]
+zero at first, so that a fresh adapter changes nothing, bit for bit. Adapters are float32 whatever
+the base's dtype and are cast for the product, so that small updates are not lost in bfloat16. The
+base weights are never written to.
 """
 
 import contextlib
@@ -18,22 +19,24 @@ from nanoexit.model import Linear, Transformer
 
 
 class LoRA(nn.Module):
-    """The update of one linear map. Where `enabled` is off (`adapters_off`), the map does not ask for it."""
+    """The update of one linear map, skipped while `enabled` is False."""
 
     def __init__(self, base: Linear, config: LoRAConfig, generator: torch.Generator):
         super().__init__()
         device = base.weight.device
-        bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform with a = sqrt(5), as in the reference implementation
+        bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform, a = sqrt(5), as in the reference
         a = torch.empty(config.r, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(a.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, device=device))
         self.scale, self.dropout = config.alpha / config.r, config.dropout
         self.enabled = True
+        self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], to be added to the base's output."""
         x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.scale
+        x = F.linear(x, self.lora_A.to(x.dtype))
+        return F.linear(x, self.lora_B.to(x.dtype)) * self.scale
 
     def update(self) -> Tensor:
         """[out, in] float32: what this adapter adds to the weight."""
@@ -49,23 +52,27 @@ def attach_lora(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
 
 
 def detach_lora(model: Transformer) -> None:
+    """Remove every adapter."""
     for _, linear in linear_maps(model):
         linear.adapter = None
 
 
 def linear_maps(model: Transformer) -> Iterator[tuple[str, Linear]]:
     """(name, map) of every place that can hold an adapter, in order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Linear))
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            yield name, module
 
 
 def adapters(model: Transformer) -> dict[str, LoRA]:
     """The attached adapters by the name of the map that they add to."""
-    return {name: linear.adapter for name, linear in linear_maps(model) if linear.adapter is not None}
+    found = ((name, linear.adapter) for name, linear in linear_maps(model))
+    return {name: adapter for name, adapter in found if isinstance(adapter, LoRA)}
 
 
 @contextlib.contextmanager
 def adapters_off(model: Transformer) -> Iterator[None]:
-    """Inside, the model is its base: the teacher."""
+    """Inside, every adapter is off."""
     attached = list(adapters(model).values())
     before = [adapter.enabled for adapter in attached]
     for adapter in attached:
@@ -78,7 +85,8 @@ def adapters_off(model: Transformer) -> Iterator[None]:
 
 
 def merged_weight(linear: Linear) -> Tensor:
-    """The weight with its adapter added, in the weight's own dtype; the base stays as it is."""
-    if linear.adapter is None:
-        return linear.weight.detach()
-    return (linear.weight.detach().float() + linear.adapter.update().detach()).to(linear.weight.dtype)
+    """The weight with its adapter added, as a new tensor in the weight's own dtype."""
+    weight = linear.weight.detach()
+    if not isinstance(linear.adapter, LoRA):
+        return weight
+    return (weight.float() + linear.adapter.update().detach()).to(weight.dtype)

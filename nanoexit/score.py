@@ -1,15 +1,16 @@
-"""Scoring: what `generate` sampled, one forward re-scores, with gradients.
+"""Scoring: one forward re-scores what `generate` sampled, with gradients.
 
-Contract. Tokens and depths in; out come, for every input position, the residual that is read out, the log-odds of every exit
-head on its way, and the log-probability of exiting where it did. Teacher, student and REINFORCE all read from here, so
-generation and training cannot come to mean different things.
+Alignment, once and for all. `depths[i]` is the depth of the readout that produced `tokens[i]`. To
+re-score a response feed ids = prompt + tokens[:-1], with depths [L] * (len(prompt) - 1) + depths.
+Position len(prompt) - 1 + i of the result is the distribution that tokens[i] was drawn from, and
+`exit_logprobs` there is that of its exit. `align` makes these tensors for a batch; teacher, SFT,
+REINFORCE and evaluation all use it, so generation and training cannot come to mean different
+things.
 
-Alignment. Position t of the input predicts token t + 1. To re-score a generation feed ids = prompt + tokens[:-1] with depths
-prompt_depths + depths[1:]; row len(prompt) - 1 + i is the distribution that tokens[i] was drawn from.
-
-Memory. Logits are large (V may be 152,000), so losses never hold all of them: `through_readout` takes a chunk of
-residuals through the final norm and lm_head, applies a function to the logits of each row, and keeps only its value and its
-gradient with respect to the residuals. Rows do not mix, so this is exact, and each chunk's logits are made once.
+Memory. Logits are large (V may be 152,000), so losses never hold all of them. `through_readout`
+takes a chunk of residuals through the final norm and lm_head, applies a function to the logits of
+each row, and keeps only its value and its gradient with respect to the residuals. Rows do not mix,
+so this is exact, and the logits of each chunk are computed once.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,19 +20,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoexit.exits import path_logprob
+from nanoexit.exits import Ask, Policy, Prescribed
 from nanoexit.model import Transformer
 
 
 @dataclass
+class Aligned:
+    """Responses as the input that re-scores them: B rows, T positions, right-padded."""
+
+    ids: Tensor  # [B, T]
+    depths: Tensor  # [B, T] int64; 0 on padding
+    prompt_lens: list[int]
+    counts: list[int]  # tokens of each response
+    at: Tensor  # [n] places in B*T of the readouts, row after row
+    tokens: Tensor  # [n] the token that each readout produced
+
+    @property
+    def rows(self) -> Tensor:
+        """[n] the row of each readout."""
+        return self.at.div(self.ids.shape[1], rounding_mode="floor")
+
+
+def align(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    depths: Sequence[Sequence[int]] | None,
+    full_depth: int,
+    device: torch.device,
+) -> Aligned:
+    """Token ids of prompts and responses, a depth for each response token (None: full) ->
+    Aligned.
+    """
+    inputs = [[*prompt, *tokens[:-1]] for prompt, tokens in zip(prompts, responses)]
+    ids = pad(inputs, device)
+    chosen = [[full_depth] * len(tokens) for tokens in responses] if depths is None else depths
+    before = [[full_depth] * (len(prompt) - 1) for prompt in prompts]
+    starts = [row * ids.shape[1] + len(prompt) - 1 for row, prompt in enumerate(prompts)]
+    places = [torch.arange(start, start + len(t)) for start, t in zip(starts, responses)]
+    return Aligned(
+        ids,
+        pad([[*a, *b] for a, b in zip(before, chosen)], device),
+        [len(prompt) for prompt in prompts],
+        [len(tokens) for tokens in responses],
+        torch.cat(places).to(device),
+        torch.tensor([t for tokens in responses for t in tokens], device=device),
+    )
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Rows of ints -> [B, longest] int64, zeros on the right."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+
+
+@dataclass
 class Score:
-    """B rows, T input positions. Nothing on padding (depth 0) means anything but that it is 0 in exit_logprobs."""
+    """B rows, T input positions. Values on padding (depth 0) are meaningless but finite."""
 
     model: Transformer
-    hidden: Tensor  # [B, T, D] residual that each position is read out from
+    hidden: Tensor  # [B, T, D] the residual that each position is read out from
     depths: Tensor  # [B, T]
-    head_logits: Tensor | None  # [B, T, E] float32 log-odds of each head that was asked, 0 elsewhere; None without heads
-    exit_logprobs: Tensor  # [B, T] float32 log p(exit at that depth); 0 on the prompt and padding, and without heads
+    head_logits: Tensor | None  # [B, T, E] float32, 0 for heads not asked; None without heads
+    exit_logprobs: Tensor  # [B, T] float32 log p(exit at that depth); 0 where nothing was chosen
 
     @property
     def logits(self) -> Tensor:
@@ -39,51 +89,37 @@ class Score:
         return self.model.readout(self.hidden)
 
 
-class Prescribed:
-    """The `stop` of model.run that obeys given depths [B, T], and asks the heads on the way."""
+def score(
+    model: Transformer, ids: Tensor, depths: Tensor, prompt_lens: Sequence[int] | Tensor
+) -> Score:
+    """ids [B, T] right-padded; depths [B, T] of the input positions, 0 on padding.
 
-    def __init__(self, model: Transformer, depths: Tensor):
-        self.heads, self.flat = model.exits, depths.reshape(-1)
-        self.head_logits: list[Tensor] = []  # one [B * T] a head, in order of depth
-        used = set(depths.unique().tolist()) - {0, model.full_depth}
-        self.layers = used | set(self.heads.layers if self.heads is not None else ())
-
-    def __call__(self, depth: int, h: Tensor, index: Tensor | None) -> Tensor:
-        if self.heads is not None and depth in self.heads.layers:
-            z = self.heads(depth, h)
-            self.head_logits.append(z if index is None else z.new_zeros(len(self.flat)).index_copy(0, index, z))
-        return (self.flat if index is None else self.flat[index]) == depth
-
-
-def score(model: Transformer, ids: Tensor, depths: Tensor, prompt_lens: Sequence[int] | Tensor, freeze: bool = True,
-          prompt_exits: bool = False) -> Score:
-    """ids [B, T] right-padded, depths [B, T] of the input positions (0 on padding), prompt_lens [B].
-
-    prompt_exits: the prompt sampled its exits too, so they count in exit_logprobs.
+    prompt_lens [B]: nothing is chosen before the last prompt position. A depth beyond the cap means
+    the cap.
     """
-    stop = Prescribed(model, depths)
-    padded = bool((depths == 0).any())
-    run = model.run(ids, stop=stop, alive=depths > 0 if padded else None, freeze=freeze)
-    if model.exits is None:
-        return Score(model, run.hidden, depths, None, torch.zeros(ids.shape, device=ids.device))
-    missing = len(model.exits.layers) - len(stop.head_logits)  # heads that nobody reached
-    columns = stop.head_logits + [torch.zeros(ids.numel(), device=ids.device)] * missing
-    z = torch.stack(columns, -1).unflatten(0, ids.shape)  # [B, T, E]
-    logp = path_logprob(z, depths, model.exits.layers, model.full_depth)
-    counted = depths > 0
-    if not prompt_exits:
-        starts = torch.as_tensor(prompt_lens, device=ids.device)[:, None]
-        counted = counted & (torch.arange(ids.shape[1], device=ids.device) >= starts)
-    return Score(model, run.hidden, depths, z, logp.where(counted, 0.0))
+    return run_and_score(model, ids, Prescribed(depths), depths > 0, prompt_lens)
 
 
-def pad(rows: Sequence[Sequence[int]], device: torch.device, value: int = 0) -> Tensor:
-    """Rows of ints -> [B, longest] int64, right-padded."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *([value] * (width - len(row)))] for row in rows], device=device)
+def run_and_score(
+    model: Transformer,
+    ids: Tensor,
+    policy: Policy,
+    alive: Tensor,
+    prompt_lens: Sequence[int] | Tensor,
+    noise: Tensor | None = None,
+) -> Score:
+    """One forward in which `policy` decides -> what it computed. alive [B, T]: not padding."""
+    ask = Ask(model, policy, ids.numel(), noise)
+    run = model.run(ids, stop=ask, alive=None if bool(alive.all()) else alive)  # host sync
+    z = ask.head_logits
+    logp = ask.logprobs(run.depths.flatten()).view(ids.shape)
+    first = torch.as_tensor(prompt_lens, device=ids.device)[:, None] - 1
+    chosen = alive & (torch.arange(ids.shape[1], device=ids.device) >= first)
+    z = None if z is None else z.unflatten(0, ids.shape)
+    return Score(model, run.hidden, run.depths, z, logp.where(chosen, 0.0))
 
 
-# --- through the readout, a chunk at a time ---------------------------------------------------------------------------
+# --- through the readout, a chunk at a time ---------------------------------------------------
 
 
 class _Chunked(torch.autograd.Function):
@@ -108,35 +144,40 @@ class _Chunked(torch.autograd.Function):
 
 
 def through_readout(h: Tensor, function: Callable[[Tensor, slice], Tensor], chunk: int) -> Tensor:
-    """h [n, D] -> [n] float32. function(h[rows], rows) -> one value a row, each depending on its own row of h only.
+    """h [n, D] -> [n] float32: function(h[rows], rows), one value a row of its own row of h only.
 
     The gradient reaches h and nothing else: lm_head and the final norm are frozen.
     """
-    return _Chunked.apply(h, function, chunk) if len(h) else h.new_zeros(0, dtype=torch.float32)
+    if not len(h):
+        return h.new_zeros(0, dtype=torch.float32)
+    return _Chunked.apply(h, function, chunk)
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(P || Q) in nats, [...], from logits [..., V] of any float dtype, in float32."""
+    """KL(P || Q) in nats, [...] float32, from logits [..., V] of any float dtype."""
     p, q = F.log_softmax(p.float(), -1), F.log_softmax(q.float(), -1)
     return (p.exp() * (p - q)).sum(-1)
 
 
-def readout_kl(model: Transformer, student: Tensor, teacher: Tensor, chunk: int, direction: str = "student_teacher") -> Tensor:
-    """Residuals [n, D] of both -> KL(student || teacher) [n] in nats, or the other direction."""
+def readout_kl(model: Transformer, teacher: Tensor, student: Tensor, chunk: int) -> Tensor:
+    """Residuals [n, D] of both -> KL(teacher || student) [n] in nats; gradient to the student's."""
 
     def kl(h: Tensor, rows: slice) -> Tensor:
-        ours, theirs = model.readout(h), model.readout(teacher[rows])
-        return divergence(ours, theirs) if direction == "student_teacher" else divergence(theirs, ours)
+        return divergence(model.readout(teacher[rows]), model.readout(h))
 
     return through_readout(student, kl, chunk)
 
 
 def readout_logprobs(model: Transformer, h: Tensor, tokens: Tensor, chunk: int) -> Tensor:
-    """Residuals [n, D] and the tokens [n] drawn from them -> log p(token) [n]."""
-    return through_readout(h, lambda piece, rows: token_logprob(model.readout(piece), tokens[rows]), chunk)
+    """Residuals [n, D] and the tokens [n] drawn from them -> log p(token) [n] float32."""
+
+    def logprob(piece: Tensor, rows: slice) -> Tensor:
+        return token_logprob(model.readout(piece), tokens[rows])
+
+    return through_readout(h, logprob, chunk)
 
 
 def token_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Logits [n, V], tokens [n] -> log p(token) [n] float32, of the model's own distribution (temperature 1)."""
+    """Logits [n, V], tokens [n] -> log p(token) [n] float32, temperature 1."""
     logits = logits.float()
     return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)

@@ -1,12 +1,9 @@
 """Small random models of the three families, with heads and adapters that are not zero: what most tests run on."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanoexit.config import ROOT, TARGETS, LoRAConfig
 from nanoexit.exits import attach
@@ -14,8 +11,10 @@ from nanoexit.model import Llama3Rope, Shape, Transformer
 
 torch.set_num_threads(1)
 
+SCALING = Llama3Rope(4.0, 1.0, 4.0, 16)
+BIASES = {"o_bias": True, "mlp_bias": True, "qkv_bias": True}
 SHAPES = {
-    "llama": Shape("llama", 40, 24, 40, 5, 4, 2, 6, rope_scaling=Llama3Rope(4.0, 1.0, 4.0, 16), o_bias=True, mlp_bias=True, qkv_bias=True),
+    "llama": Shape("llama", 40, 24, 40, 5, 4, 2, 6, rope_scaling=SCALING, **BIASES),
     "qwen2": Shape("qwen2", 40, 24, 40, 5, 4, 1, 6, qkv_bias=True, tied=True),
     "qwen3": Shape("qwen3", 40, 24, 40, 5, 4, 2, 10, qk_norm=True),
 }
@@ -28,10 +27,13 @@ def random_model(family: str, seed: int = 0) -> Transformer:
     return model.requires_grad_(False)
 
 
-def with_exits(model: Transformer, layers=(1, 2, 4), head: str = "linear", seed: int = 1) -> Transformer:
+def with_exits(model, layers=(1, 2, 4), head="linear", cap=None, seed=1) -> Transformer:
     """Heads and adapters on every map, none of them zero."""
-    attach(model, layers, head, LoRAConfig(r=3, alpha=6, targets=TARGETS), seed)
-    scramble(((n, p) for n, p in model.named_parameters() if "lora_B" in n or n.startswith("exits")), seed)
+    attach(model, layers, head, LoRAConfig(r=3, alpha=6, targets=TARGETS), cap, seed)
+    scramble(
+        ((n, p) for n, p in model.named_parameters() if "lora_B" in n or n.startswith("exits")),
+        seed,
+    )
     return model
 
 
@@ -49,5 +51,5 @@ def family(request) -> str:
 
 @pytest.fixture(scope="session")
 def tiny() -> Path:
-    """The reasoner that the repository ships."""
+    """The reasoner shipped with the repository."""
     return ROOT / "data" / "tiny"

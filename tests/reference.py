@@ -30,7 +30,7 @@ def linear(module, x):
     return y
 
 
-def hidden_states(model, ids, depths, freeze=True):
+def hidden_states(model, ids, depths):
     """ids, depths: one row, lists of T ints -> [T, D]: each token's residual at its own depth.
 
     A frozen token leaves keys and values in every later block, made from its frozen residual, and runs nothing else.
@@ -40,9 +40,8 @@ def hidden_states(model, ids, depths, freeze=True):
     values = [[] for _ in range(s.blocks)]
     ends = []
     for t, (token, depth) in enumerate(zip(ids, depths)):
-        h = model.model["embed_tokens"].weight[token]
-        at_exit = h
-        for l, block in enumerate(model.model["layers"]):
+        h = model.model.embed_tokens.weight[token]
+        for l, block in enumerate(model.blocks):
             attention = block.self_attn
             x = norm(h, block.input_layernorm.weight, s.norm_eps)
             k = linear(attention.k_proj, x).view(s.kv_heads, s.head_dim)
@@ -51,7 +50,7 @@ def hidden_states(model, ids, depths, freeze=True):
                 k = torch.stack([norm(head, attention.k_norm.weight, s.norm_eps) for head in k])
             keys[l].append([turn(head, t, frequencies) for head in k])
             values[l].append(list(v))
-            if l >= depth and freeze:
+            if l >= depth:
                 continue
             q = linear(attention.q_proj, x).view(s.heads, s.head_dim)
             outputs = []
@@ -59,22 +58,27 @@ def hidden_states(model, ids, depths, freeze=True):
                 group = i // (s.heads // s.kv_heads)
                 head = norm(head, attention.q_norm.weight, s.norm_eps) if s.qk_norm else head
                 head = turn(head, t, frequencies)
-                scores = torch.stack([head @ past[group] for past in keys[l]]) / math.sqrt(s.head_dim)
+                scores = torch.stack([head @ past[group] for past in keys[l]]) / math.sqrt(
+                    s.head_dim
+                )
                 weights = torch.softmax(scores, 0)
                 outputs.append(sum(w * past[group] for w, past in zip(weights, values[l])))
             h = h + linear(attention.o_proj, torch.cat(outputs))
             x = norm(h, block.post_attention_layernorm.weight, s.norm_eps)
             gate = linear(block.mlp.gate_proj, x)
-            h = h + linear(block.mlp.down_proj, gate * torch.sigmoid(gate) * linear(block.mlp.up_proj, x))
-            at_exit = h if l + 1 == depth else at_exit
-        ends.append(at_exit)
+            h = h + linear(
+                block.mlp.down_proj, gate * torch.sigmoid(gate) * linear(block.mlp.up_proj, x)
+            )
+        ends.append(h)
     return torch.stack(ends)
 
 
 def logits_of(model, h):
     """[..., D] -> [..., V]."""
-    head = model.model["embed_tokens"].weight if model.lm_head is None else model.lm_head.weight
-    return torch.stack([head @ norm(row, model.model["norm"].weight, model.shape.norm_eps) for row in h])
+    head = model.model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
+    return torch.stack(
+        [head @ norm(row, model.model.norm.weight, model.shape.norm_eps) for row in h]
+    )
 
 
 def exit_logprob(model, ids, depths, t):
@@ -91,22 +95,22 @@ def exit_logprob(model, ids, depths, t):
 
 
 def generate(model, prompt, max_new_tokens, noise, stop_ids):
-    """Greedy tokens, exits sampled from the heads with noise [max_new_tokens, 1 + E]; the whole text is run anew for each."""
-    L, tokens, depths = model.full_depth, [], [model.full_depth]
-    row = list(prompt)
-    row_depths = [L] * len(prompt)
+    """Greedy tokens, exits sampled from the heads with noise [max_new_tokens, 1 + E].
+
+    The whole text is run anew for each head of each token.
+    """
+    tokens, depths = [], []
+    before = [model.full_depth] * (len(prompt) - 1)
     while True:
-        token = int(logits_of(model, hidden_states(model, row, row_depths)[-1:]).argmax())
-        tokens.append(token)
-        if token in stop_ids or len(tokens) == max_new_tokens:
-            return tokens, depths
-        row.append(token)
-        depth = L
+        row, depth = [*prompt, *tokens], model.full_depth
         for e, d in enumerate(model.exits.layers):
-            h = hidden_states(model, row, [*row_depths, d])[-1]
+            h = hidden_states(model, row, [*before, *depths, d])[-1]
             x = h / torch.sqrt((h * h).mean() + torch.finfo(torch.float32).eps)
             if noise[len(tokens), 1 + e] < torch.sigmoid(model.exits.heads[str(d)](x).squeeze()):
                 depth = d
                 break
-        row_depths.append(depth)
         depths.append(depth)
+        token = int(logits_of(model, hidden_states(model, row, [*before, *depths])[-1:]).argmax())
+        tokens.append(token)
+        if token in stop_ids or len(tokens) == max_new_tokens:
+            return tokens, depths

@@ -1,7 +1,9 @@
-"""The laws of the project. Each test says which breach it catches; every one was seen to fail with its law broken by hand."""
+"""The laws of the project. Each test was seen to fail with its law broken by hand.
+
+Law 6 (exact resume) is in test_training.py, law 9 (figures) in test_evaluate.py.
+"""
 
 import ast
-import itertools
 import json
 import shutil
 
@@ -9,31 +11,31 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import random_model, with_exits
+from conftest import random_model, scramble, with_exits
 
-from nanoexit.config import ROOT, TARGETS, LoRAConfig
-from nanoexit.decode import DecodeBlock, DecodeStep
-from nanoexit.errors import UserError
-from nanoexit.exits import attach, detach, stick_breaking
-from nanoexit.generate import generate, sample
-from nanoexit.lora import adapters_off, linear_maps
+from nanoexit.config import ROOT, TARGETS, LoRAConfig, UserError
+from nanoexit.exits import as_base, attach, capped, detach, path_logprob
+from nanoexit.generate import Sampling, generate, sample
+from nanoexit.lora import adapters
 from nanoexit.model import Transformer
-from nanoexit.score import pad, score
-from nanoexit.tokenizer import load_tokenizer
-from nanoexit.weights import load_model
+from nanoexit.score import Score, align, pad, score
 
 PROMPTS = [[3, 7, 11], [5, 1, 30, 22, 9, 4, 17], [8, 8], [2, 39, 14, 6, 25]]
-PROMPT_EXITS = ["full", "limit:2", "limit:3", "head"]  # a head sits at 2, none at 3
+POLICIES = ["full", "head", "head:0.4", "fixed:2", "fixed:3", "kl:1", "confidence:0.2"]
+CAPS = [None, 1, 3, 4]  # with heads at 1, 2 and 4: no head below it, some, all but one
 
 
-def rescored(model: Transformer, prompts, gens, **kw):
-    """What the alignment of DESIGN says: ids = prompt + tokens[:-1], depths = the prompt's, then depths[1:]."""
-    ids = pad([p + g.tokens[:-1] for p, g in zip(prompts, gens)], model.device)
-    depths = pad([g.prompt_depths + g.depths[1:] for g in gens], model.device)
-    return ids, depths, score(model, ids, depths, [len(p) for p in prompts], **kw)
+def rescored(model: Transformer, prompts, gens) -> Score:
+    tokens, depths = [g.tokens for g in gens], [g.depths for g in gens]
+    a = align(prompts, tokens, depths, model.full_depth, model.device)
+    return score(model, a.ids, a.depths, a.prompt_lens)
 
 
-# --- law 1: exits off = base model --------------------------------------------------------------------------------------
+def written(gens) -> list[tuple[list[int], list[int]]]:
+    return [(g.tokens, g.depths) for g in gens]
+
+
+# --- law 1: exits off = base model ------------------------------------------------------------
 
 
 def test_fresh_attachment_changes_no_bit(family):
@@ -43,12 +45,12 @@ def test_fresh_attachment_changes_no_bit(family):
     before = model(ids)
     attach(model, [1, 3], "mlp", LoRAConfig(r=3, targets=TARGETS))
     assert torch.equal(model(ids), before)
-    everywhere = torch.full_like(ids, model.full_depth)
-    assert torch.equal(score(model, ids, everywhere, [3, 3]).logits, before)
+    full = torch.full_like(ids, model.full_depth)
+    assert torch.equal(score(model, ids, full, [3, 3]).logits, before)
 
 
 def test_attach_train_detach_leaves_every_base_bit(family):
-    """Catches: training that touches a base tensor, adapters_off that leaves something on, detach that forgets something."""
+    """Catches: training that touches a base tensor, as_base or detach that leaves something on."""
     model = random_model(family)
     ids = torch.tensor([PROMPTS[1]])
     before, weights = model(ids), {n: p.clone() for n, p in model.named_parameters()}
@@ -59,7 +61,8 @@ def test_attach_train_detach_leaves_every_base_bit(family):
     (out.logits.square().mean() - out.exit_logprobs.sum()).backward()
     optimizer.step()
     assert not torch.equal(model(ids), before)
-    with adapters_off(model):
+    model.cap = 2
+    with as_base(model):
         assert torch.equal(model(ids), before)
     detach(model)
     assert torch.equal(model(ids), before)
@@ -72,38 +75,57 @@ def test_policy_full_writes_what_the_plain_model_writes(family):
     model = random_model(family)
     plain = generate(model, PROMPTS, "full", 8, seed=1)
     attach(model, [1, 3], "linear")
-    model.exits.heads["1"].bias.data += 100  # these heads would let everything out
+    model.exits.heads["1"].bias.data += 100  # this head would exit every token
     again = generate(model, PROMPTS, "full", 8, seed=1)
     assert [g.tokens for g in again] == [g.tokens for g in plain]
     assert all(set(g.depths) == {5} for g in again)
 
 
-# --- law 2: one meaning -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("training", [True, False])
+def test_attached_modules_are_in_the_mode_of_the_model(training):
+    """Catches: dropout that is on in a model in eval mode, until something calls eval()."""
+    model = random_model("qwen2").train(training)
+    attach(model, [1], lora=LoRAConfig(dropout=0.5))
+    assert {m.training for m in [*adapters(model).values(), model.exits]} == {training}
 
 
-@pytest.mark.parametrize("prompt_exits, freeze", list(itertools.product(PROMPT_EXITS, [True, False])))
-@pytest.mark.parametrize("policy", ["full", "head", "head:0.4", "head-floor:0.3", "fixed:2", "fixed:3", "kl:1", "confidence:0.2"])
-def test_forward_rescores_what_generate_sampled(family, policy, prompt_exits, freeze):
-    """Catches: an off-by-one between generation and training, keys made from the wrong residual, a forgotten final norm."""
-    model = with_exits(random_model(family))
-    gens = generate(model, PROMPTS, policy, 7, seed=2, prompt_exits=prompt_exits, freeze=freeze, stop_ids=[0], batch_size=3)
-    ids, depths, out = rescored(model, PROMPTS, gens, freeze=freeze, prompt_exits=prompt_exits == "head")
+# --- law 2: one meaning -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_forward_rescores_what_generate_sampled(family, policy, cap):
+    """Catches: an off-by-one between generation and training, keys made from the wrong residual, a
+    forgotten final norm, a first readout that is not charged, a cap that only one side knows."""
+    model = with_exits(random_model(family), cap=cap)
+    gens = generate(model, PROMPTS, policy, 7, 1.0, 2, Sampling(stop_ids=[0], batch_size=3))
+    out = rescored(model, PROMPTS, gens)
     logp = out.logits.log_softmax(-1)
     for row, (prompt, g) in enumerate(zip(PROMPTS, gens)):
         at = torch.arange(len(g.tokens)) + len(prompt) - 1
-        assert torch.allclose(logp[row, at, torch.tensor(g.tokens)], torch.tensor(g.token_logprobs), atol=1e-4)
-        assert torch.allclose(out.exit_logprobs[row, at[1:]], torch.tensor(g.exit_logprobs[1:]), atol=1e-4)
-        assert torch.allclose(out.exit_logprobs[row, : len(prompt)], torch.tensor(g.prompt_exit_logprobs), atol=1e-4)
+        ours = logp[row, at, torch.tensor(g.tokens)]
+        assert torch.allclose(ours, torch.tensor(g.token_logprobs), atol=1e-4)
+        exits = out.exit_logprobs[row, at]
+        assert torch.allclose(exits, torch.tensor(g.exit_logprobs), atol=1e-4)
+        assert (out.exit_logprobs[row, : at[0]] == 0).all()
         assert (out.exit_logprobs[row, at[-1] + 1 :] == 0).all()
-        assert g.depths[0] == g.prompt_depths[-1] and 0 not in g.depths
+        assert 0 < min(g.depths) <= max(g.depths) <= model.deepest
 
 
-# --- law 3: skipping is exact -------------------------------------------------------------------------------------------
+def test_the_first_readout_chooses_its_depth(family):
+    """Catches: a first token that is always drawn at full depth, or not counted in the exits."""
+    model = with_exits(random_model(family))
+    gens = generate(model, [PROMPTS[0]] * 64, "head", 1, seed=0)
+    assert {g.depths[0] for g in gens} == {1, 2, 4, 5}
+    assert all(g.exit_logprobs[0] < 0 for g in gens)
+
+
+# --- law 3: skipping is exact -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_packed_forward_equals_the_slow_reference(family, head):
-    """Catches: a mask, a rotation or a key that is wrong only for tokens whose neighbours exited; padding that leaks."""
+    """Catches: a mask, rotation or key that is wrong only beside exited tokens; padding that leaks."""
     model = with_exits(random_model(family), head=head)
     rng = np.random.default_rng(0)
     lengths = [9, 4, 7]
@@ -113,180 +135,231 @@ def test_packed_forward_equals_the_slow_reference(family, head):
         out = score(model, ids, depths, [1, 1, 1])
         for row, n in enumerate(lengths):
             one, path = ids[row, :n].tolist(), depths[row, :n].tolist()
-            assert torch.allclose(out.hidden[row, :n], reference.hidden_states(model, one, path), atol=1e-4)
-            expected = [reference.exit_logprob(model, one, path, t) for t in range(1, n)]
-            assert torch.allclose(out.exit_logprobs[row, 1:n], torch.tensor(expected), atol=1e-4)
-            assert torch.allclose(out.logits[row, :n], reference.logits_of(model, out.hidden[row, :n]), atol=1e-4)
+            hidden = reference.hidden_states(model, one, path)
+            assert torch.allclose(out.hidden[row, :n], hidden, atol=1e-4)
+            expected = [reference.exit_logprob(model, one, path, t) for t in range(n)]
+            assert torch.allclose(out.exit_logprobs[row, :n], torch.tensor(expected), atol=1e-4)
+            logits = reference.logits_of(model, out.hidden[row, :n])
+            assert torch.allclose(out.logits[row, :n], logits, atol=1e-4)
 
 
-def test_unfrozen_forward_equals_the_slow_reference(family):
-    """Catches: an ablation that freezes after all, or reads out the wrong residual."""
+@pytest.mark.parametrize("fast", [True, False])
+def test_generation_equals_the_slow_reference(family, fast):
+    """Catches: debts of the cache paid late, twice, or to the wrong block; another row's noise."""
     model = with_exits(random_model(family))
-    ids, path = PROMPTS[1], [5, 1, 2, 4, 1, 5, 2]
-    with torch.no_grad():
-        out = score(model, torch.tensor([ids]), torch.tensor([path]), [1], freeze=False)
-        assert torch.allclose(out.hidden[0], reference.hidden_states(model, ids, path, freeze=False), atol=1e-4)
-
-
-def test_cached_generation_equals_the_slow_reference(family):
-    """Catches: debts of the cache paid late, twice, or to the wrong block; noise that is not the row's own."""
-    model = with_exits(random_model(family))
-    gens = generate(model, PROMPTS, "head", 7, temperature=0, seed=5, stop_ids=[0])
-    assert any(len(set(g.depths)) > 2 for g in gens), "exits at several depths, or this shows nothing"
+    gens = generate(model, PROMPTS, "head", 7, 0, 5, Sampling(stop_ids=[0], fast=fast))
+    assert any(len(set(g.depths)) > 2 for g in gens), "exits at several depths, or it shows nothing"
     with torch.no_grad():
         for row, (prompt, g) in enumerate(zip(PROMPTS, gens)):
             noise = np.random.default_rng([5, row]).random((7, 4), dtype=np.float32)
             assert reference.generate(model, prompt, 7, noise, [0]) == (g.tokens, g.depths)
 
 
-def test_a_token_that_exits_runs_no_later_block(monkeypatch):
-    """Catches: 'skipping' that computes and masks. Counts rows through each block's MLP."""
+def test_a_token_that_exits_runs_no_later_block():
+    """Catches: 'skipping' that computes and masks. Counts rows through the MLP of each block."""
     model = with_exits(random_model("qwen2"))
-    rows, run = [], DecodeBlock.__call__
-    monkeypatch.setattr(DecodeBlock, "__call__", lambda block, h, on, *args: rows.append(len(on)) or run(block, h, on, *args))
-    for block in model.model["layers"]:
-        block.mlp.register_forward_hook(lambda _m, args, _out: rows.append(args[0].shape[:-1].numel()))
+    rows = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda _m, x, _y: rows.append(x[0].shape[:-1].numel()))
     score(model, torch.tensor([PROMPTS[1]]), torch.tensor([[5, 1, 2, 4, 1, 5, 2]]), [1])
     assert rows == [7, 5, 3, 3, 2]
     rows.clear()
-    generate(model, [PROMPTS[0]], "fixed:2", 4, stop_ids=[])
-    assert rows == [3] * 5 + [1, 1] * 3
+    generate(model, [PROMPTS[0]], "fixed:2", 4, settings=Sampling(stop_ids=[], fast=False))
+    assert rows == [2] * 5 + [1, 1] * 4
     rows.clear()
-    gens = generate(model, PROMPTS, "head", 4, seed=5, stop_ids=[])
-    steps = [[g.depths[i] for g in gens] for i in range(1, 4)]
-    assert min(map(min, steps)) < 5, "somebody must exit, or this shows nothing"
-    assert rows[5:] == [running for depths in steps for d in range(5) if (running := sum(x > d for x in depths))]
+    plain = Sampling(stop_ids=[], fast=False)
+    gens = generate(model, PROMPTS, "head", 4, seed=5, settings=plain)
+    steps = [[g.depths[i] for g in gens] for i in range(4)]
+    assert min(map(min, steps)) < 5, "a token must exit, or this shows nothing"
+    running = [sum(x > d for x in depths) for depths in steps for d in range(5)]
+    assert rows[5:] == [n for n in running if n]
 
 
-@pytest.mark.parametrize("pack", ["always", "never"])
-@pytest.mark.parametrize("without", [(), ("k_proj", "gate_proj"), TARGETS])
-def test_a_decoding_step_equals_the_plain_forward(family, without, pack, monkeypatch):
-    """Catches: maps joined in the wrong order, an adapter on a neighbour's rows, keys of frozen rows made from the wrong norm."""
-    model = with_exits(random_model(family))
-    for name, linear in linear_maps(model):
-        if name.rsplit(".", 1)[-1] in without:
-            linear.adapter = None
-    given = [[17] * 6, [4] * 6, [30, 2] * 3]  # the same tokens on both ways
-    kw = {"seed": 5, "stop_ids": [], "forced": given, "pack": pack}
-    fast = generate(model, PROMPTS[:3], "head", 7, **kw)
-    assert any(len(set(g.depths)) > 2 for g in fast), "exits at several depths, or this shows nothing"
-    monkeypatch.setattr(DecodeStep, "__call__", lambda step, *args: model.run(*args))
-    slow = generate(model, PROMPTS[:3], "head", 7, **kw)
-    for a, b in zip(fast, slow):
-        assert (a.tokens, a.depths) == (b.tokens, b.depths)
-        assert torch.allclose(torch.tensor([a.token_logprobs, a.exit_logprobs]), torch.tensor([b.token_logprobs, b.exit_logprobs]), atol=1e-4)
-
-
-# --- law 4: a row does not feel its neighbours --------------------------------------------------------------------------
+# --- law 4: a row does not feel its neighbours ------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["full", "head", "kl:1"])
-@pytest.mark.parametrize("prompt_exits", PROMPT_EXITS)
-def test_the_same_row_writes_the_same_text_in_any_company(family, policy, prompt_exits):
-    """Catches: noise shared between rows, padding that is attended to, rows mixed up when others leave or join."""
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_same_row_writes_the_same_text_in_any_batch(family, policy, fast):
+    """Catches: shared noise, padding that is attended to, rows mixed up when others come and go."""
     model = with_exits(random_model(family))
-    prompts = PROMPTS * 2
-    kw = {"seed": 3, "stop_ids": [0, 1, 2, 3, 4], "prompt_exits": prompt_exits}
-    together = generate(model, prompts, policy, 9, **kw)
-    assert len({len(g.tokens) for g in together}) > 1, "rows must end at different times, or this shows nothing"
+    prompts = PROMPTS * 2  # equal prompts are prefilled once, and their rows differ
+    stops = [0, 1, 2, 3, 4]
+    together = generate(model, prompts, policy, 9, 1.0, 3, Sampling(stop_ids=stops, fast=fast))
+    assert len({len(g.tokens) for g in together}) > 1, "rows must finish at different times"
     for size in (1, 3):
-        again = generate(model, prompts, policy, 9, batch_size=size, **kw)
-        assert [(g.tokens, g.depths) for g in again] == [(g.tokens, g.depths) for g in together]
-    alone = generate(model, prompts[:1], policy, 9, **kw)
-    assert (alone[0].tokens, alone[0].depths) == (together[0].tokens, together[0].depths)
+        settings = Sampling(stop_ids=stops, batch_size=size, fast=fast)
+        assert written(generate(model, prompts, policy, 9, 1.0, 3, settings)) == written(together)
+    alone = Sampling(stop_ids=stops, streams=[6], fast=fast)
+    assert (
+        written(generate(model, prompts[6:7], policy, 9, 1.0, 3, alone)) == written(together)[6:7]
+    )
 
 
-# --- law 5: the sampled distribution is the trained one -----------------------------------------------------------------
+# --- law 5: the sampled distribution is the trained one ---------------------------------------
 
 
-def test_exit_frequencies_are_the_likelihoods():
-    """Catches: a floor or threshold in sampling, or one noise used for two heads. 4 standard errors: one run in 3,000 fails by luck,
-    and the seed is fixed."""
-    model = with_exits(random_model("qwen3"))
-    for head, bias in zip(model.exits.heads.values(), (-3.0, -0.5, -1.0)):  # a chance far below 0.1, and every depth taken
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("cap", [None, 4])
+def test_exit_frequencies_are_the_likelihoods(place, cap):
+    """Catches: a floor or threshold in sampling, one noise for two heads, a cap that drops a share.
+
+    4 standard errors: one run in 3,000 fails by luck, and the seed is fixed.
+    """
+    model = with_exits(random_model("qwen3"), cap=cap)
+    for head, bias in zip(model.exits.heads.values(), (-3.0, -0.5, -1.0)):  # far below 0.1 too
         head.weight.data *= 0.05
         head.bias.data.fill_(bias)
-    n = 4000
-    gens = generate(model, [PROMPTS[0]] * n, "head", 2, temperature=0, seed=0, stop_ids=[])
-    counts = np.array([sum(g.depths[1] == d for g in gens) for d in (1, 2, 4, 5)])
-    ids = torch.tensor([PROMPTS[0] + gens[0].tokens[:1]])
-    z = score(model, ids, torch.full_like(ids, 5), [3]).head_logits[0, -1]
-    p = stick_breaking(z).exp().detach().numpy()
+    n, options, deepest = 4000, [1, 2, 4] if cap else [1, 2, 4, 5], model.deepest
+    settings = Sampling(stop_ids=[], forced=[[7, 7]] * n)
+    gens = generate(model, [PROMPTS[0]] * n, "head", 2, 1.0, 0, settings)
+    same = [g.depths[place] for g in gens if not place or g.depths[0] == deepest]
+    ids = torch.tensor([PROMPTS[0] + [7] * place])
+    z = score(model, ids, torch.full_like(ids, deepest), [3]).head_logits[0, -1]
+    layers = [1, 2] if cap else [1, 2, 4]
+    z = z.expand(len(options), -1)
+    p = path_logprob(z, torch.tensor(options), layers, deepest).exp().detach().numpy()
     assert abs(p.sum() - 1) < 1e-5 and 0.02 < p[0] < 0.08 and (p > 0.02).all()
-    assert (np.abs(counts / n - p) < 4 * np.sqrt(p * (1 - p) / n)).all(), (counts / n, p)
+    share = np.array([same.count(d) for d in options]) / len(same)
+    assert (np.abs(share - p) < 4 * np.sqrt(p * (1 - p) / len(same))).all(), (share, p)
 
 
 def test_token_frequencies_are_the_softmax():
-    """Catches: an inverted cumulative distribution that is off by one token, or renormalized where nothing was cut."""
-    logits = torch.tensor([[2.0, -1.0, 0.5, 0.0, -30.0]])
+    """Catches: an inverted distribution that is off by one token; top_p before top_k. After top_k=3
+    the three shares are .71, .19 and .10 of what is left, so top_p=.85 keeps two; of all, three."""
+    logits = torch.tensor([[2.0, 0.05, 0.7, 0.0, -30.0]])
     n = 20000
     u = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    for temperature, top_p, top_k, keep in [(1.0, 1.0, 0, 5), (0.7, 1.0, 2, 2), (1.0, 0.8, 0, 2)]:
+    cases = [(1.0, 1.0, 0, 5), (0.7, 1.0, 2, 2), (1.0, 0.7, 0, 2), (1.0, 0.85, 3, 2)]
+    for temperature, top_p, top_k, keep in cases:
         tokens = sample(logits.expand(n, -1), u, temperature, top_p, top_k)
         p = (logits[0] / temperature).softmax(-1)
         p = p.where(p >= p.sort(descending=True).values[keep - 1], 0.0)
         p = p / p.sum()
         share = torch.bincount(tokens, minlength=5) / n
         assert ((share - p).abs() <= 4 * (p * (1 - p) / n).sqrt()).all(), (share, p)
-    assert sample(logits, torch.tensor([0.999]), 0, 1.0, 0).item() == 0
+    for temperature in (0, 1e-30):
+        assert sample(logits, torch.tensor([0.999]), temperature, 1.0, 0).item() == 0
 
 
-# --- law 6 is in test_training.py. law 7: nothing is executed that was loaded --------------------------------------------
+# --- law 7: nothing is executed that was loaded -----------------------------------------------
+
+UNSAFE_IMPORTS = {"pickle", "dill", "joblib", "shelve", "marshal", "transformers", "peft"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "np.load"}
+UNSAFE_CALLS |= {"yaml.unsafe_load", "yaml.full_load", "jinja2.Environment", "jinja2.Template"}
 
 
 def test_no_code_that_could_execute_what_it_loads():
-    """Catches: pickle in any dress, eval and exec, unsafe YAML, remote code, a template environment outside the sandbox."""
+    """Catches: pickle in any form, eval and exec, unsafe YAML, remote code, an open template."""
     for path in [*(ROOT / "nanoexit").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = {alias.name.split(".")[0] for alias in node.names} | {(getattr(node, "module", None) or "").split(".")[0]}
-                assert not names & {"pickle", "dill", "joblib", "shelve", "marshal", "transformers", "peft", "importlib"}, (path, names)
+                names = {alias.name.split(".")[0] for alias in node.names}
+                names.add((getattr(node, "module", None) or "").split(".")[0])
+                peer = path.name == "bench.py"  # the one place that runs peers, to compare with
+                assert not names & UNSAFE_IMPORTS or peer, (path, names)
             if isinstance(node, ast.Call):
                 call = ast.unparse(node.func)
-                assert call not in {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "np.load", "yaml.load", "yaml.unsafe_load",
-                                    "yaml.full_load", "jinja2.Environment", "jinja2.Template"}, (path, call)
+                assert call not in UNSAFE_CALLS, (path, call)
+                assert call != "yaml.load" or "Loader" in ast.unparse(node.args[1]), path
                 assert "trust_remote_code" not in {k.arg for k in node.keywords}, path
 
 
-@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}",
-                                      "{{ lipsum.__globals__['os'].system('true') }}", "{% include '/etc/passwd' %}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ lipsum.__globals__['os'].system('true') }}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
 def test_a_hostile_chat_template_stays_in_its_sandbox(tiny, tmp_path, template):
-    """Catches: a template that reaches Python's classes, changes what it was given, or reads a file."""
+    """Catches: a template that reaches Python's classes, changes its input, or reads a file."""
+    from nanoexit.tokenizer import load_tokenizer
+
     shutil.copytree(tiny, tmp_path / "model")
     path = tmp_path / "model" / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
-    with pytest.raises(UserError, match="chat template failed"):
+    with pytest.raises(UserError, match="chat template"):
         load_tokenizer(tmp_path / "model").prompt_ids("7 +3")
 
 
 def test_a_pickle_beside_the_weights_is_not_opened(tiny, tmp_path):
     """Catches: a fallback to pytorch_model.bin."""
+    from nanoexit.weights import load_model
+
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(UserError, match="no model.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         load_model(str(tmp_path / "model"))
 
 
-# --- the same on the model that ships -----------------------------------------------------------------------------------
+# --- law 8: a cap is a bound ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("fast", [True, False])
+def test_noise_in_the_blocks_beyond_a_cap_changes_no_bit(family, policy, fast):
+    """Catches: a prompt that is prefilled deeper than the cap; a policy that does not know it."""
+    model, cap = with_exits(random_model(family)), 3
+    settings = Sampling(stop_ids=[], fast=fast)
+    ids = torch.tensor([PROMPTS[1]])
+    everything = []
+    for seed in (None, 9):
+        if seed is not None:
+            beyond = [p for block in model.blocks[cap:] for p in block.named_parameters()]
+            scramble(beyond, seed)
+            scramble(model.exits.heads["4"].named_parameters(), seed)
+        with capped(model, cap):
+            gens = generate(model, PROMPTS, policy, 6, 1.0, 4, settings)
+            everything.append((rescored(model, PROMPTS, gens).logits, model(ids), gens))
+    assert torch.equal(everything[0][0], everything[1][0])
+    assert torch.equal(everything[0][1], everything[1][1])
+    assert everything[0][2] == everything[1][2]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_capped_model_is_a_model_of_so_many_blocks(family, fast):
+    """Catches: a cap that differs from cutting the model. Blocks beyond it never run."""
+    model = random_model(family)
+    ran = []
+    for depth, block in enumerate(model.blocks, start=1):
+        block.mlp.register_forward_hook(lambda _m, _x, _y, depth=depth: ran.append(depth))
+    attach(model, [], cap=2)
+    capped_ids = [g.tokens for g in generate(model, PROMPTS, "full", 6, 0)]
+    assert max(ran) == 2
+    detach(model)
+    del model.model.layers[2:]
+    object.__setattr__(model.shape, "blocks", 2)
+    short = generate(model, PROMPTS, "full", 6, 0, settings=Sampling(fast=fast))
+    object.__setattr__(model.shape, "blocks", 5)
+    assert capped_ids == [g.tokens for g in short]
+
+
+# --- the same on the shipped model ------------------------------------------------------------
 
 
 def test_laws_hold_on_the_tiny_reasoner(tiny):
-    """Catches: what random weights cannot show, such as a law that only holds where every row is as long as the others."""
+    """Catches: what random weights cannot show, such as a law that needs rows of one length."""
+    from nanoexit.weights import load_model
+
     model = load_model(str(tiny))
-    ids = torch.tensor([[0, 15, 18, 25, 5, 5, 5, 5, 4, 2]])
+    ids = torch.tensor([[0, 10, 18, 19, 4, 2, 7, 9]])
     before = model(ids)
     with_exits(model, layers=(1, 3, 6))
     prompts = [ids[0].tolist(), ids[0, :6].tolist()]
     gens = generate(model, prompts, "head", 8, seed=1)
-    _, _, out = rescored(model, prompts, gens)
+    out = rescored(model, prompts, gens)
     for row, (prompt, g) in enumerate(zip(prompts, gens)):
         alone = generate(model, [prompt], "head", 8, seed=1)[0]
         assert row or (alone.tokens, alone.depths) == (g.tokens, g.depths)
-        hidden = reference.hidden_states(model, prompt + g.tokens[:-1], g.prompt_depths + g.depths[1:])
-        n = len(hidden)
-        assert torch.allclose(out.hidden[row, :n], hidden, atol=2e-3, rtol=1e-4)
-        logp = out.logits[row].log_softmax(-1)[torch.arange(len(g.tokens)) + len(prompt) - 1, torch.tensor(g.tokens)]
+        path = [8] * (len(prompt) - 1) + g.depths
+        hidden = reference.hidden_states(model, prompt + g.tokens[:-1], path)
+        assert torch.allclose(out.hidden[row, : len(hidden)], hidden, atol=2e-3, rtol=1e-4)
+        at = torch.arange(len(g.tokens)) + len(prompt) - 1
+        logp = out.logits[row].log_softmax(-1)[at, torch.tensor(g.tokens)]
         assert torch.allclose(logp, torch.tensor(g.token_logprobs), atol=1e-4)
     detach(model)
     assert torch.equal(model(ids), before)
