@@ -240,7 +240,7 @@ def describe(schema: type = Config) -> str:
     lines = []
     for section in dataclasses.fields(schema()):
         for f in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]
-            default = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[misc]
+            default = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[misc, operator]
             default = "null" if default is None else default
             choices = f.metadata["choices"]
             doc = f.metadata["doc"] + (f" ({', '.join(choices)})" if choices else "")

@@ -1,112 +1,266 @@
-"""The teacher: the base model, adapters off, full depth. It writes the traces, and says what each early exit would lose.
+"""What a model writes for prompts, what its base says of it, and the traces that SFT learns from.
 
-For every response position and exit depth, with P the final distribution and Q_d the early readout, kl_d = KL(P || Q_d). The
-target chance to exit at d where d is reached is exits.teacher_chance(kl_d, kl_strength); the strength is not baked into the traces.
+Contract. `respond` writes one verified response a prompt. `against_base` compares the distributions
+behind a response with the teacher's: the base model, adapters off, full depth. `make_traces` lets
+the teacher write the responses of all training prompts.
 
-Each chunk of traces is a pure function of (config, seed, chunk number), so interrupted work goes on to the same traces, and the
-processes of torchrun take every world-th chunk.
+Traces are JSONL files in a folder named by a hash of everything they depend on: token ids of the
+prompts (so prompts, tokenizer and template), weights and settings. A changed prompt file means new
+traces, and old ones are never read by mistake. Each chunk of traces is a function of (seed, chunk
+number), so interrupted work continues to the same traces, and processes share the chunks.
 """
 
+import hashlib
 import json
+import math
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from nanoexit.config import Config
-from nanoexit.data import Trace, has_chunk, load_prompts, read_traces, replace, write_chunk
-from nanoexit.errors import UserError
-from nanoexit.generate import Watch, generate
-from nanoexit.lora import adapters_off
+from nanoexit.config import Config, UserError, read_json_lines, write_json_lines, write_text
+from nanoexit.exits import as_base, exit_depths
+from nanoexit.generate import Generation, Sampling, generate
 from nanoexit.model import Transformer
-from nanoexit.score import divergence, pad
-from nanoexit.tasks import Prompt
+from nanoexit.score import Aligned, Score, align, divergence, score, token_logprob
+from nanoexit.tasks import Prompt, Response, load_prompts, task_of
 from nanoexit.tokenizer import Tokenizer
-from nanoexit.training import barrier, is_main, rank, world
+from nanoexit.training import barrier, is_main, progress, prompt_ids, rank, stream, world
+
+# --- responses --------------------------------------------------------------------------------
 
 
-def traces_folder(config: Config) -> Path:
-    return Path(config.data.traces or Path(config.run.dir) / "traces")
+def respond(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    config: Config,
+    policy: str,
+    seed: Sequence[int],
+    batch_size: int,
+    temperature: float | None = None,
+    forced: Sequence[Sequence[int]] = (),
+    streams: Sequence[int] = (),
+    show: str = "",
+) -> list[Response]:
+    """One response a prompt, with the generation settings of the config.
+
+    temperature: default the config's. forced, streams: see generate.Sampling. show: the name of a
+    progress bar, "" for none.
+    """
+    g = config.generation
+    temperature = g.temperature if temperature is None else temperature
+    ids = [prompt_ids(tokenizer, prompt, config) for prompt in prompts]
+    with progress(len(ids), show) as bar:
+        settings = Sampling(
+            g.top_p,
+            g.top_k,
+            batch_size=batch_size,
+            forced=forced,
+            streams=streams,
+            on_finish=lambda *_: bar.update(),
+            fast=g.fast,
+        )
+        written = generate(model, ids, policy, g.max_new_tokens, temperature, seed, settings)
+    return [read_response(tokenizer, *row) for row in zip(prompts, ids, written)]
+
+
+def read_response(
+    tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int], generation: Generation
+) -> Response:
+    """Decode and verify what was generated for one prompt; the end token is not part of the text."""
+    tokens = generation.tokens[:-1] if generation.finish == "stop" else generation.tokens
+    text = tokenizer.decode(tokens)
+    return Response(prompt, list(ids), generation, text, task_of(prompt).verify(prompt, text))
+
+
+def aligned(model: Transformer, responses: Sequence[Response]) -> Aligned:
+    """The input that re-scores these responses, at the depths where they were written."""
+    prompts = [r.prompt_ids for r in responses]
+    tokens = [r.generation.tokens for r in responses]
+    depths = [r.generation.depths for r in responses]
+    return align(prompts, tokens, depths, model.full_depth, model.device)
+
+
+def rescore(model: Transformer, responses: Sequence[Response]) -> tuple[Aligned, Score]:
+    a = aligned(model, responses)
+    return a, score(model, a.ids, a.depths, a.prompt_lens)
+
+
+@torch.no_grad()
+def against_base(
+    model: Transformer, responses: Sequence[Response], rows: int, chunk: int
+) -> tuple[list[float], float]:
+    """-> KL(teacher || student) of each response, mean nats a token; perplexity of all under the
+    base.
+
+    rows: responses in one forward. chunk: tokens whose logits are in memory at once.
+    """
+    kls: list[float] = []
+    nll, count = 0.0, 0
+    for start in range(0, len(responses), rows):
+        batch = responses[start : start + rows]
+        a, scored = rescore(model, batch)
+        student = scored.hidden.flatten(0, 1)
+        with as_base(model):
+            teacher = model.run(a.ids).hidden.flatten(0, 1)
+        kl = []
+        for at, tokens in zip(a.at.split(chunk), a.tokens.split(chunk)):
+            logits = model.readout(teacher[at])
+            kl.append(divergence(logits, model.readout(student[at])))
+            nll -= token_logprob(logits, tokens).sum().item()
+        kls += [row.mean().item() for row in torch.cat(kl).split(a.counts)]
+        count += len(a.tokens)
+    return kls, math.exp(nll / count)
+
+
+@torch.no_grad()
+def show_response(
+    model: Transformer, tokenizer: Tokenizer, response: Response, variant: str
+) -> dict:
+    """One line of samples.jsonl: every token with its depth, exit chances and alternatives."""
+    g, prompt = response.generation, response.prompt
+    a, scored = rescore(model, [response])
+    shown = scored.hidden[0, a.at]
+    top = model.readout(shown).float().softmax(-1).topk(min(5, model.shape.vocab), -1)
+    chances: list[list[float]] = [[]] * len(g.tokens)
+    if scored.head_logits is not None:
+        chances = scored.head_logits[0, a.at].sigmoid().tolist()
+    pieces, layers = tokenizer.pieces(g.tokens), exit_depths(model)
+    tokens = []
+    for i, (piece, depth, kind) in enumerate(zip(pieces, g.depths, token_kinds(pieces, response))):
+        likely = zip(top.indices[i].tolist(), top.values[i].tolist())
+        asked = zip(layers, chances[i])
+        tokens.append(
+            {
+                "text": piece,
+                "depth": depth,
+                "kind": kind,
+                "exit_probs": [round(p, 4) if depth >= d else None for d, p in asked],
+                "top": [[tokenizer.pieces([t])[0], round(p, 4)] for t, p in likely],
+            }
+        )
+    correct = None if prompt.checker == "none" else response.verdict.correct
+    about: dict[str, object] = {
+        "id": prompt.id,
+        "prompt": prompt.prompt,
+        "answer": prompt.answer,
+        "variant": variant,
+    }
+    about |= {"text": response.text, "correct": correct, "finish": g.finish}
+    about |= {"full_depth": model.full_depth, "exit_layers": list(layers), "cap": model.cap}
+    return {**about, "tokens": tokens}
+
+
+def token_kinds(pieces: Sequence[str], response: Response) -> list[str]:
+    """`reasoning`, `answer` after it, and `punctuation`: tags, tokens without letter or digit."""
+    before = len(task_of(response.prompt).split(response.text).reasoning)
+    kinds, written = [], 0
+    for piece in pieces:
+        mark = piece.strip().startswith("<") or not any(c.isalnum() for c in piece)
+        kinds.append("punctuation" if mark else "reasoning" if written < before else "answer")
+        written += len(piece)
+    return kinds
+
+
+# --- traces -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Trace:
+    """One response of the base model."""
+
+    id: str
+    prompt: str
+    completion: str
+    prompt_ids: list[int]
+    tokens: list[int]
+    finish: str
 
 
 def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> list[Trace]:
     """Write the traces that are missing, then read them all."""
-    folder = traces_folder(config)
     prompts = load_prompts(config.data, "train", config.data.count, config.run.seed)
-    _same_origin(folder, origin(model, config))
-    jobs = [p for p in prompts for _ in range(config.teacher.traces)]
-    chunks = range(0, len(jobs), config.teacher.chunk)
-    missing = [n for n in range(rank(), len(chunks), world()) if not has_chunk(folder, n)]
-    todo = sum(len(jobs[chunks[n] : chunks[n] + config.teacher.chunk]) for n in missing)
-    with tqdm(total=todo, desc="teacher writes traces", unit="trace", disable=not (is_main() and todo), dynamic_ncols=True) as bar:
+    jobs = [prompt for prompt in prompts for _ in range(config.teacher.traces)]
+    folder = traces_folder(model, tokenizer, config, jobs)
+    size = config.teacher.chunk
+    chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    missing = [n for n in range(rank(), len(chunks), world()) if not _chunk(folder, n).is_file()]
+    todo = sum(len(chunks[n]) for n in missing)
+    with progress(todo, "teacher writes traces") as bar:
         for n in missing:
-            batch = jobs[chunks[n] : chunks[n] + config.teacher.chunk]
-            write_chunk(folder, n, write_traces(model, tokenizer, batch, config, [config.run.seed, 3, n], bar.update))
+            traces = write_traces(model, tokenizer, chunks[n], config, n, bar.update)
+            write_json_lines(_chunk(folder, n), map(asdict, traces))
     barrier()
-    return read_traces(folder)
+    return [
+        trace for n in range(len(chunks)) for trace in read_traces(_chunk(folder, n), chunks[n])
+    ]
 
 
-def write_traces(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: Config, seed: Sequence[int],
-                 tick: Callable[[int], object] = lambda n: None) -> list[Trace]:
-    """One trace a prompt, with the divergences of all its exits."""
-    g = config.generation
-    ids = [tokenizer.prompt_ids(p.prompt, p.system) for p in prompts]
-    with adapters_off(model):
-        written = generate(model, ids, "full", g.max_new_tokens, g.temperature, g.top_p, g.top_k, seed, batch_size=g.batch_size,
-                           on_finish=lambda *_: tick(1), pack=g.pack, cuda_graphs=g.cuda_graphs)
-    traces = [Trace(p.id, p.prompt, tokenizer.decode(w.tokens), i, w.tokens, w.finish) for p, i, w in zip(prompts, ids, written)]
-    by_length = sorted(range(len(traces)), key=lambda i: len(ids[i]) + len(traces[i].tokens))
-    for start in range(0, len(traces), g.batch_size):  # rows of like length together: little padding
-        exit_divergences(model, [traces[i] for i in by_length[start : start + g.batch_size]], config)
+def write_traces(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    config: Config,
+    chunk: int,
+    tick: Callable[[int], object],
+) -> list[Trace]:
+    """One trace a prompt, written by the base at full depth. tick(1) is called as rows finish."""
+    g, seed = config.generation, stream("traces", config.run.seed, chunk)
+    ids = [prompt_ids(tokenizer, prompt, config) for prompt in prompts]
+    settings = Sampling(
+        g.top_p, g.top_k, batch_size=g.batch_size, on_finish=lambda *_: tick(1), fast=g.fast
+    )
+    with as_base(model):
+        written = generate(model, ids, "full", g.max_new_tokens, g.temperature, seed, settings)
+    return [
+        Trace(p.id, p.prompt, tokenizer.decode(w.tokens), i, w.tokens, w.finish)
+        for p, i, w in zip(prompts, ids, written)
+    ]
+
+
+def _chunk(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.jsonl"
+
+
+def read_traces(path: Path, prompts: Sequence[Prompt]) -> list[Trace]:
+    """The traces of one chunk. Raises UserError where the file is damaged or of other prompts."""
+    try:
+        traces = [Trace(**row) for _, row in read_json_lines(path)]
+        whole = all(trace.tokens and trace.prompt_ids for trace in traces)
+    except (TypeError, UserError):
+        whole, traces = False, []
+    if not whole or [trace.id for trace in traces] != [prompt.id for prompt in prompts]:
+        raise UserError(f"{path}: damaged, or not the traces of these prompts; delete it")
     return traces
 
 
-@torch.no_grad()
-def exit_divergences(model: Transformer, traces: Sequence[Trace], config: Config) -> None:
-    """Fill trace.kl: the base's KL(P || Q_d) at each exit depth, [len(tokens), E], or all input positions if prompts exit too.
-
-    Logits are made for config.sft.chunk positions at a time: nothing of size [B, T, E, V] ever exists.
-    """
-    layers = sorted(config.exits.layers)
-    rows = [t.prompt_ids + t.tokens[:-1] for t in traces]
-    counts = [len(row) if config.exits.prompt == "head" else len(t.tokens) for row, t in zip(rows, traces)]
-    ids = pad(rows, model.device)
-    watch = Watch(layers)
-    with adapters_off(model):
-        final = model.run(ids, stop=watch).hidden.flatten(0, 1)
-    width = ids.shape[1]
-    at = torch.cat([torch.arange(i * width + len(row) - n, i * width + len(row)) for i, (row, n) in enumerate(zip(rows, counts))])
-    kl = [_divergences(model, final, watch.seen, layers, piece) for piece in at.to(ids.device).split(config.sft.chunk)]
-    for trace, piece in zip(traces, torch.cat(kl).cpu().split(counts)):
-        trace.kl = piece
-
-
-def _divergences(model: Transformer, final: Tensor, early: dict[int, Tensor], layers: Sequence[int], at: Tensor) -> Tensor:
-    """[n, E] at the flat positions `at` [n]."""
-    p = model.readout(final[at])
-    return torch.stack([divergence(p, model.readout(early[depth][at])) for depth in layers], -1)
-
-
-def origin(model: Transformer, config: Config) -> dict:
-    """What the traces depend on. A change of any of it makes them other traces."""
-    g = asdict(config.generation)
-    return {"model": config.model.name, "revision": model.revision, "prompts": config.data.prompts, "count": config.data.count,
-            "held_out": config.data.held_out, "system": config.data.system, "layers": sorted(config.exits.layers),
-            "all_positions": config.exits.prompt == "head", "traces": config.teacher.traces, "chunk": config.teacher.chunk,
-            "seed": config.run.seed, **{k: g[k] for k in ("max_new_tokens", "temperature", "top_p", "top_k")}}
-
-
-def _same_origin(folder: Path, now: dict) -> None:
-    path = folder / "origin.json"
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for key, value in now.items():
-            if before.get(key) != value:
-                raise UserError(f"{folder}: these traces were written with {key} = {before.get(key)!r}, the config says {value!r}; "
-                                "set it back, or choose another folder with data.traces=... or run.dir=...")
-    elif is_main():
-        replace(path, lambda p: p.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8"))
+def traces_folder(
+    model: Transformer, tokenizer: Tokenizer, config: Config, jobs: Sequence[Prompt]
+) -> Path:
+    """The folder of the traces of these prompts, named by a hash of all that they depend on."""
+    base = Path(config.data.traces or Path(config.run.dir) / "traces")
+    g = config.generation
+    ids = [[job.id, *prompt_ids(tokenizer, job, config)] for job in jobs]
+    origin = {
+        "model": model.revision or model.name,
+        "prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+        "chunk": config.teacher.chunk,
+        "seed": config.run.seed,
+        "max_new_tokens": g.max_new_tokens,
+        "temperature": g.temperature,
+        "top_p": g.top_p,
+        "top_k": g.top_k,
+    }
+    folder = base / hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
+    if is_main() and not (folder / "origin.json").is_file():
+        if base.is_dir() and any(base.iterdir()):
+            print(
+                f"{base} holds traces of other prompts or settings; new ones go to {folder.name}/",
+                file=sys.stderr,
+            )
+        write_text(folder / "origin.json", json.dumps(origin, indent=2) + "\n")
     barrier()
+    return folder

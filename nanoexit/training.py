@@ -1,126 +1,287 @@
-"""What both training loops share: the run directory, optimizer, checkpoints, metrics, processes.
+"""What all training loops share: checks before the work, the run directory, checkpoints, processes.
 
-Exact resume, by construction: every random draw of step t is a function of (run.seed, t), so a checkpoint is the trained
-tensors, the optimizer's moments and a step number, nothing else. It is one safetensors file, replaced by a rename.
+Exact resume, by construction: every random draw of step t is a function of (run.seed, t), so a
+checkpoint is the trained tensors, the optimizer's moments and a step number, and nothing else. It
+is one safetensors file, replaced by a rename.
 
-Many processes: started by torchrun, each takes every world-th row of a step; sums of gradients are added up by torch.distributed,
-so that the result is that of one process. Only process 0 writes.
+Many processes, started by torchrun: each takes every world-th row of a step, and sums of gradients
+are added by torch.distributed, so the result is that of one process. Only process 0 writes.
 """
 
 import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from nanoexit.adapters import load_adapter
-from nanoexit.config import Config, to_yaml
-from nanoexit.data import replace, rounded
-from nanoexit.errors import UserError
-from nanoexit.exits import attach
-from nanoexit.generate import parse_prompt_exits
+from nanoexit.config import (
+    Config,
+    UserError,
+    parse_json,
+    read_text,
+    replace,
+    rounded,
+    show,
+    to_yaml,
+    write_text,
+)
+from nanoexit.exits import attach, parse_policy
+from nanoexit.judge import check_judge
+from nanoexit.lora import adapters
 from nanoexit.model import Transformer
+from nanoexit.tasks import Prompt, check_prompts, load_prompts
 from nanoexit.tokenizer import Tokenizer, load_tokenizer
 from nanoexit.weights import load_model
 
-MAY_CHANGE = {"run.wandb", "model.device", "sft.save_every", "rl.save_every", "sft.micro_batch", "rl.micro_batch"}
+try:
+    import fcntl
+except ImportError:  # Windows: without a lock
+    fcntl = None  # type: ignore[assignment]
+
+MAY_CHANGE = {"run.wandb", "run.threads", "model.device", "sft.save_every", "rl.save_every"}
+MAY_CHANGE |= {"sft.micro_batch", "rl.micro_batch", "model.logits_chunk"}
+T = TypeVar("T")
 
 
-# --- the run directory -----------------------------------------------------------------------------------------------
+# --- before the work --------------------------------------------------------------------------
 
 
-def start_run(config: Config, resume: bool) -> Path:
-    """Make runs/NAME with its config.yaml. An earlier run of that name is kept aside, unless `resume` goes on with it.
+def check(config: Config, resume: bool = False, reinforce: bool = False) -> None:
+    """Raise UserError for every mistake that config, files and prompts show before any work."""
+    for key, policies in (
+        ("policies", config.evaluate.policies),
+        ("frontier", config.evaluate.frontier),
+    ):
+        for policy in policies:
+            try:
+                parse_policy(policy)
+            except UserError as error:
+                raise UserError(f"evaluate.{key}: {error}") from None
+    check_prompts(config.data)
+    check_judge(config.judge)
+    if config.run.wandb:
+        _wandb_package()
+    if resume and not (Path(config.run.dir) / "config.yaml").is_file():
+        raise UserError(f"--resume: {config.run.dir} holds no run; leave --resume out to start one")
+    if not resume:
+        _check_folder(Path(config.run.dir))
+    if reinforce:
+        _check_on_policy(config)
+        if config.rl.prompts < int(os.environ.get("WORLD_SIZE", 1)):
+            raise UserError(
+                f"rl.prompts is {config.rl.prompts}: expected at least one for each of "
+                f"{os.environ['WORLD_SIZE']} processes"
+            )
 
-    Raises UserError where there is nothing to resume, or where it was made with another config.
-    """
-    folder = Path(config.run.dir)
-    saved = folder / "config.yaml"
-    if resume:
-        if not saved.is_file():
-            raise UserError(f"--resume: {folder} holds no run (no config.yaml); leave --resume out to start one")
-        _same_config(yaml.safe_load(saved.read_text(encoding="utf-8")), yaml.safe_load(to_yaml(config)), saved)
-    elif is_main():
-        if folder.is_dir() and any(path.name != saved.name for path in folder.iterdir()):
-            folder.rename(_unused(folder))
-        folder.mkdir(parents=True, exist_ok=True)
-        replace(saved, lambda path: path.write_text(to_yaml(config), encoding="utf-8"))
-    barrier()
-    return folder
+
+def _check_on_policy(config: Config) -> None:
+    """The gradient of REINFORCE is only right for samples of the model's own distribution."""
+    g = config.generation
+    wanted = (("temperature", g.temperature, 1.0), ("top_p", g.top_p, 1.0), ("top_k", g.top_k, 0))
+    for key, value, expected in wanted:
+        if value != expected:
+            raise UserError(
+                f"generation.{key} is {value}: REINFORCE samples from the model's own "
+                f"distribution, expected {expected}"
+            )
 
 
 def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
-    """The base with heads and adapters attached, fresh or from run.init, and its tokenizer."""
+    """The base with heads, adapters and cap, fresh or from run.init; and its tokenizer.
+
+    Raises UserError where the run in run.init was made with other exits or LoRA than the config
+    says, or where a prompt does not fit the model. A cap that the config leaves null is the run's.
+    """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    model = load_model(config.model.name, config.model.device, config.model.dtype, config.model.revision)
-    tokenizer = load_tokenizer(config.model.name, config.model.revision)
-    attach(model, config.exits.layers, config.exits.head, config.lora, config.run.seed)
-    parse_prompt_exits(config.exits.prompt, model)  # a mistake there is told before any work
+    m, exits = config.model, config.exits
+    model = load_model(m.name, m.device, m.dtype, m.revision)
+    tokenizer = load_tokenizer(m.name, m.revision)
     if config.run.init:
         load_adapter(model, config.run.init)
+        _check_init(model, config)
+        model.cap = exits.cap = exits.cap or model.cap
+    else:
+        attach(model, exits.layers, exits.head, config.lora, exits.cap, config.run.seed)
+    _check_lengths(model, tokenizer, config)
     return model, tokenizer
 
 
+def _check_init(model: Transformer, config: Config) -> None:
+    """The run that training starts from has what the config says."""
+    one = next(iter(adapters(model).values()), None)
+    heads: Any = model.exits
+    found: dict[str, Any] = {"exits.layers": [] if heads is None else list(heads.layers)}
+    said: dict[str, Any] = {"exits.layers": sorted(config.exits.layers)}
+    if heads is not None:
+        found["exits.head"], said["exits.head"] = heads.kind, config.exits.head
+    if one is not None:
+        names = sorted({name.rsplit(".", 1)[-1] for name in adapters(model)})
+        rank = one.lora_A.shape[0]
+        found |= {"lora.r": rank, "lora.alpha": one.scale * rank, "lora.targets": names}
+        said |= {"lora.r": config.lora.r, "lora.alpha": config.lora.alpha}
+        said["lora.targets"] = sorted(config.lora.targets)
+    for key, value in said.items():
+        if found[key] != value:
+            raise UserError(
+                f"{key} is {value!r}, but the run in run.init, {config.run.init}, was made with "
+                f"{found[key]!r}"
+            )
+
+
+def _check_lengths(model: Transformer, tokenizer: Tokenizer, config: Config) -> None:
+    """Every prompt that the run can use leaves room for a response."""
+    room = model.shape.max_positions - config.generation.max_new_tokens
+    for split in ("train", "held_out"):
+        count = config.data.count if split == "train" else config.evaluate.count
+        for prompt in load_prompts(config.data, split, count, config.run.seed):
+            length = len(prompt_ids(tokenizer, prompt, config))
+            if length > room:
+                raise UserError(
+                    f"{prompt.where or prompt.id}: the prompt has {length} tokens, and the model's "
+                    f"{model.shape.max_positions} positions leave room for {room} beside "
+                    f"generation.max_new_tokens={config.generation.max_new_tokens}"
+                )
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, config: Config) -> list[int]:
+    """The token ids of a prompt, with the template variables of the config."""
+    return tokenizer.prompt_ids(prompt.prompt, prompt.system, **config.data.template)
+
+
+# --- the run directory ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def run_directory(config: Config, resume: bool) -> Iterator[Path]:
+    """The folder of the run with its config.yaml, locked against a second process.
+
+    An earlier run of that name is moved aside, unless `resume` continues it. Raises UserError where
+    there is nothing to resume, the config is another one, the folder is not a run, or it is in use.
+    """
+    folder = Path(config.run.dir)
+    lock = None
+    if is_main():
+        if not resume:
+            _check_folder(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir: {folder}: {error.strerror}") from None
+        lock = _lock(folder)
+        if resume:
+            _check_same_config(folder / "config.yaml", config)
+        elif _is_run(folder):
+            aside = _unused(folder)
+            folder.rename(aside)
+            print(f"the earlier run in {folder} is now {aside}", file=sys.stderr)
+            os.close(lock)
+            folder.mkdir()
+            lock = _lock(folder)
+        for left in folder.rglob("*.tmp"):  # of a process that was killed while writing
+            left.unlink()
+        write_text(folder / "config.yaml", to_yaml(config))
+    barrier()
+    try:
+        yield folder
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether the folder holds more than a config and traces, which a new run can use."""
+    return any(path.name not in ("config.yaml", "traces") for path in folder.iterdir())
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that is not a run of ours, or not a folder."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.dir: {folder} is a file; expected a new folder or that of a run")
+    if folder.is_dir() and _is_run(folder) and not (folder / "config.yaml").is_file():
+        raise UserError(f"run.dir: {folder} is not a run (no config.yaml), so it is left alone")
+
+
+def _lock(folder: Path) -> int:
+    """A lock on the folder itself, released when the process ends in any way."""
+    handle = os.open(folder, os.O_RDONLY) if os.name != "nt" else os.open(os.devnull, os.O_RDONLY)
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise UserError(f"run.dir: {folder} is in use by another process") from None
+    return handle
+
+
 def _unused(folder: Path) -> Path:
-    return next(path for i in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.before-{i}")).exists())
+    numbered = (folder.with_name(f"{folder.name}.before-{i}") for i in range(1, 10**6))
+    return next(path for path in numbered if not path.exists())
 
 
-def _same_config(old: dict, new: dict, where: Path) -> None:
-    for section in new:
-        for key, value in new[section].items():
-            before = (old.get(section) or {}).get(key)
+def _check_same_config(path: Path, config: Config) -> None:
+    try:
+        old = yaml.safe_load(read_text(path))
+        sections = {name: dict(values) for name, values in old.items()}
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged; delete {path.parent} to start again") from None
+    for section, values in yaml.safe_load(to_yaml(config)).items():
+        for key, value in values.items():
+            before = sections.get(section, {}).get(key)
             if before != value and f"{section}.{key}" not in MAY_CHANGE:
-                raise UserError(f"--resume: {section}.{key} is {value!r} now, but {where} says {before!r}; "
-                                "resume with the same config, or start another run with run.dir=...")
+                raise UserError(
+                    f"--resume: {section}.{key} is {show(value)}, but {path} says {show(before)}; "
+                    "resume with the same config, or start another run with run.dir=..."
+                )
 
 
-# --- optimizer -------------------------------------------------------------------------------------------------------
+# --- optimizer --------------------------------------------------------------------------------
 
 
-def make_optimizer(groups: Sequence[tuple[list[nn.Parameter], float]], weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW over (parameters, peak learning rate) groups; the decay is on matrices only."""
-    split = []
-    for parameters, lr in groups:
-        for decay, wanted in ((weight_decay, True), (0.0, False)):
-            chosen = [p for p in parameters if (p.dim() > 1) == wanted]
-            split += [{"params": chosen, "lr": lr, "peak": lr, "weight_decay": decay}] if chosen else []
-    return torch.optim.AdamW(split, betas=(0.9, 0.98))
+def make_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    """AdamW without weight decay."""
+    return torch.optim.AdamW(list(parameters), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Set every group's learning rate to this share of its peak."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
-
-
-def cosine_share(step: int, steps: int, warmup: int, floor: float = 0.02) -> float:
-    """Share of the peak rate at `step` (from 0): linear warm-up, then a half cosine down to `floor`."""
+def cosine_share(step: int, steps: int, warmup: int = 10, floor: float = 0.02) -> float:
+    """Share of the peak rate at `step` (from 0): linear warm-up, a half cosine down to `floor`."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     along = (step - warmup) / max(1, steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * along))
 
 
-def update(optimizer: torch.optim.Optimizer, grad_clip: float) -> float:
-    """Add up gradients over processes, clip, step, clear -> the norm before clipping. Raises UserError where it is not finite."""
+def update(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Add gradients over processes, clip their norm to 1, step, clear -> the norm before clipping.
+
+    Raises UserError where the norm or a weight is not finite; a bad norm changes no weight.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in parameters if world() > 1 else ():  # in the same order everywhere, also where a process had no rows
+    for p in parameters if world() > 1 else ():  # the same order in every process
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         total(p.grad)
-    norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
     if not math.isfinite(norm):
-        raise UserError(f"the gradient is {norm}: nothing was updated; try a smaller learning rate, or model.dtype=float32")
+        raise UserError(
+            f"the norm of the gradient is {norm}, so nothing was updated; try a smaller learning "
+            "rate or model.dtype=float32; --resume continues from the last checkpoint"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -131,103 +292,147 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     """State after `step` steps, into folder/checkpoint/state.safetensors."""
-    tensors, steps = {}, {}
+    tensors: dict[str, Tensor] = {}
+    steps = {}
     for name, p in trained(model).items():
         state = optimizer.state.get(p, {})
         tensors[f"parameter.{name}"] = p.detach()
-        tensors |= {f"{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq") if moment in state}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in state:
+                tensors[f"{moment}.{name}"] = state[moment]
         steps[name] = float(state.get("step", 0))
     metadata = {"step": str(step), "optimizer_steps": json.dumps(steps)}
-    replace(folder / "checkpoint" / "state.safetensors", lambda path: save_file(tensors, path, metadata))
+    path = folder / "checkpoint" / "state.safetensors"
+    replace(path, lambda beside: save_file(tensors, beside, metadata))
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore what save_checkpoint wrote -> the number of steps done; 0 where there is no checkpoint yet."""
+    """Restore what save_checkpoint wrote -> steps done; 0 without a checkpoint.
+
+    Raises UserError for a damaged file, or one of another model.
+    """
     path = folder / "checkpoint" / "state.safetensors"
     if not path.is_file():
         return 0
-    with safe_open(path, "pt") as file:
-        metadata, names = file.metadata(), set(file.keys())
-        steps = json.loads(metadata["optimizer_steps"])
-        for name, p in trained(model).items():
-            if f"parameter.{name}" not in names:
-                raise UserError(f"{path}: no tensor parameter.{name}: the checkpoint is of another model or config")
-            p.data.copy_(file.get_tensor(f"parameter.{name}"))
-            if steps[name]:
-                optimizer.state[p] = {"step": torch.tensor(steps[name])} | {
-                    m: file.get_tensor(f"{m}.{name}").to(p.device) for m in ("exp_avg", "exp_avg_sq")}
-    return int(metadata["step"])
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        steps, done = parse_json(metadata["optimizer_steps"], str(path)), int(metadata["step"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to train from the start") from None
+    for name, p in trained(model).items():
+        value = tensors.get(f"parameter.{name}")
+        if value is None or value.shape != p.shape:
+            raise UserError(
+                f"{path}: no tensor parameter.{name} of shape {list(p.shape)}: another model's"
+            )
+        p.data.copy_(value)
+        if steps[name]:
+            moments = {m: tensors[f"{m}.{name}"].to(p.device) for m in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.tensor(steps[name]), **moments}
+    return done
 
 
-# --- randomness and order --------------------------------------------------------------------------------------------
+# --- randomness and order ---------------------------------------------------------------------
 
 
-def seed_of(*numbers: int) -> int:
-    """One seed for torch out of several numbers, such as (run.seed, step)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+def stream(name: str, seed: int, *numbers: int) -> list[int]:
+    """The seed of one named use of randomness: no two names share a stream."""
+    return [zlib.crc32(name.encode()), seed, *numbers]
+
+
+def seed_torch(name: str, seed: int, *numbers: int) -> None:
+    """Seed torch's global generator (dropout) with a named stream."""
+    state = np.random.SeedSequence(stream(name, seed, *numbers)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> 1))
 
 
 def batch_at(step: int, items: int, batch_size: int, seed: int) -> list[int]:
-    """Which items step `step` trains on: epochs are shuffled passes, and a batch may span two of them."""
+    """Items of a step: epochs are shuffled passes, and a batch may span two of them."""
     orders: dict[int, np.ndarray] = {}
     chosen = []
     for place in range(step * batch_size, (step + 1) * batch_size):
         epoch, i = divmod(place, items)
         if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(items)
+            orders[epoch] = np.random.default_rng(stream("order", seed, epoch)).permutation(items)
         chosen.append(int(orders[epoch][i]))
     return chosen
 
 
-# --- metrics ---------------------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------
+
+
+def progress(total: int, name: str, unit: str = "row", done: int = 0) -> tqdm:
+    """A progress bar of process 0; none without a name or anything to do."""
+    hidden = not name or not is_main() or done >= total
+    return tqdm(total=total, initial=done, desc=name, unit=unit, disable=hidden, dynamic_ncols=True)
 
 
 class Metrics:
-    """metrics.jsonl, one object a step; on resume, steps after the checkpoint are dropped. May mirror to Weights & Biases."""
+    """metrics.jsonl, one object a step; steps after the checkpoint are dropped on resume."""
 
     def __init__(self, folder: Path, done: int, config: Config):
         self.path = folder / "metrics.jsonl"
-        self.wandb = _wandb(config, folder) if is_main() else None
+        self.wandb = None
         if is_main():
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= done]
-            replace(self.path, lambda path: path.write_text("".join(kept), encoding="utf-8"))
+            if config.run.wandb:
+                settings = yaml.safe_load(to_yaml(config))
+                names = {"project": "nanoexit", "name": folder.name, "dir": str(folder)}
+                self.wandb = _wandb_package().init(**names, config=settings)
+            write_text(self.path, "".join(line for line in self._lines() if _step(line) <= done))
 
     def _lines(self) -> list[str]:
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]  # a kill may tear the last one
+        text = read_text(self.path) if self.path.is_file() else ""
+        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def write(self, step: int, **values: Any) -> None:
-        """Add the figures of step `step` (counted from 1)."""
+        """Add the figures of step `step` (from 1). Raises UserError for one that is not finite."""
+        for name, value in values.items():
+            for x in value if isinstance(value, list) else [value]:
+                if not math.isfinite(x):
+                    raise UserError(f"step {step}: {name} is {x}; the last checkpoint is kept")
         if not is_main():
             return
         row = {"step": step, **{k: rounded(v) for k, v in values.items()}}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.wandb is not None:
-            self.wandb.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=step)
+            flat = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+            self.wandb.log(flat, step=step)
 
 
-def _wandb(config: Config, folder: Path):
-    if not config.run.wandb:
-        return None
+def _step(line: str) -> int:
+    """The step of a line of metrics.jsonl; a damaged line belongs to no step that is kept."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return sys.maxsize
+
+
+def _wandb_package() -> Any:
     try:
         import wandb
     except ImportError:
-        raise UserError("run.wandb is true, but the package wandb is not installed: pip install wandb, or run.wandb=false") from None
-    return wandb.init(project="nanoexit", name=folder.name, dir=str(folder), config=yaml.safe_load(to_yaml(config)))
+        raise UserError(
+            "run.wandb is true, but wandb is not installed: pip install wandb"
+        ) from None
+    return wandb
 
 
-# --- processes -------------------------------------------------------------------------------------------------------
+# --- processes --------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def processes(config: Config):
-    """Join the processes that torchrun started; each CUDA process takes the card of its local rank."""
+def processes(config: Config) -> Iterator[None]:
+    """Join the processes that torchrun started; each takes the CUDA device of its local rank."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
@@ -253,8 +458,8 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def mine(items: Sequence) -> list:
-    """This process's share of a step's items."""
+def mine(items: Sequence[T]) -> list[T]:
+    """The share of a step's items that this process takes."""
     return list(items[rank() :: world()])
 
 
@@ -265,11 +470,13 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def totals(values: Iterable[float], device: torch.device) -> list[float]:
     """Sums of some numbers over processes."""
-    return total(torch.tensor([float(v) for v in values], dtype=torch.float32, device=device)).tolist()
+    numbers = [float(v) for v in values]
+    return total(torch.tensor(numbers, dtype=torch.float32, device=device)).tolist()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()

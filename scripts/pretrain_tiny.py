@@ -1,70 +1,69 @@
-"""Make the tiny reasoner of data/tiny from nothing: a small transformer that answers clock chains.
+"""Make a tiny reasoner such as data/tiny from nothing: a small transformer that answers chains.
 
-It learns three styles of answering: terse (all in the head), full (every value written) and prefix (the first few written).
-Two things make it work. A curriculum: chains grow by one operation whenever the longest are answered in the head 3 times out
-of 4; without it, in-head chains of three stay at chance. Deep supervision: the readout after every block is trained too
-(weight `deep_weight`), which gives a tiny model the early-readable residuals that large ones have.
+It learns three styles of answering: terse (all in the head), full (every step written) and prefix
+(the first few steps written). A curriculum makes chains learnable in the head: they grow by one
+operation whenever the longest are answered in the head 3 times out of 4, and while they grow each
+running value is also read out at its operation in the prompt (`scaffold`). After that, nothing is
+trained but the response, read out at full depth.
+
+The flags `task`, `slots` and `deep_weight` make the other bases of scripts/experiment.py.
 """
 
-import argparse
 import dataclasses
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import _path  # noqa: F401
 import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
-from nanoexit.config import ROOT, describe, knob, load_config
-from nanoexit.data import is_held_out
-from nanoexit.errors import UserError, run_script
-from nanoexit.generate import generate
+from nanoexit.config import ROOT, UserError, command_line, knob, load_config, run_script, write_text
+from nanoexit.exits import Watch
+from nanoexit.generate import Sampling, generate
 from nanoexit.model import Shape, Transformer
-from nanoexit.tasks import LONGEST_CHAIN, OPERATIONS, check_clock, clock_chain, clock_prompts, clock_values, split_response
+from nanoexit.tasks import TASKS, Chains, Prompt, is_held_out
 
-WORDS = ["<bos>", "<eos>", "<think>", "</think>", "=", ".", *map(str, range(10)), *OPERATIONS]
+SPECIAL = ["<bos>", "<eos>", "<think>", "</think>", "=", "."]
 BOS, EOS, THINK, DONE, EQUALS, DOT = range(6)
-ID = {word: i for i, word in enumerate(WORDS)}
-CHAT_TEMPLATE = (  # pads a chain to its seven places, so that step i is always written at the same distance from operation i
-    "{% set words = (messages[-1]['content'] | replace('+', ' +') | replace('*', ' *')).split() %}"
+TEMPLATE = (  # "5*9 +7" -> "<bos> 5 *9 +7 =", filled up to SLOTS words with dots
+    "{% set words = messages[-1]['content']SPACED.split() %}"
     "{% for word in words %}{% if word not in KNOWN %}"
-    "{{ raise_exception('this model reads chains such as 7 +3 *9 (a digit, then +1..+9, *3, *7, *9), not ' + word) }}"
+    "{{ raise_exception('this model reads chains such as EXAMPLE, not ' + word) }}"
     "{% endif %}{% endfor %}"
     "{{ bos_token }} {{ words | join(' ') }}{{ ' .' * (SLOTS - words | length) }}"
     "{% if add_generation_prompt %} ={% endif %}"
-).replace("KNOWN", str([*map(str, range(10)), *OPERATIONS]))
+)
 
 
 @dataclasses.dataclass
 class PretrainConfig:
     out: str = knob("runs/tiny-pretrain", "where the model's folder is written")
     seed: int = knob(0, "every random draw is a function of this", low=0)
+    task: str = knob("clock", "kind of chains", choices=["clock", "clock-values", "permute"])
     width: int = knob(96, "D", low=8)
     blocks: int = knob(8, "L", low=2)
     ffn: int = knob(256, "F", low=8)
     heads: int = knob(4, "H", low=1)
     kv_heads: int = knob(2, "K", low=1)
-    batch_size: int = knob(128, "chains a step", low=1)
+    batch_size: int = knob(64, "chains a step", low=2)
     lr: float = knob(2e-3, "peak learning rate of AdamW", low=0)
     weight_decay: float = knob(0.05, "on matrices", low=0)
     warmup: int = knob(100, "steps of linear warm-up", low=1)
-    deep_weight: float = knob(0.3, "weight of the mean loss of the early readouts", low=0)
-    threshold: float = knob(0.75, "in-head accuracy at the longest length that lets chains grow", low=0, high=1)
-    steps_after: int = knob(1200, "steps after chains have reached full length; over the last half the rate falls to 2 %", low=1)
-    max_steps: int = knob(6000, "give up growing after so many steps", low=1)
+    threshold: float = knob(0.75, "accuracy in the head that lets chains grow", low=0, high=1)
+    steps_after: int = knob(800, "steps at full length; the rate falls in the last half", low=1)
+    max_steps: int = knob(6000, "steps after which chains must have grown", low=1)
     terse: float = knob(0.5, "share of chains answered in the head", low=0, high=1)
-    full: float = knob(0.3, "share with every value written; the rest writes a prefix", low=0, high=1)
-    slots: int = knob(LONGEST_CHAIN + 1, "places that a chain is filled up to with dots, so that step i is written at one distance from operation i; 0: no dots", low=0)
-    shallow: float = knob(0.0, "share of the fully written chains whose prompt is frozen after block 1, which forces a written route", low=0, high=1)
-    scaffold: float = knob(1.0, "while chains grow: weight of reading each running value out at its operation in the prompt", low=0)
+    full: float = knob(0.3, "share with every step written; the rest writes a prefix", 0, 1)
+    scaffold: float = knob(1.0, "while chains grow: weight of the values at operations", low=0)
+    deep_weight: float = knob(0.0, "weight of the mean loss of the early readouts", low=0)
+    slots: int = knob(0, "words that a chain is filled up to with dots; 0: no dots", low=0)
 
 
 @dataclasses.dataclass
@@ -72,31 +71,64 @@ class Recipe:
     pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
 
 
+@dataclasses.dataclass
+class Batch:
+    """Rows of like length, right-padded; -1 marks positions without a target."""
+
+    ids: Tensor  # [B, T]
+    targets: Tensor  # [B, T] the next token, in the response
+    values: Tensor  # [B, T] the running value, at the operations of the prompt
+    in_head: Tensor  # [B] position that answers a terse chain of the longest length, or -1
+
+
+class Words:
+    """The vocabulary of one task: a word, a token."""
+
+    def __init__(self, task: Chains, slots: int):
+        self.task, self.slots = task, slots
+        self.words = [*SPECIAL, *task.words]
+        self.ids = {word: i for i, word in enumerate(self.words)}
+
+    def encode(self, text: str) -> list[int]:
+        return [self.ids[word] for word in text.split()]
+
+    def prompt(self, chain: str) -> list[int]:
+        """What the chat template of the tokenizer makes of a chain."""
+        words = self.encode(chain)
+        return [BOS, *words, *[DOT] * (self.slots - len(words)), EQUALS]
+
+    def text(self, tokens: list[int]) -> str:
+        return " ".join(self.words[t] for t in tokens if t != EOS)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="keys:\n" + describe(Recipe))
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    args = parser.parse_intermixed_args()
+    args = command_line(__doc__, schema=Recipe).parse_intermixed_args()
     config = load_config(args.config, args.overrides, Recipe).pretrain
-    started, commit = time.time(), _commit()
-    model, steps = train(config)
-    figures = {**evaluate(model, config), "steps": steps, "seconds": round(time.time() - started)}
+    torch.set_num_threads(1)
+    started, commit = time.time(), git_commit()
+    words = Words(TASKS[config.task], config.slots)  # type: ignore[arg-type]
+    model, steps = train(config, words)
+    figures = {
+        **evaluate(model, config, words),
+        "steps": steps,
+        "seconds": round(time.time() - started),
+    }
     print(json.dumps(figures, indent=2))
-    save(model, Path(config.out), config, figures, commit)
-    print(f"written to {config.out}; python scripts/sample.py --model {config.out} --policy full tries it")
+    save(model, Path(config.out), config, words, figures, commit)
+    print(f"written to {config.out}; python scripts/sample.py --model {config.out} tries it")
 
 
-def _commit() -> str:
-    """What the code is before training starts; it may change on disk meanwhile."""
-    return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+def git_commit() -> str:
+    """The commit before training starts; the code on disk may change meanwhile."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def new_model(config: PretrainConfig) -> Transformer:
+def new_model(config: PretrainConfig, vocab: int) -> Transformer:
     torch.manual_seed(config.seed)
-    torch.empty(len(WORDS), config.width).normal_()  # drawn and dropped, so that a seed gives the model that it always gave
-    shape = Shape("qwen2", len(WORDS), config.width, config.ffn, config.blocks, config.heads, config.kv_heads,
-                  config.width // config.heads, qkv_bias=True, tied=True, max_positions=64)
-    model = Transformer(shape)
+    head_dim = config.width // config.heads
+    sizes = (config.width, config.ffn, config.blocks, config.heads, config.kv_heads, head_dim)
+    model = Transformer(Shape("qwen2", vocab, *sizes, qkv_bias=True, tied=True, max_positions=64))
     for name, p in model.named_parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5)
@@ -107,171 +139,229 @@ def new_model(config: PretrainConfig) -> Transformer:
     return model
 
 
-def draw_batch(rng: np.random.Generator, config: PretrainConfig, longest: int) -> tuple[torch.Tensor, ...]:
-    """-> ids [B, T]; targets [B, T] of the response, and of the scaffold at the prompt's operations, -1 elsewhere; the position
-    that answers a terse chain of the longest length, -1 in rows that are none; and prompt tokens to freeze [B, T] bool."""
-    rows, probes, shallow = [], [], []
+# --- data -------------------------------------------------------------------------------------
+
+
+def draw_rows(
+    rng: np.random.Generator, config: PretrainConfig, words: Words, longest: int
+) -> list[tuple[Prompt, list[int], list[int]]]:
+    """(chain, prompt ids, response ids) of one step; held-out chains are never drawn."""
+    task, rows = words.task, []
     for i in range(config.batch_size):
-        chain = None
-        while chain is None or is_held_out(chain):
-            chain = clock_chain(rng, draw_length(rng, longest, i < config.batch_size // 2))
-        values = [str(v) for v in clock_values(chain)]
-        written = 0
+        growing = longest < task.longest and i < config.batch_size // 2
+        prompt = None
+        while prompt is None or is_held_out(prompt.prompt):
+            weights = np.arange(1, longest + 1)
+            k = longest if growing else rng.choice(weights, p=weights / weights.sum())
+            prompt = task.make(rng, int(k))
+        n, steps = 0, len(task.steps(prompt))
         if rng.random() >= config.terse:
             full = rng.random() < config.full / (1 - config.terse)
-            written = len(values) if full else int(rng.integers(0, len(values)))
-        prompt = prompt_words(chain, config.slots)
-        rows.append((len(prompt), values, [ID[w] for w in [*prompt, "<think>", *values[:written], "</think>", values[-1], "<eos>"]]))
-        probes.append(len(prompt) + 1 if written == 0 and len(values) == longest else -1)
-        shallow.append(config.shallow > 0 and written == len(values) and rng.random() < config.shallow)
-    width = max(len(ids) for *_, ids in rows)
+            n = steps if full else int(rng.integers(steps))
+        response = [*words.encode(task.response(prompt, n)), EOS]
+        rows.append((prompt, words.prompt(prompt.prompt), response))
+    return rows
+
+
+def make_batch(
+    rows: list[tuple[Prompt, list[int], list[int]]], words: Words, longest: int
+) -> Batch:
+    width = max(len(prompt) + len(response) for _, prompt, response in rows)
     ids = torch.full((len(rows), width), EOS)
-    targets, scaffold = torch.full((2, len(rows), width), -1)
-    frozen = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, (start, values, row) in enumerate(rows):
+    targets, values = torch.full((2, len(rows), width), -1)
+    in_head = torch.full((len(rows),), -1)
+    for i, (chain, prompt, response) in enumerate(rows):
+        start, row = len(prompt), prompt + response
         ids[i, : len(row)] = torch.tensor(row)
-        targets[i, start - 1 : len(row) - 1] = torch.tensor(row[start:])
-        scaffold[i, 2 : 2 + len(values)] = torch.tensor([ID[v] for v in values])  # <bos> start op op ...
-        if shallow[i]:
-            frozen[i, :start] = True
-    return ids, targets.masked_fill(frozen, -1), scaffold.masked_fill(frozen, -1), torch.tensor(probes), frozen
+        targets[i, start - 1 : len(row) - 1] = torch.tensor(response)
+        running = words.encode(" ".join(words.task.values(chain.prompt)))
+        values[i, 2 : 2 + len(running)] = torch.tensor(running)  # <bos> digit operation ...
+        if response[1] == DONE and len(running) == longest:
+            in_head[i] = start + 1
+    return Batch(ids, targets, values, in_head)
 
 
-def draw_length(rng: np.random.Generator, longest: int, at_longest: bool) -> int:
-    """While chains grow, half of a batch is at the longest length; at full length, lengths in proportion to themselves."""
-    if longest < LONGEST_CHAIN and at_longest:
-        return longest
-    weights = np.arange(1, longest + 1)
-    return int(rng.choice(weights, p=weights / weights.sum()))
+# --- training ---------------------------------------------------------------------------------
 
 
-def prompt_words(chain: str, slots: int) -> list[str]:
-    """What the chat template of the shipped tokenizer makes of a chain."""
-    ops = chain.split()
-    return ["<bos>", *ops, *["."] * (slots - len(ops)), "="]
-
-
-def train(config: PretrainConfig) -> tuple[Transformer, int]:
-    model = new_model(config)
+def train(config: PretrainConfig, words: Words) -> tuple[Transformer, int]:
+    model = new_model(config, len(words.words))
     rng = np.random.default_rng([config.seed, 1])
     matrices = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-                                  lr=config.lr, betas=(0.9, 0.98))
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
     longest, in_head, grown_at, step = 1, 0.0, None, 0
     with tqdm(desc="pretrain", unit="step", dynamic_ncols=True) as bar:
         while grown_at is None or step < grown_at + config.steps_after:
-            left = 1.0 if grown_at is None else (grown_at + config.steps_after - step) / config.steps_after
+            left = 1.0 if grown_at is None else 1 - (step - grown_at) / config.steps_after
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1, (step + 1) / config.warmup) * max(0.02, min(1.0, 2 * left))
-            batch = draw_batch(rng, config, longest)
-            loss, final, hits = losses(model, *batch, config.deep_weight, config.scaffold if grown_at is None else 0.0)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+                warm = min(1, (step + 1) / config.warmup)
+                group["lr"] = config.lr * warm * max(0.02, min(1.0, 2 * left))
+            rows = draw_rows(rng, config, words, longest)
+            loss, hits = train_step(
+                model, optimizer, rows, config, words, longest, grown_at is None
+            )
             step += 1
-            if len(hits):
-                in_head += 0.05 * (hits.float().mean().item() - in_head)
+            for hit in hits:
+                in_head += (hit - in_head) * 0.05 / len(hits)
             if grown_at is None and in_head > config.threshold:
-                longest, in_head = longest + 1, 0.0
-                if longest > LONGEST_CHAIN:
-                    longest, grown_at = LONGEST_CHAIN, step
+                if longest == words.task.longest:
+                    grown_at = step
+                else:
+                    longest, in_head = longest + 1, 0.0
             if grown_at is None and step >= config.max_steps:
-                raise UserError(f"pretrain: chains stopped growing at {longest} operations after {step} steps; try another seed")
+                raise UserError(
+                    f"pretrain: chains have only grown to {longest} operations after {step} steps; "
+                    "try another seed"
+                )
             bar.total = None if grown_at is None else grown_at + config.steps_after
-            bar.set_postfix(longest=longest, in_head=f"{in_head:.2f}", loss=f"{final.item():.3f}", refresh=False)
+            bar.set_postfix(
+                longest=longest, in_head=f"{in_head:.2f}", loss=f"{loss:.3f}", refresh=False
+            )
             bar.update()
     return model, step
 
 
-class Watch:
-    """A `stop` that keeps the residuals at some places [n] of B*T after every block, and freezes others after the first."""
+def train_step(
+    model, optimizer, rows, config, words, longest, growing
+) -> tuple[float, list[float]]:
+    """One update -> loss of the response, and for each terse longest chain: was it answered?"""
+    rows.sort(key=lambda row: len(row[1]) + len(row[2]))  # rows of like length: little padding
+    half = len(rows) // 2
+    tokens = sum(len(response) for *_, response in rows)
+    loss, hits = 0.0, []
+    for part in (rows[:half], rows[half:]):
+        batch = make_batch(part, words, longest)
+        share = sum(len(response) for *_, response in part) / tokens
+        whole, final, hit = losses(model, batch, config, growing)
+        (whole * share).backward()
+        loss, hits = loss + final.item() * share, hits + hit.tolist()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, hits
 
-    def __init__(self, model: Transformer, at: torch.Tensor, frozen: torch.Tensor):
-        self.layers, self.seen = range(1, model.full_depth), []
-        self.at, self.frozen = at, frozen.view(-1)
 
-    def __call__(self, depth: int, h: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor | None:
-        self.seen.append(h[self.at if index is None else torch.searchsorted(index, self.at)])
-        return self.frozen if depth == 1 and self.frozen.any() else None
-
-
-def losses(model: Transformer, ids, targets, scaffold, probes, frozen, deep_weight: float, scaffold_weight: float):
-    """-> (whole loss, loss of the last readout, for each probe: was the answer right at full depth)."""
-    at = (targets >= 0).view(-1).nonzero().view(-1)
-    goal = targets.view(-1)[at]
-    watch = Watch(model, at, frozen)
-    run = model.run(ids, stop=watch)
-    final = F.cross_entropy(model.readout(run.hidden.flatten(0, 1)[at]), goal)
-    early = [F.cross_entropy(model.readout(h), goal) for h in watch.seen]
-    rows = (probes >= 0).nonzero().view(-1)
+def losses(
+    model: Transformer, batch: Batch, config: PretrainConfig, growing: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the whole loss, the loss of the response, which of batch.in_head are right."""
+    at = (batch.targets >= 0).view(-1).nonzero().view(-1)
+    goal = batch.targets.view(-1)[at]
+    watch = Watch(range(1, model.full_depth) if config.deep_weight else ())
+    hidden = model.run(batch.ids, stop=watch).hidden
+    final = F.cross_entropy(model.readout(hidden.flatten(0, 1)[at]), goal)
+    whole = final
+    if config.deep_weight:
+        early = [F.cross_entropy(model.readout(h[at]), goal) for h in watch.seen.values()]
+        whole = whole + config.deep_weight * sum(early) / len(early)
+    if growing:
+        inside = batch.values >= 0
+        values = F.cross_entropy(model.readout(hidden[inside]), batch.values[inside])
+        whole = whole + config.scaffold * values
+    rows = (batch.in_head >= 0).nonzero().view(-1)
     with torch.no_grad():
-        guesses = model.readout(run.hidden[rows, probes[rows]]).argmax(-1)
-    props = F.cross_entropy(model.readout(run.hidden[scaffold >= 0]), scaffold[scaffold >= 0]) if scaffold_weight else 0.0
-    return final + deep_weight * sum(early) / len(early) + scaffold_weight * props, final, guesses == targets[rows, probes[rows]]
+        guesses = model.readout(hidden[rows, batch.in_head[rows]]).argmax(-1)
+    return whole, final, (guesses == batch.targets[rows, batch.in_head[rows]]).float()
 
 
-def evaluate(model: Transformer, config: PretrainConfig, count: int = 2000) -> dict:
-    """Held-out chains: sampled accuracy, and in the head (forced terse, greedy) by number of operations."""
-    source = (p for p in clock_prompts([config.seed, 2]) if is_held_out(p.prompt))
-    prompts = [next(source) for _ in range(count)]
-    words = [[ID[w] for w in prompt_words(p.prompt, config.slots)] for p in prompts]
-    sampled = generate(model, words, max_new_tokens=12, stop_ids=[EOS], seed=config.seed)
-    right = [check_clock(p, text(g.tokens)).correct for p, g in zip(prompts, sampled)]
-    terse = generate(model, [w + [THINK, DONE] for w in words], max_new_tokens=1, temperature=0, stop_ids=[])
+# --- what came of it --------------------------------------------------------------------------
+
+
+def evaluate(model: Transformer, config: PretrainConfig, words: Words, count: int = 2000) -> dict:
+    """Held-out chains: sampled accuracy; greedy in the head, by operations; shares of styles."""
+    task, rng = words.task, np.random.default_rng([config.seed, 2])
+    source = task.prompts(rng, 1, task.longest)
+    prompts: list[Prompt] = []
+    while len(prompts) < count:
+        prompt = next(source)
+        if is_held_out(prompt.prompt):
+            prompts.append(prompt)
+    ids = [words.prompt(p.prompt) for p in prompts]
+    settings = Sampling(stop_ids=[EOS])
+    sampled = generate(model, ids, "full", 24, 1.0, config.seed, settings)
+    verdicts = [task.verify(p, words.text(g.tokens)) for p, g in zip(prompts, sampled)]
+    terse = [[*row, THINK, DONE] for row in ids]
+    answers = generate(model, terse, "full", 1, 0, settings=Sampling(stop_ids=[]))
     in_head: dict[int, list[bool]] = {}
-    for p, g in zip(prompts, terse):
-        in_head.setdefault(len(clock_values(p.prompt)), []).append(WORDS[g.tokens[0]] == p.answer)
-    written = [len(split_response(text(g.tokens))[0].split()) / len(clock_values(p.prompt)) for p, g in zip(prompts, sampled)]
-    return {"accuracy": float(np.mean(right)), "in_head": {k: round(float(np.mean(v)), 4) for k, v in sorted(in_head.items())},
-            "terse": float(np.mean([w == 0 for w in written])), "full": float(np.mean([w == 1 for w in written]))}
+    for p, g in zip(prompts, answers):
+        right = words.words[g.tokens[0]] == p.answer
+        in_head.setdefault(len(task.steps(p)), []).append(right)
+    written = [v.claimed / len(v.steps) for v in verdicts]
+    return {
+        "accuracy": float(np.mean([v.correct for v in verdicts])),
+        "in_head": {k: round(float(np.mean(v)), 4) for k, v in sorted(in_head.items())},
+        "terse": float(np.mean([w == 0 for w in written])),
+        "full": float(np.mean([w == 1 for w in written])),
+    }
 
 
-def text(tokens: list[int]) -> str:
-    return " ".join(WORDS[t] for t in tokens if t != EOS)
+def save(
+    model, out: Path, config: PretrainConfig, words: Words, figures: dict, commit: str
+) -> None:
+    """A folder like any public model's.
 
-
-def save(model: Transformer, out: Path, config: PretrainConfig, figures: dict, commit: str) -> None:
-    """A folder like any public model's. It is declared as a Llama with attention biases, that of o_proj being 0: the same function,
-    and AutoTokenizer leaves our tokenizer alone (for a Qwen2 it puts Qwen2's own splitting into words in its place)."""
+    It is declared as a Llama with attention biases, that of o_proj being 0: the same function, and
+    AutoTokenizer leaves our tokenizer alone (a Qwen2 would get Qwen2's splitting into words).
+    """
     out.mkdir(parents=True, exist_ok=True)
     s = model.shape
-    metadata = {"format": "pt", "made_by": "python scripts/pretrain_tiny.py", "commit": commit, "seed": str(config.seed),
-                "figures": json.dumps(figures), "torch": torch.__version__}
-    tensors = {n: p.detach().contiguous() for n, p in model.named_parameters()}
-    tensors |= {f"model.layers.{i}.self_attn.o_proj.bias": torch.zeros(s.width) for i in range(s.blocks)}
+    metadata = {"format": "pt", "made_by": "scripts/pretrain_tiny.py", "commit": commit}
+    metadata |= {"recipe": json.dumps(dataclasses.asdict(config)), "figures": json.dumps(figures)}
+    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    for i in range(s.blocks):
+        tensors[f"model.layers.{i}.self_attn.o_proj.bias"] = torch.zeros(s.width)
     save_file(tensors, out / "model.safetensors", metadata)
-    files = {
-        "config.json": {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": True, "mlp_bias": False, "vocab_size": s.vocab, "hidden_size": s.width,
-            "intermediate_size": s.ffn, "num_hidden_layers": s.blocks, "num_attention_heads": s.heads,
-            "num_key_value_heads": s.kv_heads, "hidden_act": "silu", "max_position_embeddings": s.max_positions,
-            "rms_norm_eps": s.norm_eps, "rope_theta": s.rope_theta, "tie_word_embeddings": True,
-            "attention_dropout": 0.0, "bos_token_id": BOS, "eos_token_id": EOS, "torch_dtype": "float32",
-        },
-        "generation_config.json": {"bos_token_id": BOS, "eos_token_id": EOS, "do_sample": True, "temperature": 1.0},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>",
-            "add_bos_token": False, "clean_up_tokenization_spaces": False, "model_max_length": s.max_positions,
-            "chat_template": CHAT_TEMPLATE.replace("SLOTS", str(config.slots)),
-        },
-    }
+    files = {"config.json": model_config(s), "tokenizer_config.json": tokenizer_config(words)}
+    files["generation_config.json"] = {"bos_token_id": BOS, "eos_token_id": EOS}
     for name, content in files.items():
-        (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    make_tokenizer().save(str(out / "tokenizer.json"))
-
-
-def make_tokenizer() -> tokenizers.Tokenizer:
-    """One word, one token. '7+3*9' is read like '7 +3 *9'."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ID, unk_token="."))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.WhitespaceSplit(),
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[+*]?\d|[.=]"), "isolated"),
-    ])
+        write_text(out / name, json.dumps(content, indent=2) + "\n")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words.ids, unk_token="."))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<bos>", "<eos>"])
-    tokenizer.add_tokens([tokenizers.AddedToken("<think>", normalized=False), tokenizers.AddedToken("</think>", normalized=False)])
-    return tokenizer
+    tokenizer.save(str(out / "tokenizer.json"))
+
+
+def model_config(s: Shape) -> dict:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": True,
+        "mlp_bias": False,
+        "vocab_size": s.vocab,
+        "hidden_size": s.width,
+        "intermediate_size": s.ffn,
+        "num_hidden_layers": s.blocks,
+        "num_attention_heads": s.heads,
+        "num_key_value_heads": s.kv_heads,
+        "head_dim": s.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": s.max_positions,
+        "rms_norm_eps": s.norm_eps,
+        "rope_theta": s.rope_theta,
+        "tie_word_embeddings": True,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "torch_dtype": "float32",
+    }
+
+
+def tokenizer_config(words: Words) -> dict:
+    first = sorted({operation[0] for operation in words.task.operations})
+    spaced = "".join(f".replace('{c}', ' {c}')" for c in first)
+    example = " ".join(["7", *words.task.operations[2::7]])
+    template = TEMPLATE.replace("SPACED", spaced).replace("KNOWN", str(words.task.words))
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<eos>",
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 64,
+        "chat_template": template.replace("EXAMPLE", example).replace("SLOTS", str(words.slots)),
+    }
 
 
 if __name__ == "__main__":

@@ -1,27 +1,29 @@
-"""Write a few responses, each token coloured by the depth it used, with a summary line.
+"""Let a model write, and show the depth of every token.
 
-    python scripts/sample.py                                     the tiny reasoner of the repository, a few prompts of its own
-    python scripts/sample.py "7 +3 *9" --adapter runs/tiny-sft   a student, on your prompt
-    python scripts/sample.py "Why is the sky blue?" --model Qwen/Qwen3-0.6B --policy full
+python scripts/sample.py                                  the tiny reasoner that is shipped
+python scripts/sample.py "7 +3 *9" --adapter runs/tiny-sft
+python scripts/sample.py "Why is the sky blue?" --model HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _path  # noqa: F401
+import numpy as np
+import yaml
 
 from nanoexit.adapters import adapter_base, load_adapter
-from nanoexit.colors import legend, paint
-from nanoexit.config import Config
-from nanoexit.data import load_prompts
-from nanoexit.errors import UserError, run_script
-from nanoexit.responses import Response, read_response, show_response
-from nanoexit.exits import POLICIES
-from nanoexit.generate import generate
+from nanoexit.config import Config, UserError, printable, run_script
+from nanoexit.exits import POLICIES, check_cap, parse_policy
+from nanoexit.figures import legend, paint
+from nanoexit.generate import Sampling, generate
+from nanoexit.model import Transformer
 from nanoexit.report import write_page
-from nanoexit.tasks import Prompt, clock_values
+from nanoexit.tasks import TASKS, Prompt, Response, load_prompts
+from nanoexit.teacher import read_response, show_response
 from nanoexit.tokenizer import Tokenizer, load_tokenizer
 from nanoexit.weights import load_model
 
@@ -29,86 +31,125 @@ TINY = "data/tiny"
 
 
 def main() -> None:
-    args = command_line()
-    name = args.model or (adapter_base(args.adapter) if args.adapter else TINY)
-    model = load_model(name, args.device, args.dtype)
-    tokenizer = load_tokenizer(name)
+    args = arguments()
+    parse_policy(args.policy or "full")
+    variables = template_variables(args.template)
+    name, revision = args.model, None
+    if name is None:
+        name, revision = adapter_base(args.adapter) if args.adapter else (TINY, None)
+    model = load_model(name, args.device, args.dtype, revision)
+    tokenizer = load_tokenizer(name, revision)
     if args.adapter:
         load_adapter(model, args.adapter)
+    check_cap(model, args.cap)
+    model.cap = args.cap or model.cap
     policy = args.policy or ("head" if model.exits is not None else "full")
     prompts = own_prompts(args.prompt)
-    ids = [tokenizer.prompt_ids(p.prompt) for p in prompts]
-    room = model.shape.max_positions - max(map(len, ids))
-    written = generate(model, ids, policy, max(1, min(args.max_new_tokens, room)), args.temperature, args.top_p, args.top_k, args.seed,
-                       prompt_exits=args.prompt_exits)
+    ids = [tokenizer.prompt_ids(p.prompt, p.system, **variables) for p in prompts]
+    room = max(1, model.shape.max_positions - max(map(len, ids)))
+    settings = Sampling(args.top_p, args.top_k)
+    most = min(args.max_new_tokens, room)
+    written = generate(model, ids, policy, most, args.temperature, args.seed, settings)
     responses = [read_response(tokenizer, *row) for row in zip(prompts, ids, written)]
-    shown = [show_response(model, tokenizer, r, policy) for r in responses] if args.json or args.html else []
+    if args.html or args.json:
+        shown = [show_response(model, tokenizer, r, policy) for r in responses]
     if args.html:
         write_page(Path(args.html), f"{Path(name).name}, policy {policy}", shown)
-    if args.json:
-        print("\n".join(json.dumps(row, ensure_ascii=False) for row in shown))
-    else:
-        show(responses, tokenizer, model, name, policy)
-    if args.html:
         print(f"page written to {args.html}", file=sys.stderr)
+    if args.json:
+        print("\n".join(json.dumps(row) for row in shown))
+    else:
+        show(responses, tokenizer, model, policy)
 
 
-def command_line() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompt", nargs="?", help="default: a few prompts of the tiny reasoner's own task")
-    parser.add_argument("--model", help=f"a folder or the id of a model on the hub (default: the adapter's base, else {TINY})")
-    parser.add_argument("--adapter", metavar="RUN_DIR", help="a run whose adapters and exit heads to use")
-    parser.add_argument("--policy", help=f"{' | '.join(POLICIES)} (default: head where there are heads, else full)")
-    parser.add_argument("--prompt-exits", default="full", help="depth of prompt tokens: full | limit:D | head")
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 takes the most likely token (default 0.6)")
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--max-new-tokens", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | mps")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--html", metavar="FILE", help="also write a page on which every token tells its depth and alternatives")
-    parser.add_argument("--json", action="store_true", help="one JSON object a response instead of text")
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("prompt", nargs="?", help="default: a few chains of the tiny reasoner's own task")
+    add("--model", help=f"a folder or hub id (default: the adapter's base, else {TINY})")
+    add("--adapter", metavar="RUN_DIR", help="a run whose adapters and exit heads to use")
+    add("--policy", help=f"{' | '.join(POLICIES)} (default: head, or full without heads)")
+    add("--cap", type=int, metavar="D", help="largest depth of any token, the prompt's included")
+    add("--temperature", type=float, default=0.6, help="0 takes the likeliest token (default 0.6)")
+    add("--top-p", type=float, default=0.95)
+    add("--top-k", type=int, default=0)
+    add("--max-new-tokens", type=int, default=400)
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto | cpu | cuda | mps")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--template", metavar="NAME=VALUE", action="append", default=[], help="template variable")
+    add("--html", metavar="FILE", help="also write a page with the depth of every token")
+    add("--json", action="store_true", help="one JSON object a response instead of text")
     args = parser.parse_args()
-    for flag, low, high in (("temperature", 0, 100), ("top_p", 0.01, 1), ("top_k", 0, 10**9), ("max_new_tokens", 1, 10**9), ("seed", 0, 2**63)):
-        if not low <= getattr(args, flag) <= high:
-            raise UserError(f"--{flag.replace('_', '-')}: {getattr(args, flag)} is out of range, expected {low} to {high}")
+    ranges = {"temperature": (0, 1e6), "top_p": (1e-9, 1), "top_k": (0, math.inf)}
+    ranges |= {"max_new_tokens": (1, math.inf), "seed": (0, 2**63 - 1)}
+    for flag, (low, high) in ranges.items():
+        value = getattr(args, flag)
+        if not low <= value <= high:
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name}: expected {low:g} to {high:g}, found {value}")
     return args
 
 
-def own_prompts(text: str | None) -> list[Prompt]:
-    """The user's prompt, with its answer where it is a clock chain; else a chain of each length."""
-    if text is not None:
+def template_variables(pairs: list[str]) -> dict:
+    """["enable_thinking=false"] -> {"enable_thinking": False}."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--template {pair}: expected NAME=VALUE")
         try:
-            return [Prompt("yours", text, str(clock_values(text)[-1]), checker="clock")]
-        except UserError:
-            return [Prompt("yours", text)]
-    chains = load_prompts(Config().data, "held_out", 200)
-    return [next(p for p in chains if len(clock_values(p.prompt)) == k) for k in (2, 4, 6)]
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--template {pair}: the value is not YAML") from None
+    return found
 
 
-def show(responses: list[Response], tokenizer: Tokenizer, model, name: str, policy: str) -> None:
+def own_prompts(text: str | None) -> list[Prompt]:
+    """The user's prompt, with its answer if it is a chain; else chains of two, four and six."""
+    if text is None:
+        chains = load_prompts(Config().data, "held_out", 200)
+        return [next(p for p in chains if p.group.startswith(k)) for k in "246"]
+    clock = TASKS["clock"]
+    try:
+        answer = clock.target(Prompt("yours", text))
+    except UserError:
+        return [Prompt("yours", text)]
+    return [Prompt("yours", text, answer, checker=clock.name)]
+
+
+def show(responses: list[Response], tokenizer: Tokenizer, model: Transformer, policy: str) -> None:
+    """Print every response, each token in the colour of its depth, and one line of figures."""
     if not tokenizer.has_template:
+        name = printable(model.name)
         print(f"{name} has no chat template: the plain prompt is continued", file=sys.stderr)
     for r in responses:
         g = r.generation
-        pieces = tokenizer.pieces(r.prompt_ids[-1:] + g.tokens)[1:]  # with the prompt's end before it, a first space is kept
-        shown = len(pieces) - (g.finish == "stop")
-        print(tokenizer.decode(r.prompt_ids, skip_special=True) + paint(pieces[:shown], g.depths[:shown], model.full_depth, sys.stdout))
-    layers = [] if model.exits is None else model.exits.layers
+        # with the prompt's last token before it, a first space is kept
+        pieces = tokenizer.pieces(r.prompt_ids[-1:] + g.tokens)[1:]
+        n = len(pieces) - (g.finish == "stop")
+        prompt = printable(tokenizer.decode(r.prompt_ids, skip_special=True))
+        print(prompt + paint(pieces[:n], g.depths[:n], model.full_depth, sys.stdout))
+    layers = () if model.exits is None else model.exits.layers
     if colours := legend(layers, model.full_depth, sys.stdout):
         print(colours)
     print(summary(responses, model.full_depth, policy))
 
 
 def summary(responses: list[Response], full_depth: int, policy: str) -> str:
-    """One line: tokens, mean depth, layers skipped, how many are right."""
-    depths = [d for r in responses for d in r.depths]
-    mean = sum(depths) / len(depths)
+    """One line: tokens, mean depth, the deepest token of a response on average, right answers."""
+    depths = [r.generation.depths for r in responses]
+    mean = np.mean([d for row in depths for d in row])
+    deepest = np.mean([max(row) for row in depths])
+    parts = [f"policy {policy}", f"{sum(map(len, depths))} tokens"]
+    parts.append(f"mean depth {mean:.2f} of {full_depth} ({mean / full_depth:.0%} of layers run)")
+    parts.append(f"deepest token {deepest:.1f}")
     checked = [r.verdict.correct for r in responses if r.prompt.checker != "none"]
-    right = f" · {sum(checked)} of {len(checked)} correct" if checked else ""
-    tokens = sum(len(r.generation.tokens) for r in responses)
-    return f"policy {policy} · {tokens} tokens · mean depth {mean:.2f} of {full_depth} · {1 - mean / full_depth:.0%} of layers skipped{right}"
+    if checked:
+        parts.append(f"{sum(checked)} of {len(checked)} correct")
+    return " · ".join(parts)
 
 
 if __name__ == "__main__":

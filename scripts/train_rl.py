@@ -1,44 +1,53 @@
 """REINFORCE: charge a student for depth, and it moves its reasoning into what it writes.
 
-    python scripts/train_rl.py configs/tiny_rl.yaml                     (a minute or two, on a laptop)
-    python scripts/train_rl.py configs/tiny_rl.yaml rl.depth_weight=0   the same without the charge
+    python scripts/train_rl.py configs/tiny_rl.yaml
+    python scripts/train_rl.py configs/tiny_rl.yaml rl.depth_weight=0    the same without the charge
 
-Starts from the run in run.init; where there is none yet, that SFT run is made first. --resume goes on with an interrupted run.
+Starts from the run in run.init; if there is none yet, that SFT run is made first. --resume
+continues an interrupted run.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _path  # noqa: F401
 
-from nanoexit import reinforce, sft
-from nanoexit.adapters import save_adapter
-from nanoexit.config import load_config, parser
-from nanoexit.errors import UserError, run_script
+from nanoexit.config import Config, UserError, command_line, load_config, run_script
 from nanoexit.evaluate import evaluate_run, table
-from nanoexit.training import is_main, load_student, processes, start_run
+from nanoexit.reinforce import run_reinforce
+from nanoexit.sft import run_sft
+from nanoexit.training import check, is_main, load_student, processes, run_directory
 
 
 def main() -> None:
-    args = parser(__doc__, resume=True).parse_intermixed_args()
+    args = command_line(__doc__, resume=True).parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     if not config.run.init:
-        raise UserError(f"{args.config}: run.init: REINFORCE starts from an SFT run: name one, such as runs/tiny-sft")
+        raise UserError(
+            f"{args.config}: run.init: name the SFT run to start from, as runs/tiny-sft"
+        )
+    check(config, args.resume, reinforce=True)
     with processes(config):
         if not (Path(config.run.init) / "adapter" / "nanoexit.json").is_file():
-            first = replace(config, run=replace(config.run, dir=config.run.init, init=None))
-            sft.run(first, resume=(Path(first.run.dir) / "checkpoint").is_dir())
+            make_start(replace(config, run=replace(config.run, dir=config.run.init, init=None)))
         model, tokenizer = load_student(config)
-        folder = start_run(config, args.resume)
-        reinforce.train(model, tokenizer, config, folder)
-        if not is_main():
-            return
-        save_adapter(model, folder / "adapter")
-        rows = evaluate_run(model, tokenizer, config, folder)
+        with run_directory(config, args.resume) as folder:
+            run_reinforce(model, tokenizer, config, folder)
+            if not is_main():
+                return
+            rows = evaluate_run(model, tokenizer, config, folder)
     print(f"\n{table(rows)}\n\nThe run is in {folder}. Next:")
     print(f"  python scripts/sample.py --adapter {folder}    shows what it writes now")
-    print(f"  python scripts/report.py {config.run.init} {folder}    shows before and after side by side")
+    print(f"  python scripts/report.py {config.run.init} {folder}    before and after side by side")
+
+
+def make_start(config: Config) -> None:
+    """The SFT run that REINFORCE starts from; an interrupted one is continued."""
+    resume = (Path(config.run.dir) / "checkpoint").is_dir()
+    check(config, resume)
+    model, tokenizer = load_student(config)
+    with run_directory(config, resume) as folder:
+        run_sft(model, tokenizer, config, folder)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,33 @@
-"""The main job: the base model writes traces, a student with exits and adapters learns them while spending less depth.
+"""The main job: the base writes traces; a student with exits and adapters learns them.
 
-    python scripts/train_sft.py configs/tiny.yaml                                    (minutes, on a laptop)
-    torchrun --nproc-per-node 2 scripts/train_sft.py configs/tiny.yaml run.dir=runs/two    (the same, by two processes)
+    python scripts/train_sft.py configs/tiny.yaml                     minutes, on a laptop
+    torchrun --nproc-per-node 2 scripts/train_sft.py configs/tiny.yaml run.dir=runs/two
 
-Traces that are missing are written first. --resume goes on with an interrupted run, to the same weights.
+Missing traces are written first. --resume continues an interrupted run, to the same weights.
 """
 
-import sys
-from pathlib import Path
+import _path  # noqa: F401
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from nanoexit import sft
-from nanoexit.config import load_config, parser
-from nanoexit.errors import run_script
+from nanoexit.config import command_line, load_config, run_script
 from nanoexit.evaluate import evaluate_run, table
-from nanoexit.training import is_main, processes
+from nanoexit.sft import run_sft
+from nanoexit.training import check, is_main, load_student, processes, run_directory
 
 
 def main() -> None:
-    args = parser(__doc__, resume=True).parse_intermixed_args()
+    args = command_line(__doc__, resume=True).parse_intermixed_args()
     config = load_config(args.config, args.overrides)
+    check(config, args.resume)
     with processes(config):
-        model, tokenizer, folder = sft.run(config, args.resume)
-        if not is_main():
-            return
-        rows = evaluate_run(model, tokenizer, config, folder)
+        model, tokenizer = load_student(config)
+        with run_directory(config, args.resume) as folder:
+            run_sft(model, tokenizer, config, folder)
+            if not is_main():
+                return
+            rows = evaluate_run(model, tokenizer, config, folder)
     print(f"\n{table(rows)}\n\nThe run is in {folder}. Next:")
-    print(f"  python scripts/sample.py --adapter {folder}    shows the student, each token with the depth it used")
-    print(f"  python scripts/report.py {folder}    draws training and responses on one page")
+    print(f"  python scripts/sample.py --adapter {folder}    every token with the depth it used")
+    print(f"  python scripts/report.py {folder}    training and responses on one page")
 
 
 if __name__ == "__main__":
