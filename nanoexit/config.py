@@ -110,7 +110,7 @@ class SFTConfig:
     steps: int = knob(200, "optimizer steps", low=1)
     batch_size: int = knob(8, "traces a step, over all processes", low=1)
     micro_batch: int = knob(64, "traces in one forward; smaller needs less memory", low=1)
-    lr: float = knob(1e-4, "peak learning rate of AdamW: warm-up, then a half cosine", low=0)
+    lr: float = knob(1e-4, "peak learning rate of AdamW: warm-up, then a half cosine", 0, 10)
     targets: str = knob(
         "student",
         "whose early readouts set the exit targets: the student's own, or the base's",
@@ -130,7 +130,7 @@ class RLConfig:
     steps: int = knob(60, "optimizer steps, each on one fresh batch of rollouts", low=1)
     prompts: int = knob(16, "prompts a step, over all processes", low=1)
     rollouts: int = knob(16, "rollouts a prompt", low=2)
-    lr: float = knob(1e-3, "learning rate of AdamW (constant)", low=0)
+    lr: float = knob(1e-3, "learning rate of AdamW (constant)", low=0, high=10)
     micro_batch: int = knob(256, "rollouts in one forward; smaller needs less memory", low=1)
     kl_weight: float = knob(0.0, "beta: cost of a nat of KL to the teacher, mean a token", low=0)
     depth_weight: float = knob(1.0, "lambda: cost of depth, in units of L", low=0)
@@ -270,7 +270,7 @@ def _parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise UserError(f"{where}:{at} is not YAML: {problem}") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits; 10,000 brackets
         raise UserError(f"{where} cannot be read as YAML: {error}") from None

@@ -1,12 +1,27 @@
-"""Config: every mistake of a user's is one line that names file, key, what was given and what is allowed."""
+"""Config: every mistake is one line that names file, key, what was found and what is allowed."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from nanoexit.config import ROOT, Config, describe, load_config, to_yaml
-from nanoexit.errors import UserError
+from nanoexit.config import (
+    ROOT,
+    Config,
+    UserError,
+    describe,
+    load_config,
+    parse_json,
+    printable,
+    read_text,
+    replace,
+    rounded,
+    to_yaml,
+    write_text,
+)
 
 
 def written(tmp_path, text: str) -> str:
@@ -15,37 +30,50 @@ def written(tmp_path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("text, says", [
+MISTAKES = [
     ("sft:\n  stepz: 3\n", ["c.yaml", "sft.stepz", "did you mean 'steps'"]),
     ("sfT:\n  steps: 3\n", ["c.yaml", "'sfT'", "did you mean 'sft'"]),
     ("sft:\n  steps: many\n", ["c.yaml", "sft.steps", "'many'", "a whole number"]),
     ("sft:\n  steps: 0\n", ["sft.steps", "0", "at least 1"]),
     ("sft:\n  steps: true\n", ["sft.steps", "True", "a whole number"]),
+    ("sft:\n  steps: 3\n  steps: 4\n", ["c.yaml", "'steps' is given twice"]),
     ("lora:\n  dropout: 1.5\n", ["lora.dropout", "1.5", "from 0 to 0.99"]),
     ("exits:\n  layers: 5\n", ["exits.layers", "5", "a list"]),
     ("exits:\n  layers: [1, x]\n", ["exits.layers", "'x'"]),
-    ("exits:\n  head: liner\n", ["exits.head", "'liner'", "linear, mlp", "did you mean 'linear'"]),
+    ("exits:\n  head: liner\n", ["exits.head", "linear, mlp", "did you mean 'linear'"]),
+    ("data:\n  template: 3\n", ["data.template", "a mapping"]),
+    ("run:\n  seed: 99999999999999999999\n", ["run.seed", "out of range"]),
     ("sft: 3\n", ["sft", "a mapping", "3"]),
     ("sft:\n  lr: .inf\n", ["sft.lr", "inf"]),
+    ("rl:\n  lr: 1.0e+30\n", ["rl.lr", "1e+30", "from 0 to"]),
     ("model: [\n", ["c.yaml", "line 2", "not YAML"]),
     ("model: !!python/object/apply:os.system ['true']\n", ["c.yaml", "not YAML"]),
-])
+    ("run:\n  seed: 1" + "0" * 5000 + "\n", ["c.yaml", "cannot be read"]),
+    ("[" * 10000, ["c.yaml", "cannot be read"]),
+    ("model:\n  name: \x1b[2J\n", ["c.yaml", "not YAML"]),
+]
+
+
+@pytest.mark.parametrize("text, says", MISTAKES)
 def test_a_mistake_is_named(tmp_path, text, says):
-    """Catches: an error that leaves out the file, the key, what was found or what is right; a loader that executes (law 7)."""
+    """Catches: an error without file, key, value or remedy; a loader that executes (law 7)."""
     with pytest.raises(UserError) as error:
         load_config(written(tmp_path, text))
     assert all(part in str(error.value) for part in says), error.value
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 def test_numbers_that_yaml_reads_as_text(tmp_path):
-    """Catches: 1e-5, which YAML 1.1 reads as a string, refused or kept as text; and a whole number where a float is due."""
-    config = load_config(written(tmp_path, "sft:\n  lr: 1e-5\n  grad_clip: 1\n"), ["rl.lr=3e-4", "exits.layers=[2, 3]", "model.revision=abc"])
-    assert (config.sft.lr, config.sft.grad_clip, config.rl.lr, config.exits.layers) == (1e-5, 1.0, 3e-4, [2, 3])
-    assert isinstance(config.sft.grad_clip, float) and config.model.revision == "abc"
+    """Catches: 1e-5, a string in YAML 1.1, refused or kept as text; an int where a float is due."""
+    overrides = ["rl.lr=3e-4", "exits.layers=[2, 3]", "model.revision=abc", "exits.cap=null"]
+    config = load_config(written(tmp_path, "sft:\n  lr: 1e-5\nlora:\n  alpha: 1\n"), overrides)
+    assert (config.sft.lr, config.rl.lr, config.exits.layers) == (1e-5, 3e-4, [2, 3])
+    assert isinstance(config.lora.alpha, float) and config.model.revision == "abc"
 
 
-@pytest.mark.parametrize("override", ["sft.steps", "=3", "sft.steps=x", "sft.step=3", "steps=3", "sft.steps=[", "sft=3"])
+@pytest.mark.parametrize(
+    "override", ["sft.steps", "=3", "sft.steps=x", "sft.step=3", "sft.steps=["]
+)
 def test_a_broken_override_is_named(tmp_path, override):
     """Catches: an override that is silently ignored."""
     with pytest.raises(UserError, match="override"):
@@ -53,10 +81,11 @@ def test_a_broken_override_is_named(tmp_path, override):
 
 
 def test_what_is_written_reads_back_the_same(tmp_path):
-    """Catches: a default list shared by two configs, or a value that to_yaml writes and load_config refuses."""
-    config = load_config(written(tmp_path, ""), ["exits.layers=[3]", "sft.lr=1e-7"])
+    """Catches: a default shared by two configs; a value that to_yaml writes and load_config refuses."""
+    overrides = ["exits.layers=[3]", "sft.lr=1e-7", "data.template={enable_thinking: false}"]
+    config = load_config(written(tmp_path, ""), overrides)
     assert load_config(written(tmp_path, to_yaml(config))) == config
-    assert Config().exits.layers == [1]
+    assert Config().exits.layers == [1] and Config().data.template == {}
 
 
 def test_every_shipped_config_loads_and_every_knob_is_documented():
@@ -64,37 +93,113 @@ def test_every_shipped_config_loads_and_every_knob_is_documented():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         if "pretrain" not in path.name:
             load_config(path)
-    assert "sft.kl_weight = 1.0\n      weight of the divergence" in describe()
+    assert "exits.cap = null\n      largest depth of any token" in describe()
 
 
-@pytest.mark.parametrize("name, vocabulary", [("deepseek", 151_936), ("qwen3", 151_936), ("llama3", 128_256), ("smollm2", 49_152)])
-def test_the_logits_of_a_chunk_stay_small(name, vocabulary):
-    """Catches: a default meant for small vocabularies: of 1,024 x 151,936 float32 logits (0.6 GB) losses hold half a dozen at once."""
-    assert load_config(ROOT / "configs" / f"{name}.yaml").sft.chunk * vocabulary * 4 < 100e6
+SCRIPTS = [
+    ("train_sft", ["configs/none.yaml"], "configs/none.yaml: no such file"),
+    ("train_sft", ["configs/tiny.yaml", "sft.stpes=3"], "unknown key 'sft.stpes'; did you mean"),
+    ("train_sft", ["configs/tiny.yaml", "exits.layers=[3, 9]"], "exits.layers: 9 is not between"),
+    ("train_sft", ["configs/tiny.yaml", "exits.cap=9"], "exits.cap: expected a depth from 1 to 8"),
+    ("train_sft", ["configs/tiny.yaml", "model.name=no/such/folder"], "no/such/folder"),
+    ("train_sft", ["configs/tiny.yaml", "data.prompts=nothing.jsonl"], "nothing.jsonl"),
+    ("train_sft", ["configs/tiny.yaml", "data.checker=clok"], "clok"),
+    ("train_sft", ["configs/tiny.yaml", "data.held_out=0"], "held-out"),
+    ("train_sft", ["configs/tiny.yaml", "evaluate.policies=[haed]"], "evaluate.policies: policy"),
+    ("train_sft", ["configs/tiny.yaml", "judge.kind=api"], "judge.base_url"),
+    ("train_sft", ["configs/tiny.yaml", "run.wandb=true"], "wandb is not installed"),
+    ("train_sft", ["configs/tiny.yaml", "--resume"], "holds no run"),
+    ("train_rl", ["configs/tiny_rl.yaml", "generation.top_p=0.9"], "generation.top_p is 0.9"),
+    ("train_rl", ["configs/tiny_rl.yaml", "run.init=null"], "run.init: name the SFT run"),
+    ("evaluate", ["configs/tiny.yaml", "evaluate.policies=[fixed:x]"], "evaluate.policies"),
+]
 
 
-def test_deepseek_is_the_setting_it_says():
-    """Catches: the config that is rehearsed, and named in the README, drifting away from the published setting."""
-    c = load_config(ROOT / "configs" / "deepseek.yaml")
-    assert c.exits.layers == [5, 10, 15, 20, 25] and c.generation.max_new_tokens == 400 and c.sft.samples_per_trace > 1
-    assert (c.lora.r, c.lora.alpha, c.lora.dropout, c.lora.targets) == (8, 16, 0.05, ["q_proj", "k_proj", "v_proj", "o_proj"])
-    assert (c.generation.temperature, c.generation.top_p, c.data.prompts, c.data.system) == (0.6, 0.95, "data/reasoning.jsonl", None)
-
-
-@pytest.mark.parametrize("arguments, says", [
-    (["configs/none.yaml"], "configs/none.yaml: no such file"),
-    (["configs/tiny.yaml", "sft.stpes=3"], "unknown key 'sft.stpes'; did you mean 'steps'?"),
-    (["configs/tiny.yaml", "exits.layers=[3, 9]"], "exits.layers: 9 is not an exit depth of this model: it has 8 blocks"),
-    (["configs/tiny.yaml", "model.name=no/such/folder/at/all"], "no/such/folder/at/all"),
-    (["configs/tiny.yaml", "data.prompts=nothing.jsonl"], "nothing.jsonl: no such file"),
-    (["configs/tiny.yaml", "--resume"], "holds no run"),
-])
-def test_a_script_ends_in_one_line_and_code_2(tmp_path, arguments, says):
-    """Catches: a traceback shown to a user, a wrong exit code, a run directory left behind by a run that never was."""
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "train_sft.py", *arguments, f"run.dir={tmp_path}/run"] if "--resume" not in arguments
-                          else [sys.executable, ROOT / "scripts" / "train_sft.py", arguments[0], f"run.dir={tmp_path}/run", "--resume"],
-                          capture_output=True, text=True, cwd=tmp_path)
+@pytest.mark.parametrize("script, arguments, says", SCRIPTS)
+def test_a_mistake_ends_in_one_line_and_code_2_before_any_work(tmp_path, script, arguments, says):
+    """Catches: a traceback shown to a user, a wrong exit code, work or a folder before the check."""
+    command = [
+        sys.executable,
+        ROOT / "scripts" / f"{script}.py",
+        *arguments,
+        f"run.dir={tmp_path}/run",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], done.stderr
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not list(tmp_path.iterdir())
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def test_text_files_in_the_encodings_people_save():
+    """Catches: a BOM read as a character, UTF-16 taken for garbage."""
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path = ROOT / "tests" / f"x-{os.getpid()}.tmp"
+        path.write_bytes("é\n7".encode(encoding))
+        try:
+            assert read_text(path) == "é\n7"
+        finally:
+            path.unlink()
+
+
+def test_latin_1_is_named_with_line_and_byte(tmp_path):
+    """Catches: text read in the wrong encoding, or an error that does not say where."""
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt\ncaf\xe9\n")
+    with pytest.raises(UserError, match=r"a\.csv:2: not UTF-8: byte 0xe9 at offset 10"):
+        read_text(path)
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    """Catches: half a file after an error; a temporary file left; a symlink or device replaced."""
+    path, link = tmp_path / "a.txt", tmp_path / "link"
+    write_text(path, "old")
+    link.symlink_to(path)
+    with pytest.raises(ZeroDivisionError):
+        replace(path, lambda beside: beside.write_text("half") and 1 / 0)
+    write_text(link, "new")
+    assert path.read_text() == "new" and link.is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "link"]
+    for target in (tmp_path, "/dev/null", path / "below"):
+        with pytest.raises(UserError, match="file"):
+            write_text(target if not isinstance(target, str) else tmp_path.joinpath(target), "x")
+
+
+def test_json_is_bounded_and_numbers_that_are_none_become_null():
+    """Catches: recursion without end; NaN written as if it were a number (law 9)."""
+    for text in ("[" * 100000, "1" * 5000, "{", "nul"):
+        with pytest.raises(UserError, match="here"):
+            parse_json(text, "here")
+    assert rounded({"a": [float("nan"), 1 / 3, float("inf")]}) == {"a": [None, 0.333333, None]}
+
+
+def test_no_control_character_reaches_a_terminal():
+    """Catches: text of a model that moves the cursor or changes the colours of an error line."""
+    assert printable("a\x1b[2J\tb\n\x9b\x7fé") == "a\\x1b[2J\tb\n\\x9b\\x7fé"
+
+
+ENDLESS = """
+import _path, time
+from nanoexit.config import run_script
+def main():
+    print("ready", flush=True)
+    time.sleep(60)
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stopped_script_ends_in_one_line(name, code):
+    """Catches: a traceback for Ctrl-C, also twice, or for a scheduler's SIGTERM; a wrong code."""
+    command = [sys.executable, "-c", ENDLESS]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT / "scripts")
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, name))
+    time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == code and len(errors.splitlines()) == 1, errors
