@@ -18,13 +18,15 @@ Sources: stick-breaking as in PonderNet (Banino et al. 2021); `confidence` is th
 """
 
 import contextlib
+import math
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoexit.config import LoRAConfig, UserError, nearest
+from nanoexit.config import LoRAConfig, UserError, nearest, show
 from nanoexit.lora import adapters_off, attach_lora, detach_lora
 from nanoexit.model import Transformer
 
@@ -160,124 +162,79 @@ def sample_depths(chance: Tensor, u: Tensor, layers: Sequence[int], deepest: int
 
 
 class Policy:
-    """Decides which tokens exit. This one, `full`, never does; the others inherit."""
+    """Decides which tokens exit: full, head, fixed, kl or confidence, as parse_policy explains."""
 
-    foresees = False  # True: needs a run to the deepest depth before each token (kl)
+    def __init__(self, name: str = "full", value: float | None = None):
+        self.name, self.value = name, value
 
     def layers(self, model: Transformer) -> tuple[int, ...]:
         """The depths at which it wants to decide."""
-        return ()
+        if self.name == "fixed" and self.value is not None:
+            return (int(self.value),) if self.value < model.deepest else ()
+        if self.name in ("full", "head"):
+            return exit_depths(model) if self.name == "head" else ()
+        return exit_depths(model) or tuple(range(1, model.deepest))
 
-    def exits(self, depth: int, h: Tensor, z: Tensor | None, u: Tensor, at: Tensor) -> Tensor:
-        """Residuals h [n, D], log-odds z [n], noise u [n], places at [n] -> which exit [n] bool."""
-        raise NotImplementedError
+    def exits(self, ask: "Ask", depth: int, h: Tensor, z: Any, u: Tensor, at: Tensor) -> Tensor:
+        """Which of n tokens exit at this depth, [n] bool.
 
-
-class Head(Policy):
-    """Sample the heads. A threshold makes it deterministic: exit if the chance exceeds it."""
-
-    def __init__(self, threshold: float | None = None):
-        self.threshold = threshold
-
-    def layers(self, model: Transformer) -> tuple[int, ...]:
-        return exit_depths(model)
-
-    def exits(self, depth: int, h: Tensor, z: Tensor | None, u: Tensor, at: Tensor) -> Tensor:
-        assert z is not None
+        h [n, D] residuals, z [n] log-odds of the head, u [n] noise, at [n] places in B*T.
+        """
+        if self.name == "fixed":
+            return torch.ones_like(at, dtype=torch.bool)
+        if self.name == "confidence":
+            return ask.model.readout(h).float().softmax(-1).amax(-1) >= (self.value or 0.0)
         p = torch.sigmoid(z)
-        return u < p if self.threshold is None else p > self.threshold
+        return u < p if self.value is None else p > self.value
 
 
 class Prescribed(Policy):
     """Every token exits at its given depth, with or without a head there."""
 
     def __init__(self, depths: Tensor):
+        super().__init__("prescribed")
         self.depths = depths.reshape(-1)  # [N], N tokens of the call
 
     def layers(self, model: Transformer) -> tuple[int, ...]:
         used = self.depths.unique().tolist()  # host sync
         return tuple(depth for depth in used if 0 < depth < model.deepest)
 
-    def exits(self, depth: int, h: Tensor, z: Tensor | None, u: Tensor, at: Tensor) -> Tensor:
+    def exits(self, ask: "Ask", depth: int, h: Tensor, z: Any, u: Tensor, at: Tensor) -> Tensor:
         return self.depths[at] == depth
 
 
-class Fixed(Policy):
-    """Every token is forced to exit at one depth, with or without a head there."""
-
-    def __init__(self, depth: int):
-        self.depth = depth
-
-    def layers(self, model: Transformer) -> tuple[int, ...]:
-        return (self.depth,) if self.depth < model.deepest else ()
-
-    def exits(self, depth: int, h: Tensor, z: Tensor | None, u: Tensor, at: Tensor) -> Tensor:
-        return torch.ones_like(at, dtype=torch.bool)
-
-
-class Confidence(Policy):
-    """Exit if the early readout gives its likeliest token at least this probability."""
-
-    def __init__(self, threshold: float, model: Transformer | None):
-        self.threshold, self.model = threshold, model
-
-    def layers(self, model: Transformer) -> tuple[int, ...]:
-        return exit_depths(model) or tuple(range(1, model.deepest))
-
-    def exits(self, depth: int, h: Tensor, z: Tensor | None, u: Tensor, at: Tensor) -> Tensor:
-        assert self.model is not None
-        return self.model.readout(h).float().softmax(-1).amax(-1) >= self.threshold
-
-
-class KL(Policy):
-    """The target rule itself, as an oracle: each token is first run to the deepest depth."""
-
-    foresees = True
-
-    def __init__(self, strength: float):
-        self.strength = strength
-
-    def layers(self, model: Transformer) -> tuple[int, ...]:
-        return exit_depths(model) or tuple(range(1, model.deepest))
-
-
 def parse_policy(text: str, model: Transformer | None = None) -> Policy:
-    """`full`, `head`, `head:0.5`, `fixed:3`, `kl:2`, `confidence:0.9` -> a Policy.
+    """Text -> Policy. Raises UserError; without a model only the grammar is checked.
 
-    Without a model only the grammar is checked. `kl` and `confidence` act at the model's exit
-    depths, or after every block of a model without heads. Raises UserError.
+    full           no token exits
+    head           sample the heads; head:0.5 exits where the chance exceeds 0.5
+    fixed:3        every token is forced to exit at depth 3, with or without a head there
+    kl:2           the target rule with s = 2, as an oracle: run each token to the end first
+    confidence:0.9 exit if the early readout gives its likeliest token this probability
+
+    kl and confidence act at the model's exit depths, or after every block of a model without heads.
     """
     name, colon, argument = text.partition(":")
+    largest = {"fixed": 10**6 if model is None else model.full_depth, "kl": math.inf}
     if name == "head" and model is not None and model.exits is None:
         raise UserError(
             f"policy {text!r}: this model has no exit heads; load an adapter with heads"
         )
-    if text == "full":
-        return Policy()
-    if name == "head":
-        return Head(_number(text, argument, 0, 1) if colon else None)
-    if name == "fixed":
-        deepest = 10**6 if model is None else model.full_depth
-        depth = _number(text, argument, 1, deepest)
-        if depth != int(depth):
-            raise UserError(f"policy {text!r}: a depth is a whole number, found {argument!r}")
-        return Fixed(int(depth))
-    if name == "kl":
-        return KL(_number(text, argument, 0, float("inf")))
-    if name == "confidence":
-        return Confidence(_number(text, argument, 0, 1), model)
-    raise UserError(f"policy {text!r} is not one of {', '.join(POLICIES)}{nearest(text, POLICIES)}")
-
-
-def _number(text: str, argument: str, low: float, high: float) -> float:
+    if text in ("full", "head"):
+        return Policy(name)
+    if name not in ("head", "fixed", "kl", "confidence") or not colon:
+        close = nearest(text, POLICIES)
+        raise UserError(f"policy {show(text)} is not one of {', '.join(POLICIES)}{close}")
+    low, high = (1 if name == "fixed" else 0), largest.get(name, 1)
     try:
         value = float(argument)
     except ValueError:
-        value = float("nan")
-    if not low <= value <= high:
-        expected = f"expected a number from {low:g} to {high:g} after the colon"
-        raise UserError(f"policy {text!r}: {expected}, found {argument!r}")
-    return value
+        value = math.nan
+    if not low <= value <= high or (name == "fixed" and value != int(value)):
+        kind = "a whole number" if name == "fixed" else "a number"
+        expected = f"expected {kind} from {low:g} to {high:g} after the colon"
+        raise UserError(f"policy {show(text)}: {expected}, found {show(argument)}")
+    return Policy(name, value)
 
 
 # --- stops: what model.run asks ---------------------------------------------------------------
@@ -306,7 +263,7 @@ class Ask:
         if depth not in self.decides:
             return None
         u = h.new_zeros(len(at)) if self.noise is None else self.noise[at, self.decides[depth]]
-        return self.policy.exits(depth, h, z, u, at)
+        return self.policy.exits(self, depth, h, z, u, at)
 
     @property
     def head_logits(self) -> Tensor | None:

@@ -26,7 +26,6 @@ from torch import Tensor
 from nanoexit.cache import Cache
 from nanoexit.config import UserError
 from nanoexit.exits import (
-    KL,
     Ask,
     Policy,
     Prescribed,
@@ -149,7 +148,9 @@ def _check(
 
 
 class _Decoder:
-    """The rows in progress. A slot is a place in batch and cache; a free one idles until refilled."""
+    """The rows in progress. A slot is a place in batch and cache; a free one idles until
+    refilled.
+    """
 
     def __init__(self, model, policy, prompts, max_new_tokens, temperature, seed, settings):
         self.model, self.policy, self.settings = model, policy, settings
@@ -253,7 +254,7 @@ class _Decoder:
     ) -> tuple[Run, Tensor]:
         """ids, positions, alive [B, 1], noise u [B, depths] -> the run, log p(exit) [B]."""
         policy = self.policy
-        if isinstance(policy, KL) and u.shape[1]:
+        if policy.name == "kl" and u.shape[1]:
             policy = Prescribed(self._foresee(policy, ids, positions, alive, u))
         ask = Ask(self.model, policy, len(ids), u)
         stop = ask if ask.layers else None
@@ -261,7 +262,7 @@ class _Decoder:
         return run, ask.logprobs(run.depths[:, 0])
 
     def _foresee(
-        self, policy: KL, ids: Tensor, positions: Tensor, alive: Tensor | None, u: Tensor
+        self, policy: Policy, ids: Tensor, positions: Tensor, alive: Tensor | None, u: Tensor
     ) -> Tensor:
         """Run this step to the deepest depth -> the depths [B] that the target rule draws."""
         layers = policy.layers(self.model)
@@ -271,7 +272,7 @@ class _Decoder:
         final = self.engine.readout(run.hidden[at, 0])
         early = [divergence(final, self.engine.readout(watch.seen[depth])) for depth in layers]
         chance = u.new_zeros(len(ids), len(layers))
-        chance[at] = target_chance(torch.stack(early, -1), policy.strength)
+        chance[at] = target_chance(torch.stack(early, -1), policy.value or 0.0)
         return sample_depths(chance, u, layers, self.model.deepest)
 
     def _draw(self, rows: list[Row], logits: Tensor, u: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ alike; 3. KL from float32 log-softmax, without epsilons.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from nanoexit.adapters import save_adapter
 from nanoexit.config import Config
-from nanoexit.exits import Policy, Watch, as_base, exit_depths, target_chance
+from nanoexit.exits import Ask, Policy, Watch, as_base, exit_depths, target_chance
 from nanoexit.model import Transformer
 from nanoexit.score import Aligned, align, readout_kl, run_and_score
 from nanoexit.teacher import Trace, make_traces
@@ -60,6 +61,7 @@ class Draw(Policy):
     """
 
     def __init__(self, free: Tensor, uniform: Tensor, chance: Tensor | None = None):
+        super().__init__("draw")
         self.free, self.uniform, self.chance = free, uniform, chance
         self.depths: tuple[int, ...] = ()
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}  # depth -> residuals [n, D], places [n]
@@ -68,8 +70,7 @@ class Draw(Policy):
         self.depths = exit_depths(model)
         return self.depths
 
-    def exits(self, depth: int, h: Tensor, z: Tensor | None, u: Tensor, at: Tensor) -> Tensor:
-        assert z is not None
+    def exits(self, ask: Ask, depth: int, h: Tensor, z: Any, u: Tensor, at: Tensor) -> Tensor:
         self.seen[depth] = h.detach(), at
         column = self.depths.index(depth)
         chance = z.detach().sigmoid() if self.chance is None else self.chance[at, column]
@@ -138,7 +139,8 @@ def exit_targets(
 
 @torch.no_grad()
 def teacher_pass(model: Transformer, a: Aligned, config: Config) -> tuple[Tensor, Tensor | None]:
-    """-> the teacher's residuals at the readouts [n, D]; with sft.targets=base, chances [B*T, E]."""
+    """-> the teacher's residuals at the readouts [n, D]; with sft.targets=base, chances [B*T, E].
+    """
     depths = exit_depths(model)
     watch = Watch(depths if config.sft.targets == "base" else ())
     with as_base(model):
