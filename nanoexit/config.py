@@ -30,16 +30,11 @@ from safetensors import SafetensorError
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
 C = TypeVar("C")
 
 
-def knob(
-    default: Any,
-    doc: str,
-    low: float | None = None,
-    high: float | None = None,
-    choices: Sequence | None = None,
-) -> Any:
+def knob(default: Any, doc: str, low: Any = None, high: Any = None, choices: Any = None) -> Any:
     """A documented field. `low` and `high` are inclusive; for a list they hold for each item."""
     meta = {"doc": doc, "low": low, "high": high, "choices": choices}
     if isinstance(default, (list, dict)):
@@ -52,20 +47,14 @@ class ModelConfig:
     name: str = knob("data/tiny", "a folder, or the id of a model on the hub")
     revision: str | None = knob(None, "branch, tag or commit on the hub; kept in nanoexit.json")
     device: str = knob("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
-    dtype: str = knob(
-        "auto",
-        "auto is bfloat16 on cuda and float32 elsewhere",
-        choices=["auto", "float32", "bfloat16", "float16"],
-    )
+    dtype: str = knob("auto", "auto is bfloat16 on cuda, float32 elsewhere", choices=DTYPES)
     logits_chunk: int = knob(1024, "tokens whose logits are in memory at once in losses", low=1)
 
 
 @dataclass
 class ExitsConfig:
     layers: list[int] = knob([1], "depths that get an exit head; [] is a model without", low=1)
-    head: str = knob(
-        "linear", "a scalar product, or an MLP D -> 2D -> 1", choices=["linear", "mlp"]
-    )
+    head: str = knob("linear", "scalar product, or MLP D -> 2D -> 1", choices=["linear", "mlp"])
     cap: int | None = knob(None, "largest depth of any token, the prompt's included", low=1)
 
 
@@ -111,11 +100,7 @@ class SFTConfig:
     batch_size: int = knob(8, "traces a step, over all processes", low=1)
     micro_batch: int = knob(64, "traces in one forward; smaller needs less memory", low=1)
     lr: float = knob(1e-4, "peak learning rate of AdamW: warm-up, then a half cosine", 0, 10)
-    targets: str = knob(
-        "student",
-        "whose early readouts set the exit targets: the student's own, or the base's",
-        choices=["student", "base"],
-    )
+    targets: str = knob("student", "whose early readouts set targets", choices=["student", "base"])
     explore: float = knob(
         0.3, "share of the steps at first that draw exits uniformly", low=0, high=1
     )
@@ -134,9 +119,7 @@ class RLConfig:
     micro_batch: int = knob(256, "rollouts in one forward; smaller needs less memory", low=1)
     kl_weight: float = knob(0.0, "beta: cost of a nat of KL to the teacher, mean a token", low=0)
     depth_weight: float = knob(1.0, "lambda: cost of depth, in units of L", low=0)
-    depth_penalty: str = knob(
-        "max", "which depth of a rollout is charged", choices=["max", "mean", "sum"]
-    )
+    depth_penalty: str = knob("max", "depth that is charged", choices=["max", "mean", "sum"])
     length_weight: float = knob(0.005, "eta: cost of each token written", low=0)
     keep_samples: int = knob(2, "rollouts of each step kept in samples.jsonl", low=0)
     save_every: int = knob(20, "steps between checkpoints", low=1)
@@ -145,9 +128,7 @@ class RLConfig:
 @dataclass
 class JudgeConfig:
     kind: str = knob(
-        "offline",
-        "offline (the rubric, computed by the task), api (a language model) or none",
-        choices=["offline", "api", "none"],
+        "offline", "rubric by the task, or a model", choices=["offline", "api", "none"]
     )
     base_url: str | None = knob(None, "OpenAI-compatible endpoint, as http://127.0.0.1:8000/v1")
     model: str | None = knob(None, "the judge's model name at that endpoint")

@@ -203,8 +203,8 @@ class Prescribed(Policy):
         return self.depths[at] == depth
 
 
-def parse_policy(text: str, model: Transformer | None = None) -> Policy:
-    """Text -> Policy. Raises UserError; without a model only the grammar is checked.
+def parse_policy(text: str, model: Transformer | None = None, where: str = "") -> Policy:
+    """Text -> Policy. Raises UserError, which names `where`; without a model, only for grammar.
 
     full           no token exits
     head           sample the heads; head:0.5 exits where the chance exceeds 0.5
@@ -224,7 +224,7 @@ def parse_policy(text: str, model: Transformer | None = None) -> Policy:
         return Policy(name)
     if name not in ("head", "fixed", "kl", "confidence") or not colon:
         close = nearest(text, POLICIES)
-        raise UserError(f"policy {show(text)} is not one of {', '.join(POLICIES)}{close}")
+        raise UserError(f"{where}policy {show(text)} is not one of {', '.join(POLICIES)}{close}")
     low, high = (1 if name == "fixed" else 0), largest.get(name, 1)
     try:
         value = float(argument)
@@ -233,7 +233,7 @@ def parse_policy(text: str, model: Transformer | None = None) -> Policy:
     if not low <= value <= high or (name == "fixed" and value != int(value)):
         kind = "a whole number" if name == "fixed" else "a number"
         expected = f"expected {kind} from {low:g} to {high:g} after the colon"
-        raise UserError(f"policy {show(text)}: {expected}, found {show(argument)}")
+        raise UserError(f"{where}policy {show(text)}: {expected}, found {show(argument)}")
     return Policy(name, value)
 
 

@@ -9,6 +9,7 @@ are added by torch.distributed, so the result is that of one process. Only proce
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from nanoexit.adapters import load_adapter
 from nanoexit.config import (
     Config,
     UserError,
+    load_config,
     parse_json,
     read_text,
     replace,
@@ -62,42 +64,34 @@ T = TypeVar("T")
 
 def check(config: Config, resume: bool = False, reinforce: bool = False) -> None:
     """Raise UserError for every mistake that config, files and prompts show before any work."""
-    for key, policies in (
-        ("policies", config.evaluate.policies),
-        ("frontier", config.evaluate.frontier),
-    ):
-        for policy in policies:
-            try:
-                parse_policy(policy)
-            except UserError as error:
-                raise UserError(f"evaluate.{key}: {error}") from None
+    for key in ("policies", "frontier"):
+        for policy in getattr(config.evaluate, key):
+            parse_policy(policy, where=f"evaluate.{key}: ")
     check_prompts(config.data)
     check_judge(config.judge)
     if config.run.wandb:
         _wandb_package()
-    if resume and not (Path(config.run.dir) / "config.yaml").is_file():
-        raise UserError(f"--resume: {config.run.dir} holds no run; leave --resume out to start one")
+    folder = Path(config.run.dir)
     if not resume:
-        _check_folder(Path(config.run.dir))
+        _check_folder(folder)
+    elif not (folder / "config.yaml").is_file():
+        raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
     if reinforce:
         _check_on_policy(config)
-        if config.rl.prompts < int(os.environ.get("WORLD_SIZE", 1)):
-            raise UserError(
-                f"rl.prompts is {config.rl.prompts}: expected at least one for each of "
-                f"{os.environ['WORLD_SIZE']} processes"
-            )
 
 
 def _check_on_policy(config: Config) -> None:
     """The gradient of REINFORCE is only right for samples of the model's own distribution."""
-    g = config.generation
+    g, processes = config.generation, int(os.environ.get("WORLD_SIZE", 1))
     wanted = (("temperature", g.temperature, 1.0), ("top_p", g.top_p, 1.0), ("top_k", g.top_k, 0))
     for key, value, expected in wanted:
         if value != expected:
             raise UserError(
-                f"generation.{key} is {value}: REINFORCE samples from the model's own "
-                f"distribution, expected {expected}"
+                f"generation.{key}: expected {expected} for REINFORCE, which samples from the "
+                f"model's own distribution, found {value}"
             )
+    if config.rl.prompts < processes:
+        raise UserError(f"rl.prompts: {config.rl.prompts} is fewer than {processes} processes")
 
 
 def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
@@ -111,50 +105,43 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     m, exits = config.model, config.exits
     model = load_model(m.name, m.device, m.dtype, m.revision)
     tokenizer = load_tokenizer(m.name, m.revision)
+    attach(model, exits.layers, exits.head, config.lora, exits.cap, config.run.seed)
     if config.run.init:
+        wanted = _attached(model)
         load_adapter(model, config.run.init)
-        _check_init(model, config)
+        for key, found in _attached(model).items():
+            if found != wanted[key]:
+                raise UserError(
+                    f"{key}: the run in run.init, {config.run.init}, was made with {found}, the "
+                    f"config says {wanted[key]}"
+                )
         model.cap = exits.cap = exits.cap or model.cap
-    else:
-        attach(model, exits.layers, exits.head, config.lora, exits.cap, config.run.seed)
     _check_lengths(model, tokenizer, config)
     return model, tokenizer
 
 
-def _check_init(model: Transformer, config: Config) -> None:
-    """The run that training starts from has what the config says."""
-    one = next(iter(adapters(model).values()), None)
+def _attached(model: Transformer) -> dict[str, Any]:
+    """What is attached to a model, by the keys of the config."""
     heads: Any = model.exits
-    found: dict[str, Any] = {"exits.layers": [] if heads is None else list(heads.layers)}
-    said: dict[str, Any] = {"exits.layers": sorted(config.exits.layers)}
-    if heads is not None:
-        found["exits.head"], said["exits.head"] = heads.kind, config.exits.head
-    if one is not None:
-        names = sorted({name.rsplit(".", 1)[-1] for name in adapters(model)})
-        rank = one.lora_A.shape[0]
-        found |= {"lora.r": rank, "lora.alpha": one.scale * rank, "lora.targets": names}
-        said |= {"lora.r": config.lora.r, "lora.alpha": config.lora.alpha}
-        said["lora.targets"] = sorted(config.lora.targets)
-    for key, value in said.items():
-        if found[key] != value:
-            raise UserError(
-                f"{key} is {value!r}, but the run in run.init, {config.run.init}, was made with "
-                f"{found[key]!r}"
-            )
+    found = {"exits.layers": list(heads.layers), "exits.head": heads.kind} if heads else {}
+    found = {"exits.layers": [], "exits.head": None} | found
+    ours = adapters(model)
+    ranks = sorted({adapter.lora_A.shape[0] for adapter in ours.values()})
+    scales = sorted({adapter.scale for adapter in ours.values()})
+    names = sorted({name.rsplit(".", 1)[-1] for name in ours})
+    return {**found, "lora.r": ranks, "lora.alpha / lora.r": scales, "lora.targets": names}
 
 
 def _check_lengths(model: Transformer, tokenizer: Tokenizer, config: Config) -> None:
-    """Every prompt that the run can use leaves room for a response."""
-    room = model.shape.max_positions - config.generation.max_new_tokens
-    for split in ("train", "held_out"):
-        count = config.data.count if split == "train" else config.evaluate.count
+    """Every prompt of a file leaves room for a response; prompts made on the spot are short."""
+    most, longest = config.generation.max_new_tokens, model.shape.max_positions
+    for split, count in (("train", config.data.count), ("held_out", config.evaluate.count)):
         for prompt in load_prompts(config.data, split, count, config.run.seed):
-            length = len(prompt_ids(tokenizer, prompt, config))
-            if length > room:
+            length = len(prompt_ids(tokenizer, prompt, config)) if prompt.where else 0
+            if length + most > longest:
                 raise UserError(
-                    f"{prompt.where or prompt.id}: the prompt has {length} tokens, and the model's "
-                    f"{model.shape.max_positions} positions leave room for {room} beside "
-                    f"generation.max_new_tokens={config.generation.max_new_tokens}"
+                    f"{prompt.where}: the prompt has {length} tokens; with "
+                    f"generation.max_new_tokens={most} it exceeds the model's {longest} positions"
                 )
 
 
@@ -234,14 +221,10 @@ def _unused(folder: Path) -> Path:
 
 
 def _check_same_config(path: Path, config: Config) -> None:
-    try:
-        old = yaml.safe_load(read_text(path))
-        sections = {name: dict(values) for name, values in old.items()}
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError):
-        raise UserError(f"{path} is damaged; delete {path.parent} to start again") from None
-    for section, values in yaml.safe_load(to_yaml(config)).items():
+    old = dataclasses.asdict(load_config(path))
+    for section, values in dataclasses.asdict(config).items():
         for key, value in values.items():
-            before = sections.get(section, {}).get(key)
+            before = old[section][key]
             if before != value and f"{section}.{key}" not in MAY_CHANGE:
                 raise UserError(
                     f"--resume: {section}.{key} is {show(value)}, but {path} says {show(before)}; "
