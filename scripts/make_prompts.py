@@ -1,37 +1,45 @@
-"""Write data/reasoning.jsonl: reasoning prompts of four kinds, each with an answer that was worked out, not guessed.
+"""Write data/reasoning.jsonl: reasoning prompts of four kinds with answers that are computed.
 
     python scripts/make_prompts.py data/reasoning.jsonl
 
-arithmetic: word problems of two or three steps.   dates: days of the week and of the calendar.   tracking: who holds what after some
-swaps.   belief: where somebody who did or did not see a thing moved will look for it (after Wimmer & Perner 1983). The same seed
-writes the same file.
+arithmetic: word problems of two or three steps, in the format of GSM8K, worked answers included.
+dates: days of the week and of the calendar.   tracking: who holds what after some swaps.
+belief: where a person looks for a thing that was moved, seen or unseen (after Wimmer and Perner
+1983). The same seed writes the same file.
 """
 
 import argparse
 import datetime
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _path  # noqa: F401
 
-from nanoexit.data import write_json_lines
-from nanoexit.errors import run_script
+from nanoexit.config import run_script, write_json_lines
 
-NAMES = ["Ada", "Ben", "Chloe", "Dan", "Emma", "Farid", "Grace", "Hugo", "Iris", "Jonas", "Kira", "Leo", "Mina", "Noah", "Olga", "Paul"]
+NAMES = "Ada Ben Chloe Dan Emma Farid Grace Hugo Iris Jonas Kira Leo Mina Noah Olga Paul"
 THINGS = ["apples", "stamps", "marbles", "books", "postcards", "shells", "pencils", "cookies"]
 COLORS = ["red", "blue", "green", "yellow", "white", "black", "purple"]
 PLACES = ["box", "basket", "drawer", "cupboard", "bag", "suitcase", "bucket", "jar"]
 OBJECTS = ["key", "ball", "book", "coin", "watch", "letter", "ring", "toy car"]
-WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-ASK = "\n\nThink it through, then end with a line of the form\nAnswer: {form}"
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+ASK = "\n\nThink it through, then end with a line of the form\n"
+SIGNS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a // b,
+}
+Made = tuple[str, str, str]  # the story, the form of the last line, the answer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", help="the file to write, such as data/reasoning.jsonl")
-    parser.add_argument("--count", type=int, default=100, help="prompts of each kind (default: 100)")
+    parser.add_argument("--count", type=int, default=100, help="prompts of each kind (100)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rows = prompts(args.count, args.seed)
@@ -43,83 +51,154 @@ def prompts(count: int, seed: int) -> list[dict]:
     """`count` different prompts of each kind."""
     rows = []
     for kind, make in KINDS.items():
-        rng, texts = random.Random(f"{kind} {seed}"), {}
-        while len(texts) < count:
+        rng, made = random.Random(f"{kind} {seed}"), {}
+        while len(made) < count:
             text, form, answer = make(rng)
-            texts.setdefault(text, (form, answer))
-        rows += [{"id": f"{kind}-{i}", "group": kind, "prompt": text + ASK.format(form=form), "answer": answer, "checker": "exact"}
-                 for i, (text, (form, answer)) in enumerate(texts.items())]
+            made.setdefault(text + ASK + form, answer)
+        checker = "gsm8k" if kind == "arithmetic" else "exact"
+        for i, (prompt, answer) in enumerate(made.items()):
+            row = {"id": f"{kind}-{i}", "group": kind, "prompt": prompt}
+            rows.append({**row, "answer": answer, "checker": checker})
     return rows
 
 
-def arithmetic(rng: random.Random) -> tuple[str, str, str]:
-    a, b = rng.sample(NAMES, 2)
-    thing = rng.choice(THINGS)
-    n, m, k = rng.randint(12, 60), rng.randint(3, 9), rng.randint(2, 9)
-    stories: list[tuple[str, int]] = [
-        (f"{a} has {n} {thing}. {b} has {m} times as many. Together they give away {k}. How many {thing} are left?", n + n * m - k),
-        (f"{a} buys {m} bags with {n} {thing} each, and then loses {k} {thing}. {b} gives {a} another {n}. How many {thing} does {a} have?", m * n - k + n),
-        (f"A train has {m} cars with {n} seats each. {k * 10} seats are taken. At the next stop {k} more people find a seat. How many seats are free?", m * n - 11 * k),
-        (f"{a} reads {n} pages a day for {m} days, {b} reads {k} pages a day for as long. How many more pages than {b} has {a} read?", (n - k) * m),
-        (f"{a} saves {n} coins a week. After {m} weeks a third of {3 * k} coins is spent on a gift. How many coins are left?", n * m - k),
-        (f"{m} friends share {m * n} {thing} equally. {a}, one of them, then gives {k} to {b}, another of them. How many {thing} does {b} have?", n + k),
-    ]
-    text, answer = rng.choice([s for s in stories if s[1] > 0])
-    return text, "NUMBER", str(answer)
+def two_names(rng: random.Random) -> list[str]:
+    return rng.sample(NAMES.split(), 2)
 
 
-def dates(rng: random.Random) -> tuple[str, str, str]:
+# --- arithmetic -------------------------------------------------------------------------------
+
+
+def arithmetic(rng: random.Random) -> Made:
+    while True:
+        text, steps = rng.choice(STORIES)(rng)
+        worked = []
+        results: list[int] = []
+        for left, sign, right in steps:  # an operand below 0 is the result of an earlier step
+            a = left if left >= 0 else results[left]
+            b = right if right >= 0 else results[right]
+            results.append(SIGNS[sign](a, b))
+            mark = f"{a}{sign}{b}"
+            worked.append(f"{mark}=<<{mark}={results[-1]}>>{results[-1]}")
+        if min(results) > 0:
+            return text, "#### NUMBER", "\n".join([*worked, f"#### {results[-1]}"])
+
+
+def sizes(rng: random.Random) -> tuple[int, int, int]:
+    return rng.randint(12, 60), rng.randint(3, 9), rng.randint(2, 9)
+
+
+def times_as_many(rng: random.Random) -> tuple[str, list]:
+    (a, b), thing, (n, m, k) = two_names(rng), rng.choice(THINGS), sizes(rng)
+    text = f"{a} has {n} {thing}. {b} has {m} times as many. Together they give away {k}."
+    return f"{text} How many {thing} are left?", [(n, "*", m), (n, "+", -1), (-1, "-", k)]
+
+
+def bags(rng: random.Random) -> tuple[str, list]:
+    (a, b), thing, (n, m, k) = two_names(rng), rng.choice(THINGS), sizes(rng)
+    text = f"{a} buys {m} bags with {n} {thing} each, and then loses {k} {thing}."
+    text += f" {b} gives {a} another {n}. How many {thing} does {a} have?"
+    return text, [(m, "*", n), (-1, "-", k), (-1, "+", n)]
+
+
+def train_seats(rng: random.Random) -> tuple[str, list]:
+    n, m, k = sizes(rng)
+    text = f"A train has {m} cars with {n} seats each. {10 * k} seats are taken. At the next stop"
+    text += f" {k} more people find a seat. How many seats are free?"
+    return text, [(m, "*", n), (-1, "-", 10 * k), (-1, "-", k)]
+
+
+def pages(rng: random.Random) -> tuple[str, list]:
+    (a, b), (n, m, k) = two_names(rng), sizes(rng)
+    text = f"{a} reads {n} pages a day for {m} days, {b} reads {k} pages a day for as long."
+    text += f" How many more pages than {b} has {a} read?"
+    return text, [(n, "*", m), (k, "*", m), (-2, "-", -1)]
+
+
+def savings(rng: random.Random) -> tuple[str, list]:
+    (a, _), (n, m, k) = two_names(rng), sizes(rng)
+    text = f"{a} saves {n} coins a week. After {m} weeks a third of {3 * k} coins is spent on a"
+    return f"{text} gift. How many coins are left?", [(n, "*", m), (3 * k, "/", 3), (-2, "-", -1)]
+
+
+def sharing(rng: random.Random) -> tuple[str, list]:
+    (a, b), thing, (n, m, k) = two_names(rng), rng.choice(THINGS), sizes(rng)
+    text = f"{m} friends share {m * n} {thing} equally. {a}, one of them, then gives {k} to {b},"
+    text += f" another of them. How many {thing} does {b} have?"
+    return text, [(m * n, "/", m), (-1, "+", k)]
+
+
+STORIES = [times_as_many, bags, train_seats, pages, savings, sharing]
+
+
+# --- the other kinds --------------------------------------------------------------------------
+
+
+def dates(rng: random.Random) -> Made:
     day = datetime.date(2001, 1, 1) + datetime.timedelta(days=rng.randrange(9000))
     n = rng.randint(5, 120)
     after, before = day + datetime.timedelta(days=n), day - datetime.timedelta(days=n)
-    weekday = WEEKDAYS[rng.randrange(7)]
-    words = f"{day:%B} {day.day}, {day.year}"
-    return rng.choice([
-        (f"Today is {weekday}. Which day of the week is it in {n} days?", "DAY", WEEKDAYS[(WEEKDAYS.index(weekday) + n) % 7]),
-        (f"{words} is a {WEEKDAYS[day.weekday()]}. Which day of the week is {n} days before it?", "DAY", WEEKDAYS[before.weekday()]),
-        (f"Which date is {n} days after {words}?", "YYYY-MM-DD", after.isoformat()),
-        (f"How many days lie between {words} and {after:%B} {after.day}, {after.year}, if the first day is not counted and the last one is?", "NUMBER", str(n)),
-    ])
+    today = rng.randrange(7)
+    words, later = (f"{d:%B} {d.day}, {d.year}" for d in (day, after))
+    between = f"How many days lie between {words} and {later}, if the first day is not counted"
+    question, form, answer = rng.choice(
+        [
+            (
+                f"Today is {DAYS[today]}. Which day of the week is it in {n} days?",
+                "DAY",
+                DAYS[(today + n) % 7],
+            ),
+            (
+                f"{words} is a {DAYS[day.weekday()]}. Which day of the week is {n} days before it?",
+                "DAY",
+                DAYS[before.weekday()],
+            ),
+            (f"Which date is {n} days after {words}?", "YYYY-MM-DD", after.isoformat()),
+            (f"{between} and the last one is?", "NUMBER", str(n)),
+        ]
+    )
+    return question, f"Answer: {form}", answer
 
 
-def tracking(rng: random.Random) -> tuple[str, str, str]:
-    people = rng.sample(NAMES, rng.randint(3, 5))
+def tracking(rng: random.Random) -> Made:
+    people = rng.sample(NAMES.split(), rng.randint(3, 5))
     holds = dict(zip(people, rng.sample(COLORS, len(people))))
-    story = [" ".join(f"{p} has the {c} ball." for p, c in holds.items())]
+    story = [f"{person} has the {color} ball." for person, color in holds.items()]
     for _ in range(rng.randint(3, 6)):
         a, b = rng.sample(people, 2)
         holds[a], holds[b] = holds[b], holds[a]
         story.append(f"{a} and {b} swap balls.")
     who = rng.choice(people)
-    return " ".join(story) + f" Which colour is the ball that {who} has now?", "COLOUR", holds[who]
+    story.append(f"Which colour is the ball that {who} has now?")
+    return " ".join(story), "Answer: COLOUR", holds[who]
 
 
-def belief(rng: random.Random) -> tuple[str, str, str]:
-    """The last place where the one who is asked about knows the thing to be. Two moves at most; the one who moves is there."""
-    a, b = rng.sample(NAMES, 2)
-    thing, places = rng.choice(OBJECTS), rng.sample(PLACES, 3)
-    story, believed, present = [f"{a} and {b} are in a room. {a} puts the {thing} into the {places[0]}."], places[0], True
+def belief(rng: random.Random) -> Made:
+    """The answer is the last place where the person asked about knows the thing to be."""
+    (a, b), thing, places = two_names(rng), rng.choice(OBJECTS), rng.sample(PLACES, 3)
+    story = [f"{a} and {b} are in a room. {a} puts the {thing} into the {places[0]}."]
+    believed = where = places[0]
+    present = True
     for place in places[1 : rng.randint(2, 3)]:
         if present and rng.random() < 0.6:
             story.append(f"{a} leaves the room.")
             present = False
         story.append(f"{b} moves the {thing} to the {place}.")
+        where = place
         believed = place if present else believed
         if not present and rng.random() < 0.4:
-            story.append(f"{a} comes back; nobody says a word about the {thing}.")
+            story.append(f"{a} comes back. The {thing} is not mentioned.")
             present = True
-    where = places[len([s for s in story if " moves " in s])]
     if not present and rng.random() < 0.3:
         story.append(f"{b} calls {a} and says truthfully where the {thing} is.")
         believed = where
     if not present:
         story.append(f"{a} comes back.")
-    return " ".join(story) + f" Where does {a} look for the {thing} first?", "PLACE", believed
+    story.append(f"Where does {a} look for the {thing} first?")
+    return " ".join(story), "Answer: PLACE", believed
 
 
-KINDS: dict[str, Callable[[random.Random], tuple[str, str, str]]] = {
-    "arithmetic": arithmetic, "dates": dates, "tracking": tracking, "belief": belief,
-}
+KINDS = {"arithmetic": arithmetic, "dates": dates, "tracking": tracking, "belief": belief}
 
 if __name__ == "__main__":
     run_script(main)
