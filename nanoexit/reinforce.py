@@ -47,7 +47,7 @@ from nanoexit.training import (
     save_checkpoint,
     seed_torch,
     stream,
-    totals,
+    total,
     trained,
     update,
 )
@@ -149,8 +149,8 @@ def figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float]:
         columns[f"reward_{part}"] = [r.parts[part] for r in rollouts]
     groups = torch.tensor([r.advantage for r in rollouts]).view(-1, config.rl.rollouts)
     flat = float((groups.abs().amax(1) < 1e-12).sum())  # groups that teach nothing
-    sums = [sum(column) for column in columns.values()]
-    *means, count, flat = totals([*sums, len(rollouts), flat], torch.device("cpu"))
+    sums = [*map(sum, columns.values()), len(rollouts), flat]
+    *means, count, flat = total(torch.tensor(sums, dtype=torch.float32)).tolist()
     return {name: value / count for name, value in zip(columns, means)} | {"flat_groups": flat}
 
 

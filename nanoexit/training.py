@@ -22,9 +22,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,7 +32,6 @@ from nanoexit.config import (
     Config,
     UserError,
     load_config,
-    parse_json,
     read_text,
     replace,
     rounded,
@@ -158,30 +156,10 @@ def run_directory(config: Config, resume: bool) -> Iterator[Path]:
     """The folder of the run with its config.yaml, locked against a second process.
 
     An earlier run of that name is moved aside, unless `resume` continues it. Raises UserError where
-    there is nothing to resume, the config is another one, the folder is not a run, or it is in use.
+    the folder is in use or not a run, and where a run to resume was made with another config.
     """
     folder = Path(config.run.dir)
-    lock = None
-    if is_main():
-        if not resume:
-            _check_folder(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.dir: {folder}: {error.strerror}") from None
-        lock = _lock(folder)
-        if resume:
-            _check_same_config(folder / "config.yaml", config)
-        elif _is_run(folder):
-            aside = _unused(folder)
-            folder.rename(aside)
-            print(f"the earlier run in {folder} is now {aside}", file=sys.stderr)
-            os.close(lock)
-            folder.mkdir()
-            lock = _lock(folder)
-        for left in folder.rglob("*.tmp"):  # of a process that was killed while writing
-            left.unlink()
-        write_text(folder / "config.yaml", to_yaml(config))
+    lock = _open_run(folder, config, resume) if is_main() else None
     barrier()
     try:
         yield folder
@@ -190,7 +168,30 @@ def run_directory(config: Config, resume: bool) -> Iterator[Path]:
             os.close(lock)
 
 
-def _is_run(folder: Path) -> bool:
+def _open_run(folder: Path, config: Config, resume: bool) -> int:
+    """Make or continue the folder -> its lock."""
+    _check_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir: {folder}: {error.strerror}") from None
+    lock = _lock(folder)
+    if resume:
+        _check_same_config(folder / "config.yaml", config)
+    elif _is_used(folder):
+        numbered = (folder.with_name(f"{folder.name}.before-{i}") for i in range(1, 10**6))
+        aside = folder.rename(next(path for path in numbered if not path.exists()))
+        print(f"the earlier run in {folder} is now {aside}", file=sys.stderr)
+        os.close(lock)
+        folder.mkdir()
+        lock = _lock(folder)
+    for left in folder.rglob("*.tmp"):  # of a process that was killed while writing
+        left.unlink()
+    write_text(folder / "config.yaml", to_yaml(config))
+    return lock
+
+
+def _is_used(folder: Path) -> bool:
     """Whether the folder holds more than a config and traces, which a new run can use."""
     return any(path.name not in ("config.yaml", "traces") for path in folder.iterdir())
 
@@ -199,37 +200,30 @@ def _check_folder(folder: Path) -> None:
     """Refuse a folder that is not a run of ours, or not a folder."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir: {folder} is a file; expected a new folder or that of a run")
-    if folder.is_dir() and _is_run(folder) and not (folder / "config.yaml").is_file():
+    if folder.is_dir() and _is_used(folder) and not (folder / "config.yaml").is_file():
         raise UserError(f"run.dir: {folder} is not a run (no config.yaml), so it is left alone")
 
 
 def _lock(folder: Path) -> int:
     """A lock on the folder itself, released when the process ends in any way."""
-    handle = os.open(folder, os.O_RDONLY) if os.name != "nt" else os.open(os.devnull, os.O_RDONLY)
-    if fcntl is not None:
-        try:
+    handle = os.open(os.devnull if fcntl is None else folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(handle)
-            raise UserError(f"run.dir: {folder} is in use by another process") from None
+    except OSError:
+        os.close(handle)
+        raise UserError(f"run.dir: {folder} is in use by another process") from None
     return handle
-
-
-def _unused(folder: Path) -> Path:
-    numbered = (folder.with_name(f"{folder.name}.before-{i}") for i in range(1, 10**6))
-    return next(path for path in numbered if not path.exists())
 
 
 def _check_same_config(path: Path, config: Config) -> None:
     old = dataclasses.asdict(load_config(path))
     for section, values in dataclasses.asdict(config).items():
         for key, value in values.items():
-            before = old[section][key]
-            if before != value and f"{section}.{key}" not in MAY_CHANGE:
-                raise UserError(
-                    f"--resume: {section}.{key} is {show(value)}, but {path} says {show(before)}; "
-                    "resume with the same config, or start another run with run.dir=..."
-                )
+            before, name = old[section][key], f"{section}.{key}"
+            if before != value and name not in MAY_CHANGE:
+                found = f"{name} is {show(value)}, but {path} says {show(before)}"
+                raise UserError(f"--resume: {found}; another run needs another run.dir")
 
 
 # --- optimizer --------------------------------------------------------------------------------
@@ -251,7 +245,7 @@ def cosine_share(step: int, steps: int, warmup: int = 10, floor: float = 0.02) -
 def update(optimizer: torch.optim.Optimizer, lr: float) -> float:
     """Add gradients over processes, clip their norm to 1, step, clear -> the norm before clipping.
 
-    Raises UserError where the norm or a weight is not finite; a bad norm changes no weight.
+    Raises UserError for a norm that is not finite, before any weight changes.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters if world() > 1 else ():  # the same order in every process
@@ -259,10 +253,8 @@ def update(optimizer: torch.optim.Optimizer, lr: float) -> float:
         total(p.grad)
     norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
     if not math.isfinite(norm):
-        raise UserError(
-            f"the norm of the gradient is {norm}, so nothing was updated; try a smaller learning "
-            "rate or model.dtype=float32; --resume continues from the last checkpoint"
-        )
+        hint = "try a smaller learning rate or model.dtype=float32; the last checkpoint is kept"
+        raise UserError(f"the norm of the gradient is {norm}, so nothing was updated; {hint}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -305,18 +297,17 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     if not path.is_file():
         return 0
     try:
+        tensors = load_file(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        steps, done = parse_json(metadata["optimizer_steps"], str(path)), int(metadata["step"])
+        steps, done = json.loads(metadata["optimizer_steps"]), int(metadata["step"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to train from the start") from None
     for name, p in trained(model).items():
         value = tensors.get(f"parameter.{name}")
         if value is None or value.shape != p.shape:
-            raise UserError(
-                f"{path}: no tensor parameter.{name} of shape {list(p.shape)}: another model's"
-            )
+            shape = list(p.shape)
+            raise UserError(f"{path}: no tensor parameter.{name} of shape {shape}: another model's")
         p.data.copy_(value)
         if steps[name]:
             moments = {m: tensors[f"{m}.{name}"].to(p.device) for m in ("exp_avg", "exp_avg_sq")}
@@ -363,50 +354,35 @@ class Metrics:
     """metrics.jsonl, one object a step; steps after the checkpoint are dropped on resume."""
 
     def __init__(self, folder: Path, done: int, config: Config):
-        self.path = folder / "metrics.jsonl"
-        self.wandb = None
-        if is_main():
-            if config.run.wandb:
-                settings = yaml.safe_load(to_yaml(config))
-                names = {"project": "nanoexit", "name": folder.name, "dir": str(folder)}
-                self.wandb = _wandb_package().init(**names, config=settings)
-            write_text(self.path, "".join(line for line in self._lines() if _step(line) <= done))
-
-    def _lines(self) -> list[str]:
+        self.path, self.wandb = folder / "metrics.jsonl", None
+        if not is_main():
+            return
         text = read_text(self.path) if self.path.is_file() else ""
-        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        kept = text.splitlines(keepends=True)[:done]  # line n is step n
+        write_text(self.path, "".join(kept))
+        if config.run.wandb:
+            names = {"project": "nanoexit", "name": folder.name, "dir": str(folder)}
+            self.wandb = _wandb_package().init(**names, config=dataclasses.asdict(config))
 
     def write(self, step: int, **values: Any) -> None:
         """Add the figures of step `step` (from 1). Raises UserError for one that is not finite."""
         for name, value in values.items():
-            for x in value if isinstance(value, list) else [value]:
-                if not math.isfinite(x):
-                    raise UserError(f"step {step}: {name} is {x}; the last checkpoint is kept")
-        if not is_main():
-            return
-        row = {"step": step, **{k: rounded(v) for k, v in values.items()}}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.wandb is not None:
-            flat = {k: v for k, v in row.items() if isinstance(v, (int, float))}
-            self.wandb.log(flat, step=step)
-
-
-def _step(line: str) -> int:
-    """The step of a line of metrics.jsonl; a damaged line belongs to no step that is kept."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return sys.maxsize
+            if not np.isfinite(value).all():
+                raise UserError(f"step {step}: {name} is {value}; the last checkpoint is kept")
+        if is_main():
+            row = rounded({"step": step, **values})
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            if self.wandb is not None:
+                self.wandb.log({k: v for k, v in row.items() if not isinstance(v, list)}, step=step)
 
 
 def _wandb_package() -> Any:
     try:
         import wandb
     except ImportError:
-        raise UserError(
-            "run.wandb is true, but wandb is not installed: pip install wandb"
-        ) from None
+        fix = "pip install wandb"
+        raise UserError(f"run.wandb is true, but wandb is not installed: {fix}") from None
     return wandb
 
 
@@ -422,7 +398,7 @@ def processes(config: Config) -> Iterator[None]:
     if torch.cuda.is_available() and config.model.device in ("auto", "cuda"):
         config.model.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(config.model.device)
-    dist.init_process_group("nccl" if config.model.device.startswith("cuda") else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:
@@ -451,12 +427,6 @@ def total(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-def totals(values: Iterable[float], device: torch.device) -> list[float]:
-    """Sums of some numbers over processes."""
-    numbers = [float(v) for v in values]
-    return total(torch.tensor(numbers, dtype=torch.float32, device=device)).tolist()
 
 
 def barrier() -> None:
