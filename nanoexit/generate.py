@@ -116,34 +116,30 @@ def generate(
 
 
 def _check(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-    settings: Sampling,
+    model: Transformer, prompts: Sequence, most: int, temperature: float, s: Sampling
 ) -> None:
-    ranges = {
-        "max_new_tokens": (max_new_tokens, 1, math.inf),
-        "temperature": (temperature, 0, 1e6),
-        "top_p": (settings.top_p, 1e-9, 1),
-        "top_k": (settings.top_k, 0, math.inf),
-        "batch_size": (1 if settings.batch_size is None else settings.batch_size, 1, math.inf),
+    """Raise UserError for a prompt or a setting that cannot be used."""
+    whole = {
+        "max_new_tokens": (most, 1),
+        "top_k": (s.top_k, 0),
+        "batch_size": (s.batch_size or 1, 1),
     }
-    for name, (value, low, high) in ranges.items():
-        real = name in ("temperature", "top_p")
-        if not low <= value <= high or not (real or isinstance(value, int)):
-            kind = "a number" if real else "a whole number"
-            raise UserError(f"{name}: expected {kind} from {low:g} to {high:g}, found {value}")
+    for name, (value, low) in whole.items():
+        if type(value) is not int or value < low:
+            raise UserError(f"{name}: expected a whole number from {low}, found {value!r}")
+    for name, value, high in (("temperature", temperature, 1e6), ("top_p", s.top_p, 1.0)):
+        if not 0 <= value <= high:
+            raise UserError(f"{name}: expected a number from 0 to {high:g}, found {value!r}")
     longest, vocab = model.shape.max_positions, model.shape.vocab
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {row} is empty: expected at least one token")
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise UserError(f"prompt {row} has a token outside 0..{vocab - 1}")
-        if len(prompt) + max_new_tokens > longest:
+        if len(prompt) + most > longest:
             raise UserError(
-                f"prompt {row} has {len(prompt)} tokens, and up to {max_new_tokens} more follow: "
-                f"the model has {longest} positions; shorten it or lower generation.max_new_tokens"
+                f"prompt {row} has {len(prompt)} tokens, and up to {most} more follow: the model "
+                f"has {longest} positions; shorten it or lower generation.max_new_tokens"
             )
 
 
@@ -242,7 +238,12 @@ class _Decoder:
             at = [slot for slot, row in enumerate(self.slots) if row is not None]
         run, exit_logprobs = self._run(ids, positions, alive, u[:, 1:])
         logits = self.engine.readout(run.hidden[at, 0]).float()  # [n, V]
-        tokens = self._draw(rows, logits, u[at, 0])
+        tokens = sample(
+            logits, u[at, 0], self.temperature, self.settings.top_p, self.settings.top_k
+        )
+        for i, row in enumerate(rows):
+            if len(row.out.tokens) < len(row.forced):
+                tokens[i] = row.forced[len(row.out.tokens)]
         columns = (tokens, run.depths[at, 0], token_logprob(logits, tokens), exit_logprobs[at])
         drawn = torch.stack([column.double() for column in columns]).tolist()  # host sync
         for row, token, depth, logp, exit_logp in zip(rows, *drawn):
@@ -255,34 +256,23 @@ class _Decoder:
         """ids, positions, alive [B, 1], noise u [B, depths] -> the run, log p(exit) [B]."""
         policy = self.policy
         if policy.name == "kl" and u.shape[1]:
-            policy = Prescribed(self._foresee(policy, ids, positions, alive, u))
+            policy = Prescribed(self._foresee(ids, positions, alive, u))
         ask = Ask(self.model, policy, len(ids), u)
         stop = ask if ask.layers else None
         run = self.engine.run(ids, positions, self.cache, stop, alive)
         return run, ask.logprobs(run.depths[:, 0])
 
-    def _foresee(
-        self, policy: Policy, ids: Tensor, positions: Tensor, alive: Tensor | None, u: Tensor
-    ) -> Tensor:
+    def _foresee(self, ids: Tensor, positions: Tensor, alive: Tensor | None, u: Tensor) -> Tensor:
         """Run this step to the deepest depth -> the depths [B] that the target rule draws."""
-        layers = policy.layers(self.model)
+        layers = self.policy.layers(self.model)
         watch = Watch(layers)
         run = self.engine.run(ids, positions, self.cache, watch, alive)
         at = slice(None) if alive is None else alive[:, 0]
         final = self.engine.readout(run.hidden[at, 0])
         early = [divergence(final, self.engine.readout(watch.seen[depth])) for depth in layers]
         chance = u.new_zeros(len(ids), len(layers))
-        chance[at] = target_chance(torch.stack(early, -1), policy.value or 0.0)
+        chance[at] = target_chance(torch.stack(early, -1), self.policy.value or 0.0)
         return sample_depths(chance, u, layers, self.model.deepest)
-
-    def _draw(self, rows: list[Row], logits: Tensor, u: Tensor) -> Tensor:
-        """Logits [n, V], noise [n] -> the next token of each row [n]: forced, or sampled."""
-        tokens = sample(logits, u, self.temperature, self.settings.top_p, self.settings.top_k)
-        for i, row in enumerate(rows):
-            written = len(row.out.tokens)
-            if written < len(row.forced):
-                tokens[i] = row.forced[written]
-        return tokens
 
     def _note(self, row: Row, token: int, depth: int, logp: float, exit_logp: float) -> None:
         if math.isnan(logp):  # some logit is nan or infinite

@@ -8,9 +8,9 @@ distribution the head's target is the chance 2 (1 - sigmoid(s KL(P || Q_d))). Th
     KL(P || student's readout at its exit), mean over response tokens,
   + the cross-entropy of every head that was reached against its target, mean over response tokens.
 
-Steps: for the first `sft.explore` of them all rows draw uniformly, later a share `sft.broad`.
-`sft.targets: base` is the rule of the original instead: Q_d is the readout of the *base*, exits are
-drawn from the targets. On a model whose early readouts were never trained these targets are 0.
+`sft.broad` is the share of rows that draw uniformly. `sft.targets: base` is the rule of the
+original instead: Q_d is the readout of the *base*, exits are drawn from the targets. On a model
+whose early readouts were never trained these targets are 0.
 
 Simplified against the original: 1. the teacher's residuals are recomputed each step from frozen
 weights, not stored; 2. the early readout uses the final norm, in targets, training and generation
@@ -18,7 +18,6 @@ alike; 3. KL from float32 log-softmax, without epsilons.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,38 +78,27 @@ class Draw(Policy):
         return (u < chance) & self.free[at]
 
 
-@dataclass
-class Losses:
-    """Sums over the response tokens of one forward; dividing by their number makes means."""
-
-    kl: Tensor
-    exit: Tensor
-    depth: Tensor
-    reached: Tensor  # [E] how many tokens reached each head
-    target: Tensor  # [E] sum of the targets there
-    chance: Tensor  # [E] sum of the heads' chances there
-
-
 def student_losses(
     model: Transformer, a: Aligned, teacher: Tensor, draw: Draw, noise: Tensor, config: Config
-) -> Losses:
-    """One forward with drawn exits. teacher [n, D]: the teacher's residuals at a.at."""
-    alive = a.depths > 0
-    scored = run_and_score(model, a.ids, draw, alive, a.prompt_lens, noise)
-    chunk = config.model.logits_chunk
-    kl = readout_kl(model, teacher, scored.hidden.flatten(0, 1)[a.at], chunk)
-    targets, reached = exit_targets(model, a, teacher, draw, config)
+) -> dict[str, Tensor]:
+    """One forward with drawn exits -> sums over its readouts: kl, exit, depth; by head [E]:
+    reached, target, chance. teacher [n, D]: the teacher's residuals at a.at.
+    """
+    scored = run_and_score(model, a.ids, draw, a.depths > 0, a.prompt_lens, noise)
+    student = scored.hidden.flatten(0, 1)[a.at]
+    kl = readout_kl(model, teacher, student, config.model.logits_chunk)
+    target, reached = exit_targets(model, a, teacher, draw, config)
     assert scored.head_logits is not None
     z = scored.head_logits.flatten(0, 1)[a.at]  # [n, E]
-    cross = F.binary_cross_entropy_with_logits(z, targets, reduction="none") * reached
-    return Losses(
-        kl.sum(),
-        cross.sum(),
-        scored.depths.flatten()[a.at].sum(),
-        reached.sum(0),
-        (targets * reached).sum(0),
-        (z.detach().sigmoid() * reached).sum(0),
-    )
+    cross = F.binary_cross_entropy_with_logits(z, target, reduction="none")
+    return {
+        "kl": kl.sum(),
+        "exit": (cross * reached).sum(),
+        "depth": scored.depths.flatten()[a.at].sum(),
+        "reached": reached.sum(0),
+        "target": (target * reached).sum(0),
+        "chance": (z.detach().sigmoid() * reached).sum(0),
+    }
 
 
 @torch.no_grad()
@@ -161,47 +149,44 @@ def draw_noise(
 
     A row's draws depend on its place in the step alone, however rows are split up.
     """
-    B, T = a.ids.shape
-    exploring = config.sft.targets == "student" and step < config.sft.explore * config.sft.steps
-    share = 1.0 if exploring else config.sft.broad if config.sft.targets == "student" else 0.0
-    noise = np.ones((B, T, exits), dtype=np.float32)
-    uniform = np.zeros((B, T), dtype=bool)
+    share = config.sft.broad if config.sft.targets == "student" else 0.0
+    noise = torch.ones(*a.ids.shape, exits)
+    uniform = torch.zeros(a.ids.shape, dtype=torch.bool)
     for row, (place, n, m) in enumerate(zip(places, a.prompt_lens, a.counts)):
         rng = np.random.default_rng(stream("exits", config.run.seed, step, place))
         uniform[row] = rng.random() < share
-        noise[row, : n + m - 1] = rng.random((n + m - 1, exits), dtype=np.float32)
-    drawn = torch.from_numpy(noise).flatten(0, 1), torch.from_numpy(uniform).flatten()
-    return drawn[0].to(a.ids.device), drawn[1].to(a.ids.device)
+        drawn = rng.random((n + m - 1, exits), dtype=np.float32)
+        noise[row, : n + m - 1] = torch.from_numpy(drawn)
+    return noise.flatten(0, 1).to(a.ids.device), uniform.flatten().to(a.ids.device)
 
 
 def step_losses(model: Transformer, traces: Sequence[Trace], config: Config, step: int) -> dict:
     """Backward through one step's traces, a micro-batch at a time -> the step's mean figures."""
-    size, depths = config.sft.micro_batch, exit_depths(model)
+    size, exits = config.sft.micro_batch, len(exit_depths(model))
     places = mine(range(len(traces)))
-    tokens = max(1, sum(len(trace.tokens) for trace in traces))
-    sums = torch.zeros(3 + 3 * len(depths), device=model.device)
+    tokens = sum(len(trace.tokens) for trace in traces)
+    sums = {name: torch.zeros((), device=model.device) for name in ("kl", "exit", "depth")}
+    sums |= {n: torch.zeros(exits, device=model.device) for n in ("reached", "target", "chance")}
     for piece in [places[i : i + size] for i in range(0, len(places), size)]:
         batch = [traces[i] for i in piece]
         prompts, responses = [t.prompt_ids for t in batch], [t.tokens for t in batch]
         a = align(prompts, responses, None, model.full_depth, model.device)
         teacher, chance = teacher_pass(model, a, config)
-        noise, uniform = draw_noise(a, piece, len(depths), config, step)
-        free = torch.zeros_like(uniform).index_fill(0, a.at, True)
+        noise, uniform = draw_noise(a, piece, exits, config, step)
+        draw = Draw(torch.zeros_like(uniform).index_fill(0, a.at, True), uniform, chance)
         seed_torch("dropout", config.run.seed, step, piece[0])
-        draw = Draw(free, uniform, chance)
         losses = student_losses(model, a, teacher, draw, noise, config)
-        ((losses.kl + losses.exit) / tokens).backward()
-        parts = torch.stack([losses.kl, losses.exit, losses.depth]).detach()
-        sums += torch.cat([parts, losses.reached, losses.target, losses.chance])
-    kl, exit_loss, depth = (total(sums)[:3] / tokens).tolist()
-    reached, target, chances = sums[3:].view(3, -1)
+        ((losses["kl"] + losses["exit"]) / tokens).backward()
+        sums = {name: value + losses[name].detach() for name, value in sums.items()}
+    sums = {name: total(value) for name, value in sums.items()}
+    reached = sums["reached"].clamp(min=1)
     return {
-        "loss": kl + exit_loss,
-        "kl": kl,
-        "exit_loss": exit_loss,
-        "mean_depth": depth,
-        "target_exit": (target / reached.clamp(min=1)).tolist(),
-        "student_exit": (chances / reached.clamp(min=1)).tolist(),
+        "loss": ((sums["kl"] + sums["exit"]) / tokens).item(),
+        "kl": (sums["kl"] / tokens).item(),
+        "exit_loss": (sums["exit"] / tokens).item(),
+        "mean_depth": (sums["depth"] / tokens).item(),
+        "target_exit": (sums["target"] / reached).tolist(),
+        "student_exit": (sums["chance"] / reached).tolist(),
     }
 
 

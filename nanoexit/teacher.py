@@ -245,7 +245,7 @@ def traces_folder(
     g = config.generation
     ids = [[job.id, *prompt_ids(tokenizer, job, config)] for job in jobs]
     origin = {
-        "model": model.revision or model.name,
+        "model": model.content,
         "prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         "chunk": config.teacher.chunk,
         "seed": config.run.seed,

@@ -263,7 +263,7 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, targets):
     gradients = []
     for size in (4, 64):
         overrides = [f"run.dir={tmp_path}", "data.count=10", f"sft.micro_batch={size}"]
-        config = load_config(TINY, [*overrides, f"sft.targets={targets}", "sft.explore=0"])
+        config = load_config(TINY, [*overrides, f"sft.targets={targets}"])
         model, tokenizer = load_student(config)
         traces = make_traces(model, tokenizer, config)
         figures = sft.step_losses(model, traces, config, step=0)
@@ -277,7 +277,7 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, targets):
 
 def test_exits_are_drawn_at_readouts_only(tmp_path):
     """Catches: prompt tokens that exit while training; a first readout that may not exit."""
-    overrides = [f"run.dir={tmp_path}", "data.count=10", "sft.explore=1"]
+    overrides = [f"run.dir={tmp_path}", "data.count=10", "sft.broad=1"]
     config = load_config(TINY, overrides)
     model, tokenizer = load_student(config)
     traces = make_traces(model, tokenizer, config)
