@@ -127,9 +127,9 @@ def _check(
     for name, (value, low) in whole.items():
         if type(value) is not int or value < low:
             raise UserError(f"{name}: expected a whole number from {low}, found {value!r}")
-    for name, value, high in (("temperature", temperature, 1e6), ("top_p", s.top_p, 1.0)):
-        if not 0 <= value <= high:
-            raise UserError(f"{name}: expected a number from 0 to {high:g}, found {value!r}")
+    for name, number, high in (("temperature", temperature, 1e6), ("top_p", s.top_p, 1.0)):
+        if not 0 <= number <= high:
+            raise UserError(f"{name}: expected a number from 0 to {high:g}, found {number!r}")
     longest, vocab = model.shape.max_positions, model.shape.vocab
     for row, prompt in enumerate(prompts):
         if not len(prompt):

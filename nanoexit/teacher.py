@@ -70,7 +70,7 @@ def respond(
 def read_response(
     tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int], generation: Generation
 ) -> Response:
-    """Decode and verify what was generated for one prompt; the end token is not part of the text."""
+    """Decode and verify what was generated for a prompt; the end token is not in the text."""
     tokens = generation.tokens[:-1] if generation.finish == "stop" else generation.tokens
     text = tokenizer.decode(tokens)
     return Response(prompt, list(ids), generation, text, task_of(prompt).verify(prompt, text))
