@@ -271,7 +271,7 @@ class Transformer(nn.Module):
         self.cap: int | None = None
         self.fast_copy: object = None  # weights laid out for decoding, kept by fast.py
         self.stop_ids: frozenset[int] = frozenset()  # tokens that end a text
-        self.name, self.revision = "", ""  # where the weights come from: weights.load_model
+        self.name, self.revision, self.content = "", "", ""  # which weights: weights.load_model
 
     @property
     def blocks(self) -> list[Block]:

@@ -1,188 +1,425 @@
-"""Text to token ids and back: tokenizer.json, the chat template in a sandbox, and the tokens that end a text.
+"""Where a model is, and its text: token ids, special tokens, chat templates, end tokens.
 
-Contract. `prompt_ids` is how every part of the project turns a prompt into ids: through the model's chat template where it has
-one, else the plain prompt; never two BOS. Templates come from strangers: they run in jinja2's immutable sandbox, with the
-helpers that templates in the wild use and nothing else.
+Contract. `find_model` gives the folder of a model, here or on the Hugging Face hub. `Tokenizer`
+reads such a folder as transformers 5 does: tokenizer.json decides ids and BOS; special tokens may
+also stand in `added_tokens_decoder` or, without it, in special_tokens_map.json. `prompt_ids` is how
+every part of the project turns a prompt into ids: through the chat template if there is one.
+
+Templates are foreign programs. They run in jinja2's immutable sandbox, in a process of their own
+that is ended when it runs too long or grows too large.
 """
 
+import contextlib
+import functools
+import hashlib
+import inspect
 import json
-from collections.abc import Sequence
+import os
+import re
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
 import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
+import jinja2.meta
 import jinja2.sandbox
 import tokenizers
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub import errors as hub
 
-from nanoexit.errors import UserError
-from nanoexit.hub import find_model
+from nanoexit.config import ROOT, UserError, nearest, printable, read_json, read_text, show
+
+if TYPE_CHECKING:
+    import resource  # of the worker; Windows has none
+
+TEXT_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json"
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+KINDS |= {dict: "an object", list: "a list", type(None): "null"}
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+FAILURES = (  # of a download: the first kind that fits, and what to do
+    (hub.GatedRepoError, "gated: accept its terms on its page there, then set HF_TOKEN"),
+    (hub.RepositoryNotFoundError, "none of that name, or private: check the spelling or HF_TOKEN"),
+    (hub.RevisionNotFoundError, "it has no such revision: check model.revision"),
+    (hub.LocalEntryNotFoundError, "cannot be reached, and not in the cache: check the connection"),
+    (hub.EntryNotFoundError, "no such file there"),
+    (hub.HfHubHTTPError, "an error of the server: try later, or set HF_TOKEN to read it"),
+    (hub.HFValidationError, "not a valid id: check the spelling"),
+    (Exception, "the download broke off: run the same command again to continue it"),
+)
+
+
+# --- where a model is -------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    path: Path
+    revision: str | None  # the commit of a hub snapshot; None for a folder
+
+
+def find_model(
+    name: str,
+    revision: str | None = None,
+    files: Sequence[str] = ("*.safetensors", "*.json", "*.jinja"),
+) -> Found:
+    """A folder (from the working directory, else the repository), or a snapshot of OWNER/NAME.
+
+    With a revision (branch, tag or commit), always the hub's. Raises UserError with what to do.
+    """
+    for path in (Path(name).expanduser(), ROOT / name):
+        if revision is None and path.is_dir():
+            return Found(path, None)
+    if not HUB_ID.fullmatch(name):
+        problem = "a folder has no revisions" if revision else "no such folder"
+        raise UserError(f"{show(name)}: {problem}, and not an id on the hub (OWNER/NAME)")
+    options: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": ["*/*"]}
+    get = functools.partial(snapshot_download, name, revision=revision, **options)
+    path = fetch(f"{name}: no such folder;", get)
+    return Found(path, path.name)
+
+
+def fetch(what: str, download: Callable[[], str]) -> Path:
+    """Run a download; each way it can fail becomes one line that says what to do."""
+    try:
+        return Path(download())
+    except Exception as error:  # the HTTP library's own too
+        why = next(text for kind, text in FAILURES if isinstance(error, kind))
+        status = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
+        offline = "; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+        raise UserError(f"{what} {constants.ENDPOINT}: {why} ({status}{offline})") from None
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError for a file that is missing, or that is a git-lfs pointer."""
+    if not path.is_file():
+        snapshot = path.absolute().parent.parent.name == "snapshots"
+        hint = ": an incomplete snapshot of the hub; run once with a connection" if snapshot else ""
+        raise UserError(f"{path}: no such file{hint}")
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise UserError(f"{path}: a git-lfs pointer, not the file: run `git lfs pull` there")
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object of a model's file, {} without one. Raises UserError for anything else."""
+    if path.is_symlink() or path.exists():
+        check_file(path)
+    return read_json(path)
+
+
+def check_values(given: dict[str, Any], rules: dict[str, tuple], where: str | Path) -> None:
+    """The one rule for values of such files; rules: key -> (kinds, low, high of a number)."""
+    for key in [key for key in given if key in rules]:
+        value, (kinds, low, high) = given[key], rules[key]
+        number = type(value) in (int, float)
+        if type(value) not in kinds or (number and not low <= value <= high):  # so is NaN
+            expected = " or ".join(KINDS[k] for k in kinds if k is not int or float not in kinds)
+            limits = f" from {low} to {high}" if int in kinds else ""
+            raise UserError(f"{where}: {key}: expected {expected}{limits}, found {show(value)}")
+
+
+def content_hash(paths: Iterable[Path]) -> str:
+    """A hash of names, sizes and contents; of a file above 64 MiB, 16,384 samples of 4 KiB."""
+    digest, sample = hashlib.sha256(), 4096
+    for path in sorted(paths):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for offset in range(0, size, max(sample, size // 16384)):
+                file.seek(offset)
+                digest.update(file.read(sample))
+    return f"sha256:{digest.hexdigest()}"
+
+
+# --- text and ids -----------------------------------------------------------------------------
 
 
 class Tokenizer:
-    """The tokenizer of one model folder. Raises UserError where its files are missing or broken."""
+    """The tokenizer of a model's folder. Raises UserError where its files are missing or broken."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(f"{folder}: no tokenizer.json; a model in the older sentencepiece format has to be converted first")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises plain Exception
-            raise UserError(f"{path} is not a tokenizer: {error}") from None
-        self._config = read_json(folder / "tokenizer_config.json")
-        self._bos, self._eos = (_content(self._config.get(key)) for key in ("bos_token", "eos_token"))
-        template = _template(folder, self._config)
-        self.has_template = template is not None
-        self._template = _compile(template, folder) if template is not None else None
+        self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
+        config = read_object(folder / "tokenizer_config.json")
+        self.named = _add_tokens(self._tokenizer, config, folder)  # {"bos_token": "<s>", ...}
+        self._tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
+        rows = read_object(folder / "config.json").get("vocab_size")
+        last = self._tokenizer.get_vocab_size(with_added_tokens=False) - 1
+        for i in (last, *self._tokenizer.get_added_tokens_decoder()):
+            if type(rows) is int and i >= rows:
+                token = f"token {show(self._tokenizer.id_to_token(i))} has the id {i}"
+                raise UserError(
+                    f"{folder}: {token}, but the embedding has {rows} rows (vocab_size)"
+                )
+        template = _read_template(folder, config)
+        self._template = None if template is None else TemplateProcess(template, str(folder))
+
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
+    @property
+    def content(self) -> str:
+        """A hash of the files that decide ids and templates."""
+        names = (*TEXT_FILES.split(), "chat_template.jinja")
+        return content_hash(p for p in map(self.folder.joinpath, names) if p.is_file())
 
     @property
     def bos_id(self) -> int | None:
-        return None if self._bos is None else self._tokenizer.token_to_id(self._bos)
+        return self._tokenizer.token_to_id(self.named.get("bos_token", ""))
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end a text: of generation_config.json, config.json, and the tokenizer's own end token."""
-        own = None if self._eos is None else self._tokenizer.token_to_id(self._eos)
-        return stop_ids(self.folder) | ({own} if own is not None else set())
+        """Ids that end a text: the model's, and the tokenizer's own end token."""
+        own = self._tokenizer.token_to_id(self.named.get("eos_token", ""))
+        return model_stop_ids(self.folder) | (frozenset() if own is None else {own})
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids. Special tokens written in the text are recognized; none are added."""
+        if re.search("[\ud800-\udfff]", text):
+            raise UserError(f"half a surrogate pair cannot be encoded: {show(text)}")
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text; joined they are decode(ids). A character split over tokens comes with its last one."""
+        """What each token adds to the text: len(ids) pieces that join to decode(ids), for any ids.
+
+        A character made of several tokens comes with its last one.
+        """
+        text = self.decode(ids)
+        start = clean = at = shown = 0  # ids[:clean] make text[:at]; ids[start:clean] is context
         pieces = []
         for end in range(1, len(ids) + 1):
-            text = self.decode(ids[max(0, end - 8) : end])  # the last few tokens settle spacing and split characters
-            before = self.decode(ids[max(0, end - 8) : end - 1])
-            whole = not text.endswith("\ufffd")
-            start = len(before.rstrip("\ufffd")) if whole else len(text)
-            pieces.append(text[start:])
-        return pieces if "".join(pieces) == self.decode(ids) else self._slow_pieces(ids)
-
-    def _slow_pieces(self, ids: Sequence[int]) -> list[str]:
-        """The same from the whole text before each token: quadratic, for decoders that look further back."""
-        pieces, shown = [], ""
-        for end in range(1, len(ids) + 1):
-            text = self.decode(ids[:end])
-            ready = text if end == len(ids) else text.rstrip("\ufffd")
-            pieces.append(ready[len(shown) :])
-            shown = ready
+            before, after = self.decode(ids[start:clean]), self.decode(ids[start:end])
+            new = after[len(before) :]
+            if after.startswith(before) and text.startswith(new, at):
+                start, clean, at = clean, end, at + len(new)
+            elif end - clean > 4:  # more tokens than a character has: decode from the beginning
+                whole = self.decode(ids[:end])
+                same = len(os.path.commonprefix([whole, text]))  # noqa: RUF071
+                start, clean, at = clean, end, max(at, same)
+            reached = at if end < len(ids) else len(text)
+            pieces.append(text[shown:reached])
+            shown = max(shown, reached)
         return pieces
 
-    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True, **variables: Any) -> str:
-        """Messages [{"role", "content"}] -> the text that the chat template makes of them."""
+    def render(self, messages: Sequence[dict[str, Any]], /, **variables: Any) -> str:
+        """Messages [{"role", "content"}] -> the text that the chat template makes of them.
+
+        variables: what else the template reads, such as enable_thinking. Raises UserError where
+        the template fails, or does not read a variable.
+        """
         if self._template is None:
             raise UserError(f"{self.folder}: this model has no chat template")
-        names = {"bos_token": self._bos or "", "eos_token": self._eos or "", "add_generation_prompt": add_generation_prompt}
-        try:
-            return self._template.render(messages=list(messages), **names, **variables)
-        except Exception as error:  # whatever a stranger's template does: divide by zero, recurse without end, ask for the sandbox's outside
-            raise UserError(f"{self.folder}: the chat template failed: {type(error).__name__}: {error}") from None
+        known = {**self.named, "add_generation_prompt": True, "tools": None, "documents": None}
+        return self._template.render(list(messages), known, variables)
 
-    def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
+    def prompt_ids(self, prompt: str, system: str | None = None, /, **variables: Any) -> list[int]:
         """The ids that a response is written after."""
-        if self._template is None:
-            text = prompt if system is None else f"{system}\n\n{prompt}"
-            bos = [self.bos_id] if self._adds_bos() else []
-            return bos + self.encode(text)
-        messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
-        return self.encode(self.render(messages))  # a template writes its own BOS: nothing is added
-
-    def _adds_bos(self) -> bool:
-        """Whether a plain text begins with BOS: as tokenizer_config.json says, else as tokenizer.json's own processor does."""
-        if self.bos_id is None:
-            return False
-        said = self._config.get("add_bos_token")
-        return said if said is not None else self._tokenizer.encode("").ids[:1] == [self.bos_id]
+        if self.has_template or variables:
+            messages = [{"role": "system", "content": system}] if system else []
+            messages.append({"role": "user", "content": prompt})
+            return self.encode(self.render(messages, **variables))  # a template writes its own BOS
+        text = self._tokenizer.encode("a")  # with what tokenizer.json's post-processor adds
+        bos = text.ids[: [*text.special_tokens_mask, 0].index(0)]
+        return bos + self.encode(prompt if system is None else f"{system}\n\n{prompt}")
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a folder or of a model on the hub."""
+    """The tokenizer of a folder, or of a model on the hub."""
     return Tokenizer(find_model(str(name), revision).path)
 
 
-def stop_ids(folder: Path) -> frozenset[int]:
-    """eos_token_id of generation_config.json, else of config.json: an int or a list."""
-    for name in ("generation_config.json", "config.json"):
-        found = read_json(folder / name).get("eos_token_id")
+def model_stop_ids(folder: Path) -> frozenset[int]:
+    """eos_token_id of generation_config.json, else of config.json."""
+    rows = read_object(folder / "config.json").get("vocab_size")
+    rule = ((int,), 0, rows - 1 if type(rows) is int else 2**31)
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        found = read_object(path).get("eos_token_id")
         if found is not None:
             ids = found if isinstance(found, list) else [found]
-            if any(type(i) is not int for i in ids):
-                raise UserError(f"{folder / name}: eos_token_id: expected a whole number or a list of them, found {found!r}")
+            for i in ids:
+                check_values({"eos_token_id": i}, {"eos_token_id": rule}, path)
             return frozenset(ids)
     return frozenset()
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object, {} where there is no such file. Raises UserError where it is something else."""
-    if not path.is_file():
-        return {}
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    check_file(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises plain Exception
+        raise UserError(f"{path} is not a tokenizer: {printable(str(error))}") from None
+    tokenizer.no_truncation()  # which it may store
+    tokenizer.no_padding()
+    return tokenizer
 
 
-def _content(token: str | dict | None) -> str | None:
-    """A special token, written as text or as an object with `content`."""
-    return token.get("content") if isinstance(token, dict) else token
+def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict, folder: Path) -> dict[str, str]:
+    """Add the tokens that tokenizer.json lacks, in the order of transformers 5; -> named ones."""
+    declared = config.get("added_tokens_decoder")
+    if declared is None:
+        config |= read_object(folder / "special_tokens_map.json")
+        declared = {i: text for text, i in read_object(folder / "added_tokens.json").items()}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    named = {k: v for k, v in config.items() if k.endswith("_token") and isinstance(v, (str, dict))}
+    try:
+        named |= extra if isinstance(extra, dict) else {}
+        special = [_added(value) for value in (*named.values(), *extra)]
+        names = {token.content for token in special}
+        tokens = [_added(declared[i], names) for i in sorted(declared, key=int)]
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        where = f"{folder}: a special token of tokenizer_config.json or special_tokens_map.json"
+        raise UserError(f"{where} is malformed: {printable(str(error))}") from None
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    known |= {token.content for token in tokens}
+    tokenizer.add_tokens(tokens + [token for token in special if token.content not in known])
+    return {key: token.content for key, token in zip(named, special)}
 
 
-def _template(folder: Path, config: dict) -> str | None:
-    """chat_template.jinja, else chat_template: a string, or a list of named ones of which `default` is meant."""
+def _added(value: Any, special: Collection[str] | None = None) -> tokenizers.AddedToken:
+    """A token written as text, or as an object with `content` and flags."""
+    if isinstance(value, dict):
+        return tokenizers.AddedToken(**{k: v for k, v in value.items() if k != "__type"})
+    is_special = special is None or value in special
+    return tokenizers.AddedToken(value, special=is_special, normalized=not is_special)
+
+
+def _read_template(folder: Path, config: dict) -> str | None:
+    """chat_template.jinja, else chat_template: text, or named texts with one `default`."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    if path.is_symlink() or path.exists():
+        check_file(path)
+        return read_text(path)
     found = config.get("chat_template")
-    where = f"{folder / 'tokenizer_config.json'}: chat_template"
     if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
-        named = {entry.get("name"): entry.get("template") for entry in found}
-        if "default" not in named:
-            raise UserError(f"{where} has {', '.join(map(str, named))}, but no default")
-        found = named["default"] or 0  # named but empty: not text either
+        found = {entry.get("name"): entry.get("template") for entry in found}.get("default", found)
     if found is not None and not isinstance(found, str):
-        raise UserError(f"{where}: expected text or a list of named texts, found {type(found).__name__}")
+        where = f"{folder / 'tokenizer_config.json'}: chat_template"
+        raise UserError(
+            f"{where}: expected text, or named texts and a default, found {show(found)}"
+        )
     return found
 
 
-class Generation(jinja2.ext.Extension):
-    """{% generation %}...{% endgeneration %} marks what the assistant wrote, for training masks: here only its text counts."""
+# --- chat templates ---------------------------------------------------------------------------
+
+
+class TemplateProcess:
+    """One chat template in a process of its own, ended when a text takes too long or too much.
+
+    seconds: of computing. memory: bytes of the process (on macOS, time alone bounds them).
+    """
+
+    def __init__(self, template: str, where: str, seconds: float = 5, memory: int = 2**30):
+        self.where = where
+        self.setup = {"template": template, "seconds": seconds, "memory": memory}
+        self._process: subprocess.Popen | None = None
+
+    def render(self, messages: list, known: dict[str, Any], variables: dict[str, Any]) -> str:
+        """known: what a template may read. variables: what this one has to read."""
+        try:
+            reply = self._ask(json.dumps({**known, **variables, "messages": messages}))
+        except TypeError as error:
+            raise UserError(f"template variables {show(variables)}: {error}") from None
+        if "error" in reply:
+            problem = printable(" ".join(reply["error"].split()))
+            raise UserError(f"{self.where}: the chat template failed: {problem}")
+        readable = {*known, *reply["names"]} - {"messages"}
+        for name in variables.keys() - readable:
+            close = nearest(name, readable)
+            raise UserError(f"{self.where}: the chat template does not read {name!r}{close}")
+        return reply["text"]
+
+    def _ask(self, line: str) -> dict:
+        """One exchange with the process, which is started if need be and ended if it fails."""
+        process = self._process
+        if process is None:
+            process = self._process = _start_worker()
+            weakref.finalize(self, process.__exit__, None, None, None)
+            line = f"{json.dumps(self.setup)}\n{line}"
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(f"{line}\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+        except BaseException as error:
+            self._process = None
+            process.kill()
+            if not isinstance(error, (OSError, ValueError)):
+                raise
+            limits = "stopped after {seconds} s of computing or {memory} bytes of memory"
+            return {"error": limits.format(**self.setup)}
+
+
+def _start_worker() -> subprocess.Popen:
+    """A bare interpreter without the secrets of the environment, running `serve_templates`."""
+    parts = map(inspect.getsource, (GenerationTag, serve_templates))  # type: ignore[arg-type]
+    program = "\n".join([WORKER_IMPORTS, *parts, "serve_templates()"])
+    keep = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
+    options: dict[str, Any] = {"text": True, "start_new_session": True}  # Ctrl-C is for the parent
+    options["env"] = {name: os.environ[name] for name in keep if name in os.environ}
+    options |= dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    command = [sys.executable, "-I", "-c", program, json.dumps(sys.path)]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
+
+
+WORKER_IMPORTS = """
+import contextlib, functools, json, pprint, resource, signal, sys, textwrap
+sys.path[:] = json.loads(sys.argv[1])
+from datetime import datetime
+import jinja2.constants, jinja2.debug, jinja2.ext, jinja2.meta, jinja2.sandbox
+"""
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """{% generation %}...{% endgeneration %} marks text for training masks; it counts as text."""
 
     tags = {"generation"}
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
+
+    def _text(self, caller):
+        return caller()
 
 
-def _compile(template: str, folder: Path) -> jinja2.Template:
-    extensions = [jinja2.ext.loopcontrols, Generation]
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
+def serve_templates():
+    """Read a setup, then variables, a JSON line each; answer each with a JSON line of text."""
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    setup, template = json.loads(sys.stdin.readline()), None
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, GenerationTag]
+    )
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # not HTML's
+    environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{folder}: the chat template does not parse: {error}") from None
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False) -> str:
-    """Plain JSON: jinja2's own filter would escape HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    with contextlib.suppress(ValueError, OSError):  # macOS
+        resource.setrlimit(resource.RLIMIT_AS, (setup["memory"], setup["memory"]))
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, setup["seconds"])  # its signal ends this process
+        try:
+            if template is None:
+                names = jinja2.meta.find_undeclared_variables(environment.parse(setup["template"]))
+                template = environment.from_string(setup["template"])
+                datetime.now().astimezone()  # the last file to be read
+                resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+            text = template.render(json.loads(line))
+            if len(text.encode()) > 2**24:  # encode fails on half a surrogate pair
+                raise OverflowError("more than 16 MiB of text")
+            reply = {"text": text, "names": sorted(names)}
+        except BaseException as error:
+            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(reply), flush=True)

@@ -1,206 +1,341 @@
 """Weights on disk: check a model's folder and load it.
 
-Contract. A config that this transformer does not implement is refused by name before any weight is read, and every tensor is
-checked by name, shape and value before it is used. Nothing is guessed and nothing is executed: safetensors and JSON only.
+Contract. A config.json that this transformer does not implement is refused by name before a weight
+is read. Every tensor is checked by name, shape and value before it is used. Nothing is executed:
+safetensors and JSON only. What config.json leaves out has the default of transformers.
 
-The model is made without memory and given its tensors one by one, so loading N bytes takes little more than N bytes.
+The model is made without memory and receives its tensors one by one, so that loading N bytes takes
+little more than N bytes.
 """
 
+import dataclasses
+import functools
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoexit.errors import UserError, nearest
-from nanoexit.hub import find_model
+from nanoexit.config import UserError, nearest, printable, show
 from nanoexit.model import Llama3Rope, Shape, Transformer
-from nanoexit.tokenizer import read_json, stop_ids
+from nanoexit.tokenizer import (
+    HUB_ID,
+    Tokenizer,
+    check_file,
+    check_values,
+    content_hash,
+    fetch,
+    find_model,
+    model_stop_ids,
+    read_object,
+)
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+REQUIRED = ["vocab_size", "hidden_size", "intermediate_size"]
+REQUIRED += ["num_hidden_layers", "num_attention_heads"]
+NULL = type(None)
+KEYS = {  # of config.json: kinds, and range of a number
+    **dict.fromkeys(REQUIRED, ((int,), 1, 2**24)),
+    "num_hidden_layers": ((int,), 1, 2**12),
+    **dict.fromkeys(["num_key_value_heads", "head_dim"], ((int, NULL), 1, 2**24)),
+    "max_position_embeddings": ((int,), 1, 2**31),
+    "original_max_position_embeddings": ((int,), 1, 2**31),
+    "sliding_window": ((int, NULL), 1, 2**31),
+    "max_window_layers": ((int,), 0, 2**31),
+    "rms_norm_eps": ((int, float), 0, 1),
+    "rope_theta": ((int, float, NULL), 1, 1e15),
+    **dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor"], ((int, float), 1e-6, 1e6)),
+    "partial_rotary_factor": ((int, float), 1, 1),  # another is not implemented
+    **dict.fromkeys(["attention_bias", "mlp_bias"], ((bool,), 0, 0)),
+    **dict.fromkeys(["tie_word_embeddings", "use_sliding_window"], ((bool,), 0, 0)),
+    **dict.fromkeys(["hidden_act", "rope_type", "type"], ((str,), 0, 0)),
+    **dict.fromkeys(["rope_scaling", "rope_parameters"], ((dict, NULL), 0, 0)),
+    "quantization_config": ((dict, NULL), 0, 0),
+    "layer_types": ((list, NULL), 0, 0),
+}
+DEFAULTS: dict[str, Any] = {  # of transformers, for what config.json leaves out
+    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), False),
+    **{"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
+    **{"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 32768},
+}
+FAMILIES: dict[str, dict[str, int]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LARGE = 2**27  # bytes: from here on, loading shows progress
 
 
-# --- the architecture ------------------------------------------------------------------------------------------------
+# --- the architecture -------------------------------------------------------------------------
 
 
 def read_shape(folder: Path) -> Shape:
-    """config.json, as old and new tool chains write it -> Shape. Raises UserError for what is not implemented."""
+    """config.json, as old and new tool chains write it -> Shape.
+
+    Raises UserError with key and value for nonsense and for what is not implemented.
+    """
     where = folder / "config.json"
-    if not where.is_file():
-        raise UserError(f"{folder}: no config.json: expected the folder of a model")
-    c = read_json(where)
-    family = c.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"{where}: model_type {family!r} is not implemented: expected {', '.join(FAMILIES)}{nearest(family, FAMILIES)}")
-    _refuse(c, where)
-    width, heads = _whole(c, "hidden_size", where), _whole(c, "num_attention_heads", where)
+    check_file(where)
+    given = read_object(where)
+    family = given.get("model_type")
+    if family not in [*FAMILIES]:
+        expected = f"expected {', '.join(FAMILIES)}{nearest(family, FAMILIES)}"
+        raise UserError(f"{where}: model_type {show(family)} is not implemented: {expected}")
+    check_values(given, KEYS, where)
+    for key in REQUIRED:
+        if key not in given:
+            raise UserError(f"{where}: {key} is missing")
+    c = {**DEFAULTS, **FAMILIES[family], **given}
+    bias, heads = c["attention_bias"], c["num_attention_heads"]
     theta, scaling = _rope(c, where)
-    attention_bias, mlp_bias = bool(c.get("attention_bias", False)), bool(c.get("mlp_bias", False))
-    return Shape(
-        family, _whole(c, "vocab_size", where), width, _whole(c, "intermediate_size", where), _whole(c, "num_hidden_layers", where),
-        heads, _whole(c, "num_key_value_heads", where, heads), _whole(c, "head_dim", where, width // heads), theta, scaling,
-        float(c.get("rms_norm_eps", 1e-6)), qkv_bias=family == "qwen2" or attention_bias, o_bias=family != "qwen2" and attention_bias,
-        mlp_bias=family == "llama" and mlp_bias, qk_norm=family == "qwen3", tied=bool(c.get("tie_word_embeddings", False)),
-        max_positions=_whole(c, "max_position_embeddings", where, 2048),
+    shape = Shape(
+        family=family,
+        vocab=c["vocab_size"],
+        width=c["hidden_size"],
+        ffn=c["intermediate_size"],
+        blocks=c["num_hidden_layers"],
+        heads=heads,
+        kv_heads=c.get("num_key_value_heads") or heads,
+        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=float(c["rms_norm_eps"]),
+        qkv_bias=bias or family == "qwen2",
+        o_bias=bias and family != "qwen2",
+        mlp_bias=c["mlp_bias"] and family == "llama",
+        qk_norm=family == "qwen3",
+        tied=c["tie_word_embeddings"],
+        max_positions=c["max_position_embeddings"],
     )
+    _refuse(c, shape, where)
+    return shape
 
 
-def _whole(c: dict, key: str, where: Path, default: int | None = None) -> int:
-    value = c.get(key) if c.get(key) is not None else default
-    if type(value) is not int or value < 1:
-        raise UserError(f"{where}: {key}: expected a whole number, found {value!r}")
-    return value
-
-
-def _refuse(c: dict, where: Path) -> None:
+def _refuse(c: dict[str, Any], s: Shape, where: Path) -> None:
     """What would silently compute something else."""
-    if c.get("quantization_config"):
-        method = c["quantization_config"].get("quant_method", "of some kind")
-        raise UserError(f"{where}: quantization_config: {method} quantized weights are not implemented; take the unquantized model")
-    if c.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(f"{where}: hidden_act {c['hidden_act']!r} is not implemented: expected silu")
-    sliding = c.get("sliding_window") and (c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or []))
-    if sliding and c["sliding_window"] < c.get("max_position_embeddings", 0):
-        raise UserError(f"{where}: sliding_window {c['sliding_window']} is active and shorter than max_position_embeddings "
-                        f"{c['max_position_embeddings']}: sliding windows are not implemented")
+    kinds, quantized = c.get("layer_types") or [], c.get("quantization_config") or {}
+    window = c["sliding_window"] if c["use_sliding_window"] and s.family != "llama" else None
+    slides = window is not None and c["max_window_layers"] < s.blocks
+    slides = "sliding_attention" in kinds if kinds else slides
+    odd = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+    for bad, problem in (
+        (quantized, f"quantization_config: {show(quantized.get('quant_method'))}"),
+        (c["hidden_act"] not in ("silu", "swish"), f"hidden_act {show(c['hidden_act'])}"),
+        (odd, f"layer_types: {show(odd)}"),
+        (
+            slides and (window is None or window < s.max_positions),
+            f"sliding_window {window}, active in a model of {s.max_positions} positions,",
+        ),
+        (s.heads % s.kv_heads, f"num_key_value_heads {s.kv_heads} for {s.heads} heads"),
+        (s.width % s.heads and not c.get("head_dim"), f"hidden_size {s.width} for {s.heads} heads"),
+        (s.head_dim % 2, f"head_dim {s.head_dim}, odd,"),
+    ):
+        if bad:
+            raise UserError(f"{where}: {problem} is not implemented")
 
 
-def _rope(c: dict, where: Path) -> tuple[float, Llama3Rope | None]:
-    """-> theta and Llama 3's scaling, from rope_theta and rope_scaling, or from the newer rope_parameters."""
-    newer, older = c.get("rope_parameters") or {}, c.get("rope_scaling") or {}
-    rope = {**older, **newer}
+def _rope(c: dict[str, Any], where: Path) -> tuple[float, Llama3Rope | None]:
+    """-> theta and Llama 3's scaling, from rope_theta and rope_scaling, or from rope_parameters."""
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    check_values(rope, KEYS, f"{where}: RoPE")
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    odd = [key for key in rope if key not in KEYS] or [kind]
+    if odd[0] not in ("default", "llama3"):
+        raise UserError(
+            f"{where}: RoPE: {show(odd[0])} is not implemented: only default and llama3"
+        )
     theta = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise UserError(f"{where}: rope type {kind!r} is not implemented: expected default or llama3")
     missing = [key for key in Llama3Rope._fields if key not in rope]
     if missing:
-        raise UserError(f"{where}: rope type llama3 lacks {', '.join(missing)}")
-    return theta, Llama3Rope(*(rope[key] for key in Llama3Rope._fields))
+        raise UserError(f"{where}: RoPE: llama3 lacks {', '.join(missing)}")
+    scaling = Llama3Rope(*(rope[key] for key in Llama3Rope._fields))
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise UserError(f"{where}: RoPE: high_freq_factor is not above low_freq_factor")
+    return theta, scaling
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto", revision: str | None = None) -> Transformer:
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    path: Path
+    name: str
+
+
+def load_model(
+    name: str, device: str = "auto", dtype: str = "auto", revision: str | None = None
+) -> Transformer:
     """A model from a folder or the hub, frozen and ready to run.
 
     device: auto is cuda, else mps, else cpu. dtype: auto is bfloat16 on cuda and float32 elsewhere.
     Raises UserError naming the file or tensor that is missing, unexpected, misshapen or not finite.
     """
-    folder, pinned = find_model(name, revision)
-    shape = read_shape(folder)
-    device = pick_device(device)
-    wanted = DTYPES[("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype]
+    folder, commit = find_model(str(name), revision)
+    shape, stored, place = read_shape(folder), _locate(folder), pick_device(device)
+    dtype = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
+    if dtype not in DTYPES:
+        raise UserError(f"model.dtype: {show(dtype)} is not one of auto, {', '.join(DTYPES)}")
+    content = content_hash({folder / "config.json", *(tensor.path for tensor in stored.values())})
+    shape = _tie(shape, stored)
     with torch.device("meta"):
         model = Transformer(shape)
-    _fill(model, folder, device, wanted)
-    model.name, model.revision, model.stop_ids = name, pinned, stop_ids(folder)
+    _fill(model, stored, folder, place, DTYPES[dtype])
+    model.name, model.revision, model.content = str(name), commit or "", content
+    model.stop_ids = model_stop_ids(folder)
+    if (folder / "tokenizer.json").exists():
+        model.stop_ids = Tokenizer(folder).stop_ids
     return model.requires_grad_(False).eval()
 
 
 def pick_device(name: str) -> torch.device:
+    """auto is cuda, else mps, else cpu. Raises UserError where the device cannot be used."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"model.device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.device: {name!r} cannot be used here: {reason}") from None
 
 
-def _fill(model: Transformer, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a model without memory its tensors, one after the other."""
-    expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    where = _locate(folder)
-    names = {name: name for name in expected}
-    embedding = "model.embed_tokens.weight"
-    if model.shape.tied and embedding not in where and "lm_head.weight" in where:
-        names[embedding] = "lm_head.weight"  # tied, and stored under the other name
-    compare_names(set(where), set(names.values()), model.shape.tied, folder)
-    big = sum(path.stat().st_size for path in set(where.values())) > LARGE
-    order = sorted(expected, key=lambda n: (str(where[names[n]]), n))
-    with ExitStack() as stack:
-        files, mapped = {}, 0
-        for name in tqdm(order, desc=f"load {folder.name}", unit="tensor", disable=not big, leave=False):
-            path = where[names[name]]
-            if path not in files or mapped > LARGE:
-                tensor = None
-                stack.close()  # one shard open at a time, and anew now and then: pages copied from can go
-                files, mapped = {path: stack.enter_context(open_file(path))}, 0
-            tensor = read_tensor(files[path], names[name], path)
-            check_tensor(tensor, names[name], expected[name], path)
-            mapped += tensor.nbytes if tensor.dtype != dtype else 0  # in its own dtype on the CPU, the map is the weight
-            weight = tensor.to(device, dtype)
-            check_finite(weight, names[name], path)
-            owner = model.get_submodule(name.rpartition(".")[0])
-            setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(weight, requires_grad=False))
+def find_dataset_file(name: str) -> Path:
+    """`hub:OWNER/NAME/path/in/the/dataset.jsonl` -> the file on this machine."""
+    parts = name.removeprefix("hub:").split("/", 2)
+    repository, file = "/".join(parts[:2]), "".join(parts[2:])
+    if not (HUB_ID.fullmatch(repository) and file):
+        raise UserError(f"{show(name)}: expected hub:OWNER/NAME/FILE")
+    get = functools.partial(hf_hub_download, repository, file, repo_type="dataset")
+    return fetch(f"{printable(name)}:", get)
 
 
-def _locate(folder: Path) -> dict[str, Path]:
-    """Every stored tensor's name -> the file it is in: model.safetensors, or the shards of its index."""
+def _locate(folder: Path) -> dict[str, Stored]:
+    """Every tensor of model.safetensors, or of the shards of its index, by its name in a model."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        with open_file(single) as file:
-            where = dict.fromkeys(file.keys(), single)
-    elif index.is_file():
-        named = read_json(index).get("weight_map")
+    if index.exists() and not single.exists():
+        named = read_object(index).get("weight_map")
         if not isinstance(named, dict) or not named:
-            raise UserError(f"{index}: expected weight_map, an object of tensors and their shards, found {named!r}")
-        where = {name: folder / _plain(shard, index) for name, shard in named.items()}
-        for shard in sorted(set(where.values())):
-            if not shard.is_file():
-                raise UserError(f"{shard}: no such file, but {index.name} names it")
+            raise UserError(f"{index}: weight_map: expected tensors and files, found {show(named)}")
+        for shard in named.values():  # a foreign index must not reach outside its folder
+            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+                raise UserError(f"{index}: shard {show(shard)} is not a plain file name")
+        stored = [Stored(folder / shard, name) for name, shard in named.items()]
+        for path in sorted({tensor.path for tensor in stored}):
+            check_file(path)
     else:
-        raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json (other formats are not read)")
-    return {name: path for name, path in where.items() if not name.endswith("rotary_emb.inv_freq")}
+        with open_weights(single) as file:
+            stored = [Stored(single, name) for name in file.keys()]  # noqa: SIM118
+    found: dict[str, Stored] = {}
+    for tensor in stored:
+        parts = [part for part in tensor.name.split(".") if part not in ("_orig_mod", "module")]
+        name = ".".join(parts if parts[:1] in (["model"], ["lm_head"]) else ["model", *parts])
+        if name in found:
+            both = f"{printable(found[name].name)} and {printable(tensor.name)}"
+            raise UserError(f"{folder}: {both} are the same tensor")
+        if not name.endswith("rotary_emb.inv_freq"):  # of old Llama checkpoints
+            found[name] = tensor
+    return found
 
 
-def _plain(shard: object, index: Path) -> str:
-    """A shard's name must be a plain file name: an index from a stranger shall not reach outside its folder."""
-    if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-        raise UserError(f"{index}: shard {shard!r} is not a plain file name")
-    return shard
+def _tie(shape: Shape, stored: dict[str, Stored]) -> Shape:
+    """Tied embeddings are stored under either name, or both; two that differ are not tied."""
+    if not shape.tied or HEAD not in stored:
+        return shape
+    embedding = stored.setdefault(EMBEDDING, stored[HEAD])
+    a, b = _read(embedding), _read(stored[HEAD])
+    if a.dtype != b.dtype or not torch.equal(a, b):
+        return dataclasses.replace(shape, tied=False)
+    del stored[HEAD]
+    return shape
 
 
-def open_file(path: Path):
+def _fill(
+    model: Transformer,
+    stored: dict[str, Stored],
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Give a model without memory its tensors, one after the other."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name in [*stored]:  # some tools store biases of zeros where the model has none
+        owner = name.removesuffix(".bias")
+        if name not in shapes and f"{owner}.weight" in shapes and not _read(stored[name]).any():
+            del stored[name]
+    compare_names(stored, shapes, folder)
+    large = sum(path.stat().st_size for path in {t.path for t in stored.values()}) > LARGE
+    opened, mapped = None, 0
+    with ExitStack() as stack:
+        order = sorted(stored, key=lambda name: stored[name])
+        for name in tqdm(order, desc="load", unit="tensor", disable=not large, leave=False):
+            path, source = stored[name]
+            if path != opened or mapped > LARGE:
+                tensor: Tensor | None = None
+                stack.close()  # one file at a time, opened anew now and then: read pages can go
+                file = stack.enter_context(open_weights(path))
+                opened, mapped = path, 0
+            tensor = read_tensor(file, source, path, shapes[name])
+            mapped += tensor.nbytes if tensor.dtype != dtype else 0  # else the map is the weight
+            weight = tensor.to(device, dtype)
+            check_finite(weight, source, path)
+            owner, _, leaf = name.rpartition(".")
+            parameter = torch.nn.Parameter(weight, requires_grad=False)
+            setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def _read(tensor: Stored) -> Tensor:
+    with open_weights(tensor.path) as file:
+        return read_tensor(file, tensor.name, tensor.path)
+
+
+def open_weights(path: Path) -> Any:
+    """A safetensors file, to be read with `read_tensor`."""
+    check_file(path)
     try:
         return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+    except Exception as error:  # whatever the package raises
+        problem = printable(str(error))
+        raise UserError(f"{path} is not a whole safetensors file: {problem}") from None
 
 
-def read_tensor(file, name: str, path: Path) -> Tensor:
+def read_tensor(file: Any, name: str, path: Path, shape: tuple[int, ...] | None = None) -> Tensor:
+    """A tensor in its stored dtype; UserError for another shape, or a dtype not in DTYPES."""
+    where = f"{path}: tensor {printable(name)}"
     try:
-        return file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: tensor {name} cannot be read: {error}") from None
-
-
-def compare_names(found: set[str], wanted: set[str], tied: bool, folder: Path) -> None:
-    missing = sorted(wanted - found)
-    extra = sorted(found - wanted - ({"lm_head.weight", "model.embed_tokens.weight"} if tied else set()))
-    if missing:
-        raise UserError(f"{folder}: tensor {missing[0]} is missing{f', and {len(missing) - 1} more' if missing[1:] else ''}{nearest(missing[0], extra)}")
-    if extra:
-        raise UserError(f"{folder}: tensor {extra[0]} is unexpected{f', and {len(extra) - 1} more' if extra[1:] else ''}: config.json describes no such part")
-
-
-def check_tensor(tensor: Tensor, name: str, shape: tuple[int, ...], path: Path) -> None:
-    if tuple(tensor.shape) != shape:
-        raise UserError(f"{path}: tensor {name} has the shape {list(tensor.shape)}, expected {list(shape)}")
+        tensor = file.get_tensor(name)
+    except Exception as error:
+        raise UserError(f"{where} cannot be read: {printable(str(error))}") from None
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise UserError(f"{where} has the shape {list(tensor.shape)}, expected {list(shape)}")
     if tensor.dtype not in DTYPES.values():
-        raise UserError(f"{path}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}, expected {', '.join(DTYPES)}")
+        raise UserError(f"{where} is {tensor.dtype}, expected {', '.join(DTYPES)}")
+    return tensor
+
+
+def compare_names(found: Collection[str], wanted: Collection[str], where: Path) -> None:
+    """Raise UserError for the first tensor that is missing or unexpected."""
+    missing, extra = sorted({*wanted} - {*found}), sorted({*found} - {*wanted})
+    for names, problem in ((missing, "missing"), (extra, "unexpected")):
+        if names:
+            more = f", and {len(names) - 1} more" if names[1:] else ""
+            close = nearest(names[0], extra if names is missing else missing)
+            raise UserError(printable(f"{where}: tensor {names[0]} is {problem}{more}{close}"))
 
 
 def check_finite(tensor: Tensor, name: str, path: Path) -> None:
-    """On the tensor's own device, in the dtype that it is used in."""
-    if not all(map(torch.isfinite, torch.aminmax(tensor))):  # without a temporary as large as the tensor; NaN passes through
-        raise UserError(f"{path}: tensor {name} has values that are not finite in {str(tensor.dtype).removeprefix('torch.')}: the file is damaged, or needs a wider dtype")
+    """On the tensor's device, in the dtype that it is used in, without a large temporary."""
+    if not all(map(torch.isfinite, torch.aminmax(tensor))):  # NaN passes through
+        problem = f"is not finite in {tensor.dtype}: it is damaged, or needs a wider dtype"
+        raise UserError(f"{path}: tensor {printable(name)} {problem}")
