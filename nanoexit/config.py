@@ -15,6 +15,7 @@ import difflib
 import json
 import math
 import os
+import re
 import reprlib
 import signal
 import sys
@@ -195,15 +196,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[C]
     return config
 
 
-def command_line(
-    doc: str | None, resume: bool = False, schema: type = Config
-) -> argparse.ArgumentParser:
+def command_line(doc: Any, resume: bool = False, schema: Any = Config) -> argparse.ArgumentParser:
     """What scripts with a config share: CONFIG [a.b=c ...] [--resume], with every key in --help."""
-    parser = argparse.ArgumentParser(
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="keys, with their defaults:\n" + describe(schema).replace("%", "%%"),
-    )
+    epilog = "keys, with their defaults:\n" + describe(schema).replace("%", "%%")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw, epilog=epilog)
     parser.add_argument("config", help="a YAML file, such as configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="a key and its value")
     if resume:
@@ -211,15 +208,17 @@ def command_line(
     return parser
 
 
-def describe(schema: type = Config) -> str:
+def describe(schema: Any = Config) -> str:
     """Every key with its default and meaning, as `--help` prints it."""
-    lines = []
-    for section in dataclasses.fields(schema()):
-        for f in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]
-            default = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[misc, operator]
-            default = "null" if default is None else default
-            choices = f.metadata["choices"]
+    lines, defaults = [], schema()
+    for section in dataclasses.fields(schema):
+        for f in dataclasses.fields(getattr(defaults, section.name)):
+            default, choices = (
+                getattr(getattr(defaults, section.name), f.name),
+                f.metadata["choices"],
+            )
             doc = f.metadata["doc"] + (f" ({', '.join(choices)})" if choices else "")
+            default = "null" if default is None else default
             lines.append(f"  {section.name}.{f.name} = {default}\n      {doc}")
     return "\n".join(lines)
 
@@ -323,10 +322,8 @@ def show(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without control characters (C0 but newline and tab, DEL, C1), each shown as \\x1b."""
-    keep = "\n\t"
-    codes = [c for c in {*text} if (ord(c) < 32 and c not in keep) or 127 <= ord(c) < 160]
-    return text.translate({ord(c): f"\\x{ord(c):02x}" for c in codes}) if codes else text
+    """`text` with control characters (C0 but newline and tab, DEL, C1) spelled out as \\x1b."""
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -335,28 +332,29 @@ def run_script(main: Callable[[], None]) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a console may not know every character
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    kept = "what was written is kept; --resume continues from a checkpoint"
     try:
         main()
         sys.stdout.flush()
+        return
     except UserError as error:
-        _end(2, f"error: {printable(' '.join(str(error).split()))}")
+        code, line = 2, f"error: {printable(' '.join(str(error).split()))}"
     except KeyboardInterrupt:
-        _end(130, "interrupted: what was written is kept; --resume continues from a checkpoint")
+        code, line = 130, f"interrupted: {kept}"
     except BrokenPipeError:  # `... | head` closed our output: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     except OSError as error:  # the machine refuses: disk full, no permission, read-only
         what = printable(str(error.filename or "a file"))
-        _end(2, f"error: {what}: {error.strerror or error}")
+        code, line = 2, f"error: {what}: {error.strerror or error}"
     except SystemExit as end:
-        if end.code == 143:
-            _end(143, "terminated: what was written is kept; --resume continues from a checkpoint")
-        raise
-
-
-def _end(code: int, line: str) -> typing.NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C adds no traceback
+        if end.code != 143:
+            raise
+        code, line = 143, f"terminated: {kept}"
+    for again in (signal.SIGINT, signal.SIGTERM):  # a second one adds no traceback
+        signal.signal(again, signal.SIG_IGN)
     print(line, file=sys.stderr)
-    raise SystemExit(code) from None
+    raise SystemExit(code)
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -375,43 +373,37 @@ def find_file(path: str | Path, what: str = "file") -> Path:
 def read_text(path: Path) -> str:
     """UTF-8 with or without a BOM, or UTF-16 with one; a UserError names the line of the rest."""
     data = path.read_bytes()
-    utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    kind = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "UTF-8"
     try:
-        return data.decode("utf-16" if utf16 else "utf-8-sig")
+        return data.decode("utf-16" if kind == "UTF-16" else "utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        where = f"{path}:{data.count(10, 0, error.start) + 1}"
         found = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        kind = "UTF-16" if utf16 else "UTF-8"
-        raise UserError(f"{path}:{line}: not {kind}: {found}; save the file as UTF-8") from None
+        raise UserError(f"{where}: not {kind}: {found}; save the file as UTF-8") from None
 
 
 def parse_json(text: str, where: str) -> Any:
     """JSON text -> its value. UserError for broken, too deeply nested or absurdly long input."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = f"line {error.lineno} column {error.colno}"
-        raise UserError(f"{where} is not JSON: {error.msg} at {at}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} cannot be read as JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # also for a number of 5,000 digits
+        raise UserError(f"{where} is not JSON: {error}") from None
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file, {} without a file. UserError for anything but an object."""
-    if not path.is_file():
-        return {}
-    return _mapping(parse_json(read_text(path), str(path)), str(path))
+    return _mapping(read_text(path), str(path)) if path.is_file() else {}
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     """(line number, object) of every line that is not blank."""
     for line, text in enumerate(read_text(path).split("\n"), start=1):
         if text.strip():
-            where = f"{path}:{line}"
-            yield line, _mapping(parse_json(text, where), where)
+            yield line, _mapping(text, f"{path}:{line}")
 
 
-def _mapping(value: Any, where: str) -> dict:
+def _mapping(text: str, where: str) -> dict:
+    value = parse_json(text, where)
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -436,17 +428,14 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {error}") from None
     finally:
-        if path.parent.is_dir():
+        if beside.parent.is_dir():
             beside.unlink(missing_ok=True)
 
 
 def _flush_to_disk(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
+    if os.name != "nt":  # where a folder cannot be opened
+        handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
-    finally:
         os.close(handle)
 
 
