@@ -26,15 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanoexit.config import (
-    DataConfig,
-    UserError,
-    find_file,
-    nearest,
-    read_json_lines,
-    read_text,
-    show,
-)
+from nanoexit.config import DataConfig, UserError, find_file, read_json_lines, read_text, show
 from nanoexit.generate import Generation
 from nanoexit.weights import find_dataset_file
 
@@ -52,6 +44,7 @@ class Prompt:
     system: str | None = None
     checker: str = "none"
     group: str = ""
+    where: str = ""  # file and line; empty for a prompt made on the spot
 
 
 @dataclass(frozen=True)
@@ -61,12 +54,7 @@ class Verdict:
     correct: bool
     well_formed: bool = True  # one end of the reasoning, and an answer after it
     steps: list[bool] = field(default_factory=list)  # each expected step: written, true, in order?
-    wrong: int = 0  # written steps that are false, repeated or superfluous
-
-    @property
-    def claimed(self) -> int:
-        """How many steps are written, true or not."""
-        return sum(self.steps) + self.wrong
+    claimed: int = 0  # how many steps are written, true or not
 
     @property
     def written(self) -> float | None:
@@ -175,9 +163,8 @@ class Task:
         """At the first </think>, else at the task's mark. A <think> left open never ends."""
         thinks = "think>" in response
         found = re.search("</think>" if thinks else self.mark, response)
-        if not found:
-            return Split(response, "", "") if thinks else Split("", "", response)
-        return Split(response[: found.start()], found[0], response[found.end() :])
+        start, end = found.span() if found else [len(response) * thinks] * 2
+        return Split(response[:start], response[start:end], response[end:])
 
     def answer(self, prompt: Prompt, response: str) -> str | None:
         """What a whole response concludes, in canonical form; None where nothing is stated."""
@@ -201,17 +188,17 @@ class Task:
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Verify the decoded text of a response, its end-of-text token left out."""
-        part, said = self.split(response), self.answer(prompt, response)
-        expected = self.claims(prompt, " ".join(self.steps(prompt)))
-        claims = self.claims(prompt, part.reasoning)
+        marker, said = self.split(response).marker, self.answer(prompt, response)
+        expected = self.claims(" ".join(self.steps(prompt)))
+        claims = self.claims(self.split(response).reasoning)
         steps = [False] * len(expected)
         for at, _, n in SequenceMatcher(None, expected, claims, False).get_matching_blocks():
             steps[at : at + n] = [True] * n
-        formed = part.marker != "" and response.count(part.marker) == 1 and said is not None
         correct = said is not None and said == self.target(prompt)
-        return Verdict(correct, formed, steps, len(claims) - sum(steps))
+        formed = said is not None and response.count(marker or "\0") == 1
+        return Verdict(correct, formed, steps, len(claims))
 
-    def claims(self, prompt: Prompt, text: str) -> list[str]:
+    def claims(self, text: str) -> list[str]:
         """The steps that a text writes, each in one spelling; [] where the task lists none."""
         return []
 
@@ -228,21 +215,8 @@ class Task:
         return f"{self.written(prompt, n)} {self.closing} {self.target(prompt)}"
 
     def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
-        """One number of the reasoning changed where it first stands, if possible one whose effect
-        is known. None without a number, an end of the reasoning or an answer."""
-        part, stay = self.split(response), self.answer(prompt, response)
-        found = [*re.finditer(r"(?<![\w.,])\d{1,9}(?!\w|[.,]\d)", part.reasoning)]
-        changes = []
-        for value, start in {match[0]: match.start() for match in found[::-1]}.items():
-            wrong = str(int(value) + int(rng.integers(1, 10)))
-            follow = self.follow(prompt, value, wrong) if stay == self.target(prompt) else None
-            changes.append(Change(part.reasoning[:start] + wrong, stay, follow))
-        changes = [c for c in changes if c.follow not in (None, stay)] or changes
-        possible = part.marker and stay is not None and changes
-        return changes[int(rng.integers(len(changes)))] if possible else None
-
-    def follow(self, prompt: Prompt, value: str, wrong: str) -> str | None:
-        """The answer if an intermediate value were `wrong`; None where that is unknown."""
+        """The response up to one written value, which is changed, where it is known what follows
+        from that; else None."""
         return None
 
 
@@ -270,21 +244,24 @@ class GSM8K(Task):
                 break
         return values[0] if len({*values}) == 1 else None
 
-    def follow(self, prompt: Prompt, value: str, wrong: str) -> str | None:
-        """By the calculator marks of the answer, such as <<48/2=24>>, where all have two operands
-        and `value` is one result that does not stand in the question."""
-        answer, figure = prompt.answer or "", r"(\d*\.?\d+)"
+    def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
+        """For right answers to prompts worked out by calculator marks, such as <<48/2=24>>, of two
+        operands each: the first place of an intermediate result that the question does not name."""
+        part, stay, answer = self.split(response), self.target(prompt), prompt.answer or ""
+        figure = r"(\d*\.?\d+)"
         marks = re.findall(rf"<<{figure}([-+*/]){figure}={figure}>>", answer)
-        results = [result for *_, result in marks[:-1]]
-        asked = re.search(rf"\b{value}\b", prompt.prompt)
-        if asked or results.count(value) != 1 or len(marks) != answer.count("<<"):
+        whole = 1 < len(marks) == answer.count("<<") and stay == self.answer(prompt, response)
+        value = marks[int(rng.integers(len(marks) - 1))][-1] if whole and part.marker else ""
+        found = re.search(rf"(?<![\w.,]){value}(?!\w|[.,]\d)", part.reasoning)
+        if not found or not value.isdigit() or re.search(rf"\b{value}\b", prompt.prompt):
             return None
-        new = {value: wrong}
+        new = {value: str(int(value) + int(rng.integers(1, 10)))}
+        text = part.reasoning[: found.start()] + new[value]
         for a, sign, b, result in marks:
             left, right = Fraction(new.get(a, a)), Fraction(new.get(b, b))
             if {a, b} & new.keys() and right:
                 new[result] = str(SIGNS[sign](left, right))
-        return new.get(marks[-1][-1])
+        return Change(text, stay, new.get(marks[-1][-1]))
 
 
 class Chains(Task):
@@ -333,14 +310,12 @@ class Chains(Task):
         steps = [f"{name} {value}" for name, value in zip(operations, values)]
         return [f"{start} {steps[0]}", *steps[1:]]
 
-    def claims(self, prompt: Prompt, text: str) -> list[str]:
-        """`*9 5`: an operation and its value. Any other word, a wrong start too, is a false step.
-        Values alone claim the step of their place."""
+    def claims(self, text: str) -> list[str]:
+        """Operations with a value, such as `*9 5`. Values alone claim the step of their place."""
         words = text.replace("<think>", " ").split()
-        if not self.restate:
-            return [f"{place} {word}" for place, word in enumerate(words)]
-        restated = words[:1] == self.parse(prompt.prompt)[:1]
-        return re.findall(rf"(?:{self.operation}) [0-9](?!\S)|\S+", " ".join(words[restated:]))
+        if self.restate:
+            return re.findall(rf"(?<!\S)(?:{self.operation}) [0-9](?!\S)", " ".join(words))
+        return [f"{place} {word}" for place, word in enumerate(words)]
 
     def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
         """True steps up to a random one whose value is changed, whatever the response wrote. None
@@ -356,15 +331,12 @@ class Chains(Task):
 
 CLOCK = {f"+{n}": "".join(str((d + n) % 10) for d in range(10)) for n in range(1, 10)}
 CLOCK |= {f"*{n}": "".join(str(d * n % 10) for d in range(10)) for n in (3, 7, 9)}
-PERMUTE = {
-    **{"a": "2734860915", "b": "4210693875", "c": "5748309621", "d": "7268031954"},
-    **{"e": "8049375261", "f": "8476501923", "g": "5786039214", "h": "7964832051"},
-    **{"i": "3792610854", "j": "7895604213", "k": "8591374602", "l": "2961548307"},
-}
+DRAWN = """2734860915 4210693875 5748309621 7268031954 8049375261 8476501923
+5786039214 7964832051 3792610854 7895604213 8591374602 2961548307"""
 TASKS: dict[str, Task] = {
     "clock": Chains("clock", CLOCK),
     "clock-values": Chains("clock-values", CLOCK, restate=False),
-    "permute": Chains("permute", PERMUTE),
+    "permute": Chains("permute", dict(zip("abcdefghijkl", DRAWN.split()))),
     "gsm8k": GSM8K("gsm8k", "a number, alone or after ####", "####", r"####(?=\W*(?:boxed\W)?\d)"),
     "exact": Task("exact", "an answer", "Answer:", r"(?is)answer\s*:(?!.*answer\s*:)"),
     "none": Task("none"),
@@ -389,15 +361,18 @@ def load_prompts(
     """
     held_out = split == "held_out"
     share = data.held_out if held_out else 1 - data.held_out
-    found = re.fullmatch(r"([\w-]+)(?::(\d)-(\d))?", data.prompts)
-    task = TASKS.get(found[1]) if found else None
-    low, high = (int(found[2] or 1), int(found[3] or 6)) if found else (0, 0)
+    name, *limits = re.split(r":(\d)-(\d)$", data.prompts)
+    task = TASKS.get(name, TASKS["none"])
+    low, high = map(int, limits[:2] or (1, task.longest))
     source: Iterable[Prompt]
-    if task and 1 <= low <= high <= task.longest:
+    if 1 <= low <= high <= task.longest:
+        if data.checker not in ("auto", name):
+            raise UserError(f"data.checker: expected auto or {name}, found {show(data.checker)}")
         count = count or 8192
         rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
         draws = int((100 + 20 * count) / share) if share else 0
-        source = itertools.islice(task.prompts(rng, low, high), draws)
+        made = itertools.islice(task.prompts(rng, low, high), draws)
+        source = (replace(prompt, system=data.system) for prompt in made)
     else:
         source = sorted(read_prompts(data), key=lambda p: digest([replace(p, id="")]))
     wanted = (p for p in source if is_held_out(p.prompt, data.held_out) == held_out)
@@ -444,21 +419,21 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
     """(line where it starts, row) of every row that is not blank; names in lower case."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    line = 1
+    line = 0
     try:
-        names = [cell.strip().lower() for cell in next(reader, [])]
+        names = [name.strip().lower() for name in next(reader, [])]
         if len({*names}) < len(names):
             raise UserError(f"{path}:1: expected every column once, found {show(names)}")
-        line = reader.line_num + 1
+        line = reader.line_num
         for cells in reader:
-            if any(cells):
-                if len(cells) != len(names):
-                    found = f"found {len(cells)}"
-                    raise UserError(f"{path}:{line}: expected {len(names)} cells, {found}")
-                yield line, dict(zip(names, cells))
-            line = reader.line_num + 1
+            if cells and len(cells) != len(names):
+                found = f"found {len(cells)}"
+                raise UserError(f"{path}:{line + 1}: expected {len(names)} cells, {found}")
+            if cells:
+                yield line + 1, dict(zip(names, cells))
+            line = reader.line_num
     except csv.Error as error:
-        raise UserError(f"{path}:{line}: not CSV: {error}; is a quote left open?") from None
+        raise UserError(f"{path}:{line + 1}: not CSV: {error}; is a quote left open?") from None
 
 
 def _prompt(row: dict, where: str, default_id: str, data: DataConfig) -> Prompt:
@@ -480,9 +455,9 @@ def _prompt(row: dict, where: str, default_id: str, data: DataConfig) -> Prompt:
     guess = "gsm8k" if re.search(r"####[^\n]*\s*$", answer or "") else "exact" if answer else "none"
     name = (checker if data.checker == "auto" else data.checker) or guess
     if name not in TASKS:
-        allowed = ", ".join(TASKS) + nearest(name, TASKS)
-        raise UserError(f"{where}: checker {show(name)}: expected one of {allowed}")
-    prompt = Prompt(id or default_id, text, answer, system or data.system, name, group or "")
+        raise UserError(f"{where}: checker {show(name)}: expected one of {', '.join(TASKS)}")
+    system = system or data.system
+    prompt = Prompt(id or default_id, text, answer, system, name, group or "", where)
     if TASKS[name].expects and TASKS[name].target(prompt) is None:
         found = f"{show(text)} with the answer {show(answer)}"
         raise UserError(f"{where}: checker {name}: expected {TASKS[name].expects}, found {found}")
@@ -492,7 +467,7 @@ def _prompt(row: dict, where: str, default_id: str, data: DataConfig) -> Prompt:
 def _text(row: dict, name: str, where: str) -> str | None:
     """A field as text; None where it is missing or blank."""
     value = row.get(name, "")
-    text = str(value) if type(value) in (int, float) else value or ""
+    text = "" if value is None else str(value) if type(value) in (int, float) else value
     if not isinstance(text, str) or re.search("[\0\ud800-\udfff]", text):
         expected = "expected text without NUL and surrogates"
         raise UserError(f"{where}: {name}: {expected}, found {show(value)}")

@@ -1,15 +1,15 @@
-"""data/reasoning.jsonl: made by its generator, with answers that a second reading of the text agrees with."""
+"""Files of prompts as people save them, fair and stable splits, and data/reasoning.jsonl."""
 
 import datetime
 import json
 import re
 import sys
+from collections import Counter
 
 import pytest
 
-from nanoexit.config import ROOT, DataConfig, load_config
-from nanoexit.data import is_held_out, load_prompts
-from nanoexit.tasks import check
+from nanoexit.config import ROOT, DataConfig, UserError
+from nanoexit.tasks import check_prompts, digest, is_held_out, load_prompts, read_prompts, task_of
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import make_prompts
@@ -18,57 +18,231 @@ FILE = ROOT / "data" / "reasoning.jsonl"
 ROWS = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
 
 
-def kind(name: str) -> list[tuple[str, str]]:
-    return [(r["prompt"].split("\n")[0], r["answer"]) for r in ROWS if r["group"] == name]
+def read(path, content, **knobs):
+    """The prompts of a file with this content: bytes, text or rows."""
+    if isinstance(content, list):
+        content = "\n".join(map(json.dumps, content))
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_prompts(DataConfig(prompts=str(path), **knobs))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_encodings(tmp_path, encoding):
+    """Catches: a byte order mark read as part of the first column; UTF-16 refused."""
+    mark = "\ufeff" if encoding[-2:] in ("le", "be") else ""
+    for end in ("\n", "\r\n"):
+        lines = ["prompt,answer", '"Ein café, ist 2+2?",4', '"Ein café, ist 2+2?",4']
+        a, b = read(tmp_path / "a.csv", (mark + end.join(lines)).encode(encoding))
+        lines = ['{"prompt": "Ein café, ist 2+2?", "answer": 4}'] * 2
+        c, d = read(tmp_path / "a.jsonl", (mark + end.join(lines) + end).encode(encoding))
+        assert {(p.prompt, p.answer) for p in (a, b, c, d)} == {("Ein café, ist 2+2?", "4")}
+
+
+def test_columns(tmp_path):
+    """Catches: a column that is silently not read; ids and lines off by one; a large field cut."""
+    rows = [{"Question": "1+1?", " answer ": "so\n#### 2"}, {"prompt": "hi", "id": 0, "group": 3}]
+    a, b = read(tmp_path / "a.jsonl", rows)
+    assert (a.prompt, a.id, a.checker, a.group) == ("1+1?", "a-1", "gsm8k", "")
+    assert (b.prompt, b.id, b.checker, b.group, b.where[-2:]) == ("hi", "0", "none", "3", ":2")
+    text = f'story, Question,answer\nA box.,"Where,\nnow?",in\n\nB.,{"x" * 200_000},"a ""b"""\n'
+    c, d = read(tmp_path / "b.csv", text, system="be brief")
+    assert (c.prompt, c.answer, c.id, c.checker) == ("A box.\n\nWhere,\nnow?", "in", "b-2", "exact")
+    assert (len(d.prompt), d.answer, d.id, d.system) == (200_004, 'a "b"', "b-5", "be brief")
+
+
+def test_chat_rows(tmp_path):
+    """Catches: a conversation of which one turn is asked and the rest is dropped."""
+    system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "u"}
+    for key in ("messages", "prompt"):
+        rows = [{key: [system, user], "answer": "4"}, {key: [user]}]
+        a, b = read(tmp_path / "a.jsonl", rows, system="own")
+        assert (a.system, a.prompt, a.answer, b.system, b.prompt) == ("s", "u", "4", "own", "u")
+    for turns in ([user, user], [system], [user, system], [user, {"role": "assistant"}], ["u"]):
+        with pytest.raises(UserError, match=r"a.jsonl:1: messages: expected a user turn"):
+            read(tmp_path / "a.jsonl", [{"messages": turns}])
+
+
+ANSWERS = {
+    "gsm8k": ["#### 72", "#### $18", "#### 18%", "#### .5", "#### - 5", "so\n#### 1,234\n"],
+    "exact": ["72", "1,234", "#### 5\nso"],
+    "none": ["", None],
+}
+
+
+def test_the_checker_is_guessed(tmp_path):
+    """Catches: a file of GSM8K whose answers are compared word for word."""
+    for checker, answers in ANSWERS.items():
+        for prompt in read(tmp_path / "a.jsonl", [{"prompt": "q", "answer": a} for a in answers]):
+            assert prompt.checker == checker
+            assert (task_of(prompt).target(prompt) is None) == (checker == "none")
+
+
+FAULTS = r"""
+jsonl | {"prompt": "a"}¶{"promt": "b"} | 2: expected prompt, question or messages, found the keys 'p
+jsonl | {"prompt": "a"}¶{ | 2 is not JSON
+jsonl | [1] | 1: expected a JSON object
+jsonl | {"prompt": "<e9>"} | 1: not UTF-8: byte 0xe9
+csv | prompt¶foo¶<e9> | 3: not UTF-8: byte 0xe9
+jsonl | {"prompt": "\ud83d"} | 1: prompt: expected text without NUL and surrogates
+jsonl | {"prompt": "a", "answer": "\u0000"} | 1: answer: expected text
+csv | prompt,answer¶a<00>b,4 | 2: prompt: expected text
+jsonl | {"prompt": "a", "answer": ["4"]} | 1: answer: expected text
+jsonl | {"prompt": "a", "answer": false} | 1: answer: expected text
+jsonl | {"prompt": 5.0, "system": {}} | 1: system: expected text
+csv | prompt,answer¶a,1¶"b,2¶c,3¶ | 3: not CSV: unexpected end of data; is a quote left open?
+csv | prompt,answer¶a,1¶"b"c,2 | 3: not CSV
+csv | prompt, Prompt¶a,b | 1: expected every column once
+csv | prompt,answer¶a,1¶b,2,3 | 3: expected 2 cells, found 3
+csv | prompt,answer¶b | 2: expected 2 cells, found 1
+csv | prompt;answer¶a;1 | 2: expected prompt, question or messages, found the keys 'prompt;answer'
+jsonl | {"prompt": "a", "id": 1}¶{"prompt": "b", "id": "1"} | 2: expected every id once, found '1'
+jsonl | {"prompt": "a", "checker": "gsm"} | 1: checker 'gsm': expected one of clock
+jsonl | {"prompt": "a", "answer": "#### 1,2"} | 1: checker gsm8k: expected a number
+jsonl | {"prompt": "a", "checker": "exact"} | 1: checker exact: expected an answer
+jsonl | {"prompt": "5 +1 =", "checker": "clock"} | 1: checker clock: expected a chain
+jsonl | {"prompt": "5 +1", "answer": "7", "checker": "clock"} | 1: checker clock: expected a chain
+"""
+
+
+@pytest.mark.parametrize("fault", FAULTS.strip().split("\n"))
+def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, fault):
+    """Catches: a run that goes on with something else than the user meant; a traceback."""
+    kind, content, says = fault.split(" | ")
+    content = re.sub("<(..)>", lambda m: chr(int(m[1], 16)), content.replace("¶", "\n"))
+    with pytest.raises(UserError) as error:
+        read(tmp_path / f"a.{kind}", content.encode("latin-1"))
+    assert f"{tmp_path}/a.{kind}:{says}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_any_file_is_read_or_refused(tmp_path):
+    """Catches: a traceback for content that no list of examples foresaw."""
+    hypothesis = pytest.importorskip("hypothesis")
+    words = [*'{}[]:,"\\\n\r7;', '"prompt"', "prompt,answer\n", '{"prompt": "a", ', '"answer": ']
+    words += ['"messages": [', '{"role": "user", ', '"content": "x"}', "####", "\0", "\ufeff", "é"]
+    texts = hypothesis.strategies.lists(hypothesis.strategies.sampled_from(words)).map("".join)
+
+    @hypothesis.given(texts, hypothesis.strategies.sampled_from(["utf-8", "utf-16", "latin-1"]))
+    def parse(text, encoding):
+        for kind in ("csv", "jsonl"):
+            try:
+                prompts = read(tmp_path / f"a.{kind}", text.encode(encoding, "ignore"))
+                assert all(p.prompt.strip() for p in prompts)
+            except UserError as error:
+                assert "\n" not in str(error)
+
+    parse()
+
+
+MISTAKES = [
+    ({"prompts": "clock:0-3"}, "clock:0-3: no such file"),
+    ({"prompts": "clock:3-7"}, "clock:3-7: no such file"),
+    ({"prompts": "permute:4-2"}, "permute:4-2: no such file"),
+    ({"checker": "exact"}, "data.checker: expected auto or clock, found 'exact'"),
+    ({"held_out": 0.0}, "clock has no held-out prompts at data.held_out = 0"),
+    ({"prompts": str(FILE), "held_out": 0.0}, "has no held-out prompts"),
+    ({"prompts": str(FILE), "checker": "clok"}, ":1: checker 'clok': expected one of"),
+]
+
+
+@pytest.mark.parametrize("knobs, says", MISTAKES)
+def test_mistakes_are_named_before_any_work(knobs, says):
+    """Catches: an endless search for held-out chains; a typo that is found after the training."""
+    with pytest.raises(UserError, match=re.escape(says)):
+        check_prompts(DataConfig(**knobs))
+    check_prompts(DataConfig())
+
+
+@pytest.mark.parametrize("prompts", ["clock", "permute:2-4", str(FILE)])
+def test_training_never_sees_a_held_out_prompt(prompts):
+    """Catches: a split that leaks, moves with the seed, or differs between a task and a file."""
+    data = DataConfig(prompts=prompts, system="s")
+    train, held = (load_prompts(data, split, 900, seed=1) for split in ("train", "held_out"))
+    assert not {p.prompt for p in train} & {p.prompt for p in held}
+    assert all(is_held_out(p.prompt) for p in held) and {p.system for p in held} == {"s"}
+    assert not any(is_held_out(p.prompt) for p in train)
+    assert len({p.id for p in train}) == len(train)
+    again = load_prompts(data, "train", 900, seed=2)
+    assert (digest(train) == digest(again)) == (prompts == str(FILE))
+
+
+def test_the_first_prompts_are_a_fair_draw(tmp_path):
+    """Catches: a short run on a file sorted by kind that sees one kind alone; an order that follows
+    the order of the file; traces that are kept after a prompt has changed."""
+    data, other = DataConfig(prompts=str(FILE)), DataConfig(prompts=str(tmp_path / "b.jsonl"))
+    for split, count in (("train", 60), ("held_out", 20)):
+        counts = Counter(p.group for p in load_prompts(data, split, count))
+        assert len(counts) == 4 and max(counts.values()) <= count / 2
+    whole = load_prompts(data, "train")
+    read(tmp_path / "b.jsonl", ROWS[::-1])
+    assert digest(load_prompts(other, "train")) == digest(whole)
+    read(tmp_path / "b.jsonl", [ROWS[0] | {"prompt": "new"}, *ROWS[1:]])
+    assert digest(load_prompts(other, "train")) != digest(whole)
+
+
+# --- data/reasoning.jsonl ---------------------------------------------------------------------
+
+
+def stories(kind):
+    return [(r["prompt"].split("\n")[0], r["answer"]) for r in ROWS if r["group"] == kind]
 
 
 def test_the_generator_writes_this_file():
-    """Bug: the file was edited by hand, or the generator draws from an unseeded source."""
+    """Catches: a file edited by hand; a generator that draws from an unseeded source."""
     assert make_prompts.prompts(100, 0) == ROWS
     assert make_prompts.prompts(5, 1) != make_prompts.prompts(5, 0)
 
 
 def test_prompts_differ_and_their_answers_are_accepted():
-    """Bug: duplicates, or a format that the checker does not accept, or accepts for a wrong answer."""
+    """Catches: duplicates; a form of answer that its checker does not accept."""
     assert len({r["prompt"] for r in ROWS}) == len(ROWS) == 400
-    prompts = load_prompts(DataConfig(prompts=str(FILE)), "train") + load_prompts(DataConfig(prompts=str(FILE)), "held_out")
-    assert {p.group for p in prompts if is_held_out(p.prompt)} == {"arithmetic", "dates", "tracking", "belief"}
-    for p in prompts:
-        assert check(p, f"<think>so</think>Well.\nAnswer: {p.answer}").correct
-        assert not check(p, f"<think>{p.answer}</think>Answer: {p.answer}0").correct
+    for p in read_prompts(DataConfig(prompts=str(FILE))):
+        form, answer = p.prompt.split("\n")[-1].split(" ")[0], p.answer.rpartition("#### ")[2]
+        assert form == ("####" if p.group == "arithmetic" else "Answer:")
+        assert task_of(p).verify(p, f"<think>so</think>Well.\n{form} {answer}").correct
+        assert not task_of(p).verify(p, f"<think>{answer}</think>{form} {answer}0").correct
+
+
+FORMULAS = {
+    "Together they give": lambda n, m, k: n + n * m - k,
+    "bags with": lambda m, n, k, n2: m * n - k + n2,
+    "A train": lambda m, n, k, more: m * n - k - more,
+    "pages": lambda n, m, k: n * m - k * m,
+    "third of": lambda n, m, k: n * m - k / 3,
+    "share": lambda m, total, k: total / m + k,
+}
 
 
 def test_arithmetic():
-    """Bug: a story and its formula disagree."""
-    formulas = {"Together they give": lambda n, m, k: n + n * m - k, "bags with": lambda m, n, k, n2: m * n - k + n2,
-                "A train": lambda m, n, k, more: m * n - k - more, "pages": lambda n, m, k: n * m - k * m,
-                "third of": lambda n, m, k: n * m - k // 3, "share": lambda m, total, k: total // m + k}
-    for text, answer in kind("arithmetic"):
-        formula = next(f for mark, f in formulas.items() if mark in text)
-        assert formula(*map(int, re.findall(r"\d+", text))) == int(answer), text
+    """Catches: a story and its worked answer that disagree; a step that is worked out wrongly."""
+    for text, answer in stories("arithmetic"):
+        formula = next(f for mark, f in FORMULAS.items() if mark in text)
+        assert formula(*map(int, re.findall(r"\d+", text))) == int(answer.split("#### ")[1]), text
+        for a, sign, b, result in re.findall(r"<<(\d+)(.)(\d+)=(\d+)>>", answer):
+            make = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__truediv__}
+            assert make[sign](int(a), int(b)) == int(result)
+        assert answer.endswith(f">>{result}\n#### {result}")
 
 
 def test_dates():
-    """Bug: off by one, the wrong direction, or a day of the week that is not that date's."""
-    for text, answer in kind("dates"):
-        found = [datetime.datetime.strptime(d, "%B %d, %Y").date() for d in re.findall(r"[A-Z][a-z]+ \d+, \d{4}", text)]
-        days = re.search(r"(\d+) days", text)
+    """Catches: off by one, the wrong direction, a day of the week that is not that date's."""
+    for text, answer in stories("dates"):
+        dates = re.findall(r"[A-Z][a-z]+ \d+, \d{4}", text)
+        found = [datetime.datetime.strptime(date, "%B %d, %Y").date() for date in dates]
+        days = datetime.timedelta(int(re.search(r"(\d+) days|$", text)[1] or 0))
         if text.startswith("Today"):
-            assert WEEK[(WEEK.index(text.split()[2].strip(".")) + int(days[1])) % 7] == answer
+            today = make_prompts.DAYS.index(text.split()[2].strip("."))
+            assert make_prompts.DAYS[(today + days.days) % 7] == answer
         elif "days before" in text:
-            assert found[0].strftime("%A") in text and (found[0] - datetime.timedelta(int(days[1]))).strftime("%A") == answer
+            assert f"{found[0]:%A}" in text and f"{found[0] - days:%A}" == answer
         elif "days after" in text:
-            assert (found[0] + datetime.timedelta(int(days[1]))).isoformat() == answer
+            assert (found[0] + days).isoformat() == answer
         else:
             assert (found[1] - found[0]).days == int(answer)
 
 
-WEEK = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-
-
 def test_tracking():
-    """Bug: a swap is told but not made."""
-    for text, answer in kind("tracking"):
+    """Catches: a swap that is in the story and was not made."""
+    for text, answer in stories("tracking"):
         holds = dict(re.findall(r"(\w+) has the (\w+) ball", text))
         for a, b in re.findall(r"(\w+) and (\w+) swap", text):
             holds[a], holds[b] = holds[b], holds[a]
@@ -76,24 +250,16 @@ def test_tracking():
 
 
 def test_belief():
-    """Bug: who is away learns of a move, or who is told does not."""
+    """Catches: a person who is away and learns of a move; one who is informed and does not."""
     kinds = set()
-    for text, answer in kind("belief"):
+    for text, answer in stories("belief"):
         present, believed, place = True, None, None
-        for sentence in re.split(r"[.;] ", text):
-            if put := re.search(r"(?:puts|moves) the .* (?:into|to) the (\w+)", sentence):
-                place = put[1]
-            present = present and "leaves" not in sentence or "comes back" in sentence
-            moved_unseen = not present and "moves" in sentence
+        for sentence in text.split(". "):
+            put = re.search(r"(?:puts|moves) the .* (?:into|to) the (\w+)", sentence)
+            place = put[1] if put else place
+            present = (present and "leaves" not in sentence) or "comes back" in sentence
+            unseen = not present and "moves" in sentence
             believed = place if (put and present) or "truthfully" in sentence else believed
-            kinds.add("unseen" if moved_unseen else "told" if "truthfully" in sentence else "seen")
+            kinds.add("unseen" if unseen else "informed" if "truthfully" in sentence else "seen")
         assert believed == answer, text
-    assert kinds == {"unseen", "told", "seen"}
-
-
-@pytest.mark.parametrize("name, blocks", [("deepseek", 28), ("qwen3", 28), ("llama3", 16), ("smollm2", 30)])
-def test_exits_fit_the_models_of_the_configs(name, blocks):
-    """Bug: an exit depth that the model of the config does not have (numbers of blocks: their public config.json)."""
-    config = load_config(f"configs/{name}.yaml")
-    assert config.exits.layers == sorted(set(config.exits.layers)) and 1 <= config.exits.layers[0] and config.exits.layers[-1] < blocks
-    assert config.data.prompts == "data/reasoning.jsonl" and config.generation.max_new_tokens == 400
+    assert kinds == {"unseen", "informed", "seen"}

@@ -1,109 +1,215 @@
-"""Tasks and verifiers: what is right, and what only looks right."""
+"""Tasks: what is right, what only looks right, which steps are written, what a change does."""
 
-import json
+import re
+from collections import Counter
 
+import numpy as np
 import pytest
 
-from nanoexit.config import DataConfig
-from nanoexit.data import Trace, is_held_out, load_prompts, read_traces, write_chunk
-from nanoexit.errors import UserError
-from nanoexit.tasks import Prompt, check, clock_values
+from nanoexit.tasks import TASKS, Prompt, Verdict, task_of
+
+# checker target == right replies != wrong replies. Bars part replies, ;; parts rows, ¶ is a
+# line break, <2212> a character. Replies start with #### or Answer: unless an @ stands before them.
+TABLE = r"""
+gsm8k 72 == 72|@####72|72.|72.0|$72.00|72,|@####¶72|= 72|~72 != @72|@The answer is 72.|@####|@
+gsm8k 72 != about 72|<72|>72|7 2|72_000|0x48 ;; gsm8k 72 != 72, 73|72 and 73|48+24=72|72!|72^1
+gsm8k 72 == **72**|*72*|`72`|"72"|(72)|[72]|@**#### 72**|Answer: 72 != 72 or 73|72 to 80|72–80
+gsm8k 72 == \boxed{72}|@So it is \boxed{72}.|\(72\)|$72$|$\$72$|\text{72 clips}
+gsm8k 72 != @\boxed{71} no, \boxed{72}|71¶\boxed{72}|\frac{72}{2}|x = 3y means 72|72x
+gsm8k 72 == @<think>no</think>#### 72|@<think>#### 71</think>#### 72|７２|٧٢|<<48+24=72>>72
+gsm8k 72 != @<think>#### 72</think>I do not know|@<think>#### 72|71¶#### 72|72¶#### 71
+gsm8k 72 != <<48+24=72>>71 ;; gsm8k 1234 != 1,234,5|1,23|123,4|1,2345|0,001,234
+gsm8k 1234 == 1,234|1,234.|1 234|1<2009>234|1<202f>234|1<00a0>234|1{,}234 != 12,34|1,2,3,4|1.234
+gsm8k 1 == 1|one|1.00|3/3|1e0 != 1/2|1e3|1,234|1{,}234|1\,234|1 234|1/0|1.5|1:30|1st
+gsm8k 1234567 == 1,234,567 dollars|1 234 567|@####1234567 != 1,234567|1234,567
+gsm8k 500 == 500|5e2|0500 != 0,500|0.500|500,00|1.500,00|.500 ;; gsm8k 3 != 3 times 4|3 dozen
+gsm8k -3 == -3|<2212>3|- 3|–3|-3.0|-three != 3|+3|1-3|0-3 ;; gsm8k -5 == -$5|$-5|-5.00 != $5|5
+gsm8k 3 == 3|+3|three|**Three** eggs != <2212>3|- 3|-three|three hundred|three or four|3 million|3k
+gsm8k 5 == $5|€5|5€|+$5 != -$5|.5|5½|5 1/2|5 and a half|#5|5-10 ;; gsm8k .5 == 0.5|2/4 != 5
+gsm8k 0.5 == .5|0.5|0.50|1/2|½|\frac{1}{2}|5e-1 != 5|0,5|1/20|2 ;; gsm8k 1/2 == 0.5|1/2 != 1|2|12
+gsm8k 25 == 25|$25 != $.25|0.25|2.5 ;; gsm8k 2 == 2|4/2 != 2^10|2**10|2*3|2 x 3|2²|1/2|2 by 4|2(3)
+gsm8k 1500 == 1.5e3|1.5 × 10^3|1.5 \times 10^{3}|1.5×10³ != 1.5|1.5 × 10 ;; gsm8k 22 == 22 != 2²|2 2
+gsm8k 0 == 0|-0|0.00 != @####|none|0 or 1 ;; gsm8k 18 != 18 #### 5|18 - 5|18 ~ 20|@18
+gsm8k 18 == 18%|18 eggs, or 1.5 dozen|$18 a day|18 (9*2)|@16-3-4=9, 9*2=18¶#### 18|18/day
+gsm8k 18 == 18¶¶Question: Next one?¶#### 5|18¶¶A farmer has 3 cows. How many legs?¶#### 12
+gsm8k 18 == 18¶#### 18 != 19¶¶Question: Next?¶#### 18
+gsm8k 5 == Step one¶#### 5 != 18¶¶Question: Next one?¶#### 5
+gsm8k 9007199254740993 == 9007199254740993 != 9007199254740992|9.007199254740993e15x
+gsm8k 10 == 10|1e1 != 10-20|10 or 20|1e999999999|<many>|2024-05-10
+exact 72 == 72|72.0|$72|$72$|\boxed{72}|@72 != 72 apples|7 2|@Answer: ;; exact 1.5 == 1.5. != 15|1,5
+exact 1234 == 1,234|1234 != 12,34|1.234 ;; exact 1,234 == 1234 != 1,2,3,4 ;; exact < == < != =|>
+exact 0.5 == 1/2|.5 != 5|1/20 ;; exact 1/2 == ½|\frac{1}{2} != 12 ;; exact 1,5 == 1,5 != 15|1.5
+exact -5 == <2212>5|-5.0 != 5 ;; exact 5 == 5|+5|５ != -5|@5 is not 6|5%|<2212>5
+exact > == >|@> != <|@|@Answer:|>= ;; exact + == @+ != -|@ ;; exact * == * != @|**|+
+exact ... == ... != @|.|@Answer: ;; exact C++ == C++|@c++ != C|C#|C+ ;; exact 3! == 3! != 3|6
+exact A == A)|(A)|A.|a|'A'|@**Answer: A**|`A` != B|A or B|@Answer A|AA ;; exact it's == it's != its
+exact a<b == a<b|$a<b$ != a>b|ab|a=b ;; exact x^2 == x²|x^2 != x*2|x2 ;; exact 2^3 == 2³ != 2+3|23|8
+exact [1,2) == [1,2) != (1,2]|[1,2]|1,2 ;; exact a*b*c == a*b*c != abc ;; exact €72 == €72 != $72|72
+exact a_b == a_b|a\_b != ab ;; exact Paris != Paris, Texas|@Par is ;; exact 50% == 50% != 50|0.5
+exact yes == Yes.|yes¶So be it.|@yes != No. (yes would be wrong)|@yes¶no|@not yes|yes or no
+exact the drawer == The  Drawer.|the table¶Answer: the drawer|@<think>x</think>the drawer
+exact the drawer == @ANSWER : “the drawer” != the drawers|the drawer¶Answer: the table
+exact the drawer != @<think>the drawer|@<think>Answer: the drawer</think>no|@It is the drawer
+exact Paris == @Answer:¶Paris|@**Answer:** Paris|@The final answer: Paris.|@*Answer:* Paris
+exact 10:30 == 10:30 != 10.30|1030 ;; exact café == cafe<0301> != cafe
+none 72 != @72|@Answer: 72|@#### 72|@</think>72
+clock 6 == @6|@5 *9 5 +7 2 +1 3 +3 6 </think> 6|@</think> 6|@<think> </think> 6 != @5 *9 5 +7 2
+clock 6 != @</think> 6 6|@</think> 5|@</think>|@|@<think> 6
+"""
+STARTS = {"gsm8k": "#### ", "exact": "Answer: "}
+CHAIN = Prompt("x", "5 *9 +7 +1 +3", "6", checker="clock")  # 45, 12, 3, 6
+PLAN = "48/2=<<48/2=24>>24\n48+24=<<48+24=72>>72\n#### 72"
 
 
-def clock(chain: str) -> Prompt:
-    return Prompt("x", chain, str(clock_values(chain)[-1]), checker="clock")
+def triples(line):
+    """(checker, target, reply, is it right?) of a line of the table."""
+    line = re.sub("<([0-9a-f]{4})>", lambda m: chr(int(m[1], 16)), line.replace("¶", "\n"))
+    for row in line.replace("<many>", "1" * 5000).split(" ;; "):
+        head, *groups = re.split(" ([!=]=) ", row)
+        checker, target = head.split(" ", 1)
+        for sign, replies in zip(groups[::2], groups[1::2]):
+            for reply in replies.split("|"):
+                start = "" if reply.startswith("@") else STARTS[checker]
+                yield checker, target, start + reply.removeprefix("@"), sign == "=="
 
 
-def test_a_clock_chain_keeps_the_last_digit():
-    """Catches: precedence instead of left to right; a carry that is kept. 5 *9 = 45, +7 = 12, +1 = 3, +3 = 6."""
-    assert clock_values("5 *9 +7 +1 +3") == [5, 2, 3, 6]
-    for bad in ("5", "5 *9 +", "55 +1", "5 *2", "5 - 1", ""):
-        with pytest.raises(UserError, match="chain"):
-            clock_values(bad)
+@pytest.mark.parametrize("line", TABLE.split("\n")[1:-1])
+def test_triples(line):
+    """Catches: a right answer refused for its spelling; a wrong one taken for a right one."""
+    for checker, target, reply, right in triples(line):
+        prompt = Prompt("x", CHAIN.prompt, target, checker=checker)
+        assert task_of(prompt).verify(prompt, reply).correct is right, reply[:60]
 
 
-@pytest.mark.parametrize("response, correct, steps, well_formed", [
-    ("5 2 3 6 </think> 6", True, [True] * 4, True),
-    ("</think> 6", True, [], True),
-    ("5 2 </think> 6", True, [True, True], True),
-    ("5 4 3 6 </think> 6", True, [True, False, True, True], True),
-    ("5 2 3 6 </think> 5", False, [True] * 4, True),
-    ("5 2 3 6", False, [], False),
-    ("5 2 3 6 6 </think> 6", True, [True] * 4 + [False], True),
-    ("</think> 6 6", False, [], False),
-    ("</think> </think> 6", True, [False], False),
-    ("", False, [], False),
-])
-def test_clock_verdicts(response, correct, steps, well_formed):
-    """Catches: a wrong step that counts as written, a step too many that counts, an answer read out of the reasoning."""
-    v = check(clock("5 *9 +7 +1 +3"), response)
-    assert (v.correct, v.steps, v.well_formed, v.expected_steps) == (correct, steps, well_formed, 4)
+def test_there_are_enough_triples():
+    """Catches: a table that shrinks, or is not read."""
+    counts = Counter(checker for line in TABLE.split("\n")[1:-1] for checker, *_ in triples(line))
+    assert counts["gsm8k"] > 180 and counts["exact"] > 100 and counts.total() > 300
 
 
-@pytest.mark.parametrize("response, strict, lenient", [
-    ("She has 72 clips.\n#### 72", True, True),
-    ("<think> hm </think> #### 1,072", False, False),
-    ("The answer is 72.", False, True),
-    ("#### 72 or 73", True, False),
-    ("72 first, then #### 71", False, False),
-    ("#### 72.0", True, True),
-    ("<think>#### 72</think> I do not know", False, False),
-    ("", False, False),
-])
-def test_gsm8k_verdicts(response, strict, lenient):
-    """Catches: 72 found in the reasoning or in 1,072; commas and decimals misread."""
-    v = check(Prompt("x", "?", "48+24=<<72>>72\n#### 72", checker="gsm8k"), response)
-    assert (v.correct, v.lenient) == (strict, strict or lenient)
-    thousands = check(Prompt("x", "?", "#### 1072", checker="gsm8k"), "#### 1,072")
-    assert thousands.correct
+def test_a_chain_is_read_left_to_right():
+    """Catches: precedence; a carry that is kept; words left over that are ignored."""
+    clock = TASKS["clock"]
+    assert clock.values(CHAIN.prompt) == clock.values(" 5*9+7 +1+3 ") == ["5", "2", "3", "6"]
+    for bad in ("5", "5 *9 +", "55 +1", "5 *2", "5 - 1", "5 +12", "5 a", "", "+1 5", "5 +1 ="):
+        assert clock.values(bad) == []
+    assert TASKS["permute"].values("0 a b") == ["2", "1"]
 
 
-@pytest.mark.parametrize("response, strict, lenient", [
-    ("<think>table?</think>\nAnswer: The Drawer.", True, True),
-    ("the drawer", True, True),
-    ("It is in the drawer now.", False, True),
-    ("Answer: the drawers", False, False),
-    ("the drawer\nAnswer: the table", False, False),
-])
-def test_exact_verdicts(response, strict, lenient):
-    """Catches: a case or a full stop that decides; a word inside another; an answer that was taken back."""
-    v = check(Prompt("x", "?", "the drawer", checker="exact"), response)
-    assert (v.correct, v.lenient) == (strict, lenient)
+@pytest.mark.parametrize("name, text, steps, claimed", [
+    ("clock", "5 *9 5 +7 2 +1 3 +3 6 </think> 6", "1111", 4),
+    ("clock", "<think> 5 *9 5 +7 2 </think> 6", "1100", 2),
+    ("clock", "5 *9 5 +1 3 +3 6 </think> 6", "1011", 3),  # skipped
+    ("clock", "5 *9 4 +7 2 +1 3 +3 6 </think> 6", "0111", 4),  # false
+    ("clock", "5 +7 2 *9 5 +1 3 </think> 6", "1010", 3),  # out of order
+    ("clock", "5 *9 5 *9 5 +7 2 </think> 6", "1100", 3),  # twice
+    ("clock", "5 +3 6 *9 5 +7 2 +1 3 </think> 6", "1110", 4),  # the last one first
+    ("clock", "5 2 3 6 </think> 6", "0000", 0),  # values alone are no steps
+    ("clock", "5 *9 55 </think> 6", "0000", 0),
+    ("clock-values", "<think> 5 2 3 6 </think> 6", "1111", 4),
+    ("clock-values", "5 4 3 6 6 </think> 6", "1011", 5),
+    ("clock-values", "2 3 6 </think> 6", "0000", 3),  # in other places
+    ("clock", "5 *9 5 +7 2 +1 3 +3 6", "0000", 0),  # no end: all of it is conclusion
+    ("clock", "<think> 5 *9 5", "1000", 1),
+])  # fmt: skip
+def test_written_steps(name, text, steps, claimed):
+    """Catches: a false, repeated or misplaced step that counts; no credit after a skipped one."""
+    found = TASKS[name].verify(CHAIN, text)
+    assert found.steps == [s == "1" for s in steps] and found.claimed == claimed
+    assert found.written == steps.count("1") / 4
+    assert found.unwritten_run == max(map(len, steps.split("1")))
+    assert Verdict(True).written is None and Verdict(True).unwritten_run is None
 
 
-def test_training_never_sees_a_held_out_prompt():
-    """Catches: a split that leaks, moves with the seed, or differs between a task and a file."""
-    train = {p.prompt for p in load_prompts(DataConfig(), "train", 3000, seed=1)}
-    held = {p.prompt for p in load_prompts(DataConfig(), "held_out", 500, seed=2)}
-    assert not train & held and all(map(is_held_out, held)) and not any(map(is_held_out, train))
+@pytest.mark.parametrize("checker, text, split, formed", [
+    ("clock", "<think> a </think> 6", ("<think> a ", "</think>", " 6"), True),
+    ("clock", "a </think> 6 </think> 7", ("a ", "</think>", " 6 </think> 7"), False),
+    ("clock", "5 *9 5", ("", "", "5 *9 5"), False),
+    ("gsm8k", "9*2=18\n#### 18", ("9*2=18\n", "####", " 18"), True),
+    ("gsm8k", "#### Step 1: add\n#### 18", ("#### Step 1: add\n", "####", " 18"), False),
+    ("gsm8k", "<think>#### 1</think>#### 18", ("<think>#### 1", "</think>", "#### 18"), True),
+    ("exact", "so\nAnswer: x\nANSWER: y", ("so\nAnswer: x\n", "ANSWER:", " y"), True),
+    ("exact", "y", ("", "", "y"), False),
+    ("none", "<think>a", ("<think>a", "", ""), False),
+])  # fmt: skip
+def test_where_a_response_is_split(checker, text, split, formed):
+    """Catches: a conclusion read out of the reasoning; a heading taken for the answer's mark."""
+    prompt = Prompt("x", CHAIN.prompt, "18", checker=checker)
+    assert task_of(prompt).split(text) == split and "".join(split) == text
+    assert task_of(prompt).verify(prompt, text).well_formed is formed
 
 
-def test_files_of_prompts(tmp_path):
-    """Catches: GSM8K's or the original's columns not understood; a line's number off by one in the error."""
-    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "so\n#### 2"}) + "\n\n" + json.dumps({"prompt": "hi", "id": 7}) + "\n")
-    (tmp_path / "b.csv").write_text("story,question,answer\nA box.,Where?,there\n")
-    config = DataConfig(prompts=str(tmp_path / "a.jsonl"), held_out=0)
-    a, b = load_prompts(config, "train")
-    assert (a.prompt, a.checker, b.prompt, b.id, b.checker) == ("1+1?", "gsm8k", "hi", "7", "none")
-    (c,) = load_prompts(DataConfig(prompts=str(tmp_path / "b.csv"), held_out=0, system="be brief"), "train")
-    assert (c.prompt, c.answer, c.checker, c.system) == ("A box.\n\nWhere?", "there", "exact", "be brief")
-    with pytest.raises(UserError, match="no held-out prompts"):
-        load_prompts(config, "held_out")
-    for text, says in [('{"prompt": "a"}\n{"promt": "b"}\n', ":2: expected a prompt"), ('{"prompt": "a"}\n{', ":2 is not JSON"), ("[1]\n", ":1: expected an object")]:
-        (tmp_path / "a.jsonl").write_text(text)
-        with pytest.raises(UserError, match=says):
-            load_prompts(config, "train")
+@pytest.mark.parametrize("name", ["clock", "clock-values", "permute"])
+def test_chains_write_verify_and_change_their_own_steps(name):
+    """Catches: a written form that its own verifier refuses; a change that is no change, or whose
+    consequence is not what the chain computes from it."""
+    task, rng = TASKS[name], np.random.default_rng(0)
+    for k in range(1, task.longest + 1):
+        for _ in range(30):
+            prompt = task.make(rng, k)
+            for n in range(k + 1):
+                verdict = task.verify(prompt, task.response(prompt, n))
+                assert verdict.correct and verdict.well_formed and verdict.claimed == n
+                assert verdict.steps == [i < n for i in range(k)] and prompt.group[0] == str(k)
+            assert task.reached(prompt, task.written(prompt, k)) == prompt.answer
+            change = task.change(prompt, "", rng)
+            if k == 1:
+                assert change is None
+                continue
+            *true, wrong = task.claims(change.text)
+            n = len(true) + 1
+            assert [*true, wrong] != task.claims(task.written(prompt, n))
+            assert true == task.claims(task.written(prompt, n - 1))
+            rest = task.parse(prompt.prompt)[n + 1 :]
+            assert task.values(" ".join([change.text[-1], *rest]))[-1] == change.follow
+            assert change.stay == prompt.answer != change.follow
 
 
-def test_a_chunk_of_traces_is_there_or_not(tmp_path):
-    """Catches: a kill between the two files of a chunk that leaves half of it readable."""
-    import torch
+def test_operations():
+    """Catches: an operation that is no permutation, so that a step can be forgotten; letters that
+    are maps a x + b, or of which two make a third, so that a chain can be folded."""
+    clock, letters = TASKS["clock"].table, TASKS["permute"].table
+    assert all(sorted(row) == [*"0123456789"] for row in [*clock.values(), *letters.values()])
+    for a in range(10):
+        for b in range(10):
+            line = "".join(str((a * d + b) % 10) for d in range(10))
+            assert all(sum(map(str.__eq__, line, row)) <= 3 for row in letters.values())
+    pairs = {"".join(g[int(d)] for d in f) for f in letters.values() for g in letters.values()}
+    assert len(pairs) == 144 and not pairs & {*letters.values()}
 
-    traces = [Trace("a", "p", "c </think>", [1, 2], [3, 4, 5], "stop", torch.rand(3, 2)), Trace("b", "p", "é", [1], [2], "length", torch.rand(1, 2))]
-    write_chunk(tmp_path, 0, traces)
-    write_chunk(tmp_path, 1, traces[:1])
-    (tmp_path / "00001.jsonl").unlink()  # as if killed before the rename
-    again = read_traces(tmp_path)
-    assert [t.id for t in again] == ["a", "b"] and again[1].completion == "é" and again[0].tokens == [3, 4, 5]
-    assert all(torch.equal(x.kl, y.kl) for x, y in zip(again, traces))
-    assert not list(tmp_path.glob("*.tmp"))
+
+def test_made_prompts_favour_the_long():
+    """Catches: lengths out of proportion; ids that repeat; limits that are not kept."""
+    source = TASKS["clock"].prompts(np.random.default_rng(0), 2, 4)
+    prompts = [next(source) for _ in range(1800)]
+    counts = Counter(p.group for p in prompts)
+    assert [round(counts[f"{k} steps"] / 200) for k in (2, 3, 4)] == [2, 3, 4]
+    assert len({p.id for p in prompts}) == 1800 and len(counts) == 3
+
+
+def test_a_changed_number_in_free_text():
+    """Catches: a consequence that is not recomputed; a number of the question that is changed."""
+    prompt, rng = Prompt("x", "Ada sold 48 clips.", PLAN, checker="gsm8k"), np.random.default_rng(0)
+    task, text = task_of(prompt), "<think>In May 24 (half), 48 + 24 = 72</think>#### 72"
+    for _ in range(20):
+        changed, stay, follow = task.change(prompt, text, rng)
+        assert changed.startswith("<think>In May ") and stay == "72"
+        assert int(follow) == 48 + int(changed.split()[-1]) != 72
+    for other in ("#### 72", "<think>24</think>#### 71", "<think>24", "<think>2.24</think>#### 72"):
+        assert task.change(prompt, other, rng) is None
+    asked = Prompt("x", "Ada sold 48, not 24.", PLAN, checker="gsm8k")
+    half = Prompt("x", "?", PLAN.replace("48/2=24>>", "(48)/2=24>>"), checker="gsm8k")
+    assert task.change(asked, text, rng) is None and task.change(half, text, rng) is None
+
+
+@pytest.mark.parametrize("checker, answer, text, reached", [
+    ("gsm8k", "72", "<think>24, then 48+24 = 1,072.", "1072"),
+    ("gsm8k", "72", "it is -5", "-5"), ("gsm8k", "72", "on 2024-05-10", "10"),
+    ("gsm8k", "72", "none", None), ("exact", "the box", "so\nthe Box.\n", "the box"),
+    ("exact", "7", "6 or 7\nso", "7"), ("clock", "6", "<think> 5 *9 5 +7", "5"),
+    ("clock", "6", "<think>", None),
+])  # fmt: skip
+def test_what_a_reasoning_has_come_to(checker, answer, text, reached):
+    """Catches: an operand or the opening token read as the last value."""
+    prompt = Prompt("x", CHAIN.prompt, answer, checker=checker)
+    assert task_of(prompt).reached(prompt, text) == reached
