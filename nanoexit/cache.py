@@ -84,37 +84,34 @@ class Cache:
 
     def paid(self, due: Debt, end: int) -> None:
         """Blocks before `end` have the keys and values of `due`: block `end` is the next."""
-        left = {depth: debts for depth, debts in self.debts.items() if depth >= end}
-        self.debts = defaultdict(list, left)
-        if end < len(self.kv):
-            self.debts[end].append(due)
+        for depth in [depth for depth in self.debts if depth < end]:
+            del self.debts[depth]
+        self.owe(end, *due)
 
     # --- rows ---------------------------------------------------------------------------------
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may be repeated only while there are no debts."""
-        self._move({old: new for new, old in enumerate(rows.tolist())})
+        places = torch.full((self.kv.shape[1],), -1, device=rows.device)
+        places[rows] = torch.arange(len(rows), device=rows.device)
+        self._move(places)
         self.kv = self.kv[:, rows]
 
     def admit(self, rows: Tensor, other: "Cache") -> None:
-        """Put the rows of another cache in the place of these rows."""
-        here = rows.tolist()
-        self._move({row: row for row in range(self.kv.shape[1]) if row not in here})
-        other._move(dict(enumerate(here)))
-        for depth, debts in other.debts.items():
-            self.debts[depth] += debts
+        """Put the rows of another cache, which has no debts, in the place of these rows."""
+        places = torch.arange(self.kv.shape[1], device=rows.device)
+        places[rows] = -1
+        self._move(places)
         self.kv[:, rows, :, :, : other.span] = other.kv[..., : other.span, :]
 
-    def _move(self, places: dict[int, int]) -> None:
-        """Debts of row i become debts of row places[i]; those of other rows are dropped."""
+    def _move(self, places: Tensor) -> None:
+        """Debts of row i become debts of row places[i]; at -1 they are dropped."""
         debts, self.debts = self.debts, defaultdict(list)
         for depth, owed in debts.items():
             h, rows, positions = join(owed)
-            moved = [places.get(row, -1) for row in rows.tolist()]  # host sync: one a depth
-            stay = [i for i, row in enumerate(moved) if row >= 0]
-            if stay:
-                new = torch.tensor([moved[i] for i in stay], device=rows.device)
-                self.owe(depth, h[stay], new, positions[stay])
+            stay = places[rows] >= 0
+            if stay.any():  # host sync: one a depth
+                self.owe(depth, h[stay], places[rows[stay]], positions[stay])
 
 
 def join(debts: Sequence[Debt]) -> Debt:

@@ -1,43 +1,51 @@
-"""On a GPU, where there is one: what is captured and replayed is what the plain forward computes."""
+"""Where there is a GPU: what is captured and replayed is what the plain forward computes."""
 
 import pytest
 import torch
 from conftest import random_model, with_exits
 
-from nanoexit.generate import generate
+from nanoexit.generate import Sampling, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PROMPTS = [[3, 7, 11], [5, 1, 30, 22, 9, 4, 17], [8, 8], [2, 39, 14, 6, 25], [1, 2, 3]]
 
 
+def close(ours: list[float], theirs: list[float], atol: float) -> bool:
+    return torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=atol)
+
+
 @pytest.mark.parametrize("policy", ["full", "head", "fixed:2", "kl:1"])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_graphs_write_what_is_written_without(family, policy, batch_size):
-    """Catches: a captured shape used for another, padding rows that write elsewhere, debts paid into another cache's memory."""
+    """Catches: a captured shape used for another, padding rows that write elsewhere, debts paid
+    into another cache's memory."""
     model = with_exits(random_model(family)).cuda()
-    kw = {"seed": 5, "stop_ids": [0, 1, 2], "batch_size": batch_size}
-    fast = generate(model, PROMPTS, policy, 12, **kw)
-    slow = generate(model, PROMPTS, policy, 12, cuda_graphs=False, **kw)
-    for a, b in zip(fast, slow):
+    ways = []
+    for fast in (True, False):
+        settings = Sampling(stop_ids=[0, 1, 2], batch_size=batch_size, fast=fast)
+        ways.append(generate(model, PROMPTS, policy, 12, 1.0, 5, settings))
+    for a, b in zip(*ways):
         assert (a.tokens, a.depths) == (b.tokens, b.depths)
-        assert torch.allclose(torch.tensor(a.token_logprobs), torch.tensor(b.token_logprobs), atol=1e-3)
+        assert close(a.token_logprobs, b.token_logprobs, 1e-3)
 
 
 def test_a_long_text_crosses_the_captured_span(family):
     """Catches: positions beyond the first 256 that are not read."""
     model = with_exits(random_model(family)).cuda()
-    fast = generate(model, PROMPTS[:2], "head", 300, temperature=0, stop_ids=[])
-    slow = generate(model, PROMPTS[:2], "head", 300, temperature=0, stop_ids=[], cuda_graphs=False)
-    same = [sum(x == y for x, y in zip(a.tokens, b.tokens)) for a, b in zip(fast, slow)]
+    ways = [
+        generate(model, PROMPTS[:2], "head", 300, 0, settings=Sampling(stop_ids=[], fast=fast))
+        for fast in (True, False)
+    ]
+    same = [sum(x == y for x, y in zip(a.tokens, b.tokens)) for a, b in zip(*ways)]
     assert min(same) > 290, same
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gpu_writes_what_the_cpu_writes(family, dtype):
     """Catches: a path of its own on the GPU that computes something else."""
-    model = with_exits(random_model(family))
+    here = with_exits(random_model(family))
     there = with_exits(random_model(family).to(dtype)).cuda()  # heads and adapters stay float32
-    given = [[17] * 8, [4] * 8]
-    a, b = (generate(m, PROMPTS[:2], "full", 8, seed=1, stop_ids=[], forced=given) for m in (model, there))
-    for x, y in zip(a, b):
-        assert torch.allclose(torch.tensor(x.token_logprobs), torch.tensor(y.token_logprobs), atol=1e-3 if dtype == torch.float32 else 0.5)
+    settings = Sampling(stop_ids=[], forced=[[17] * 8, [4] * 8])
+    ways = (generate(m, PROMPTS[:2], "full", 8, seed=1, settings=settings) for m in (here, there))
+    for a, b in zip(*ways):
+        assert close(a.token_logprobs, b.token_logprobs, 1e-3 if dtype == torch.float32 else 0.5)

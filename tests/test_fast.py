@@ -1,0 +1,211 @@
+"""fast.py held equal to the plain path: random steps side by side, layouts, kept copies."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_model, with_exits
+
+from nanoexit import fast
+from nanoexit.cache import Cache
+from nanoexit.exits import Ask, Prescribed
+from nanoexit.fast import FastModel, Step, choose_layout, has_onednn, lay_out
+from nanoexit.generate import Sampling, generate
+
+PROMPTS = [[3, 7, 11], [5, 1, 30, 22, 9, 4, 17], [8, 8], [2, 39, 14, 6, 25], [1, 2, 3]]
+
+
+def stand_in(replays: list):
+    """A `capture` for any device: its graphs run again what was captured, on the same tensors."""
+
+    def capture(run):
+        out = run()
+
+        def replay():
+            replays.append(out)
+            out.copy_(run())
+
+        return replay, out
+
+    return capture
+
+
+class Keeps(Ask):
+    """Exits at given depths, and keeps the residuals that it was asked about."""
+
+    def __init__(self, model, depths):
+        super().__init__(model, Prescribed(depths), len(depths))
+        self.kept = {}
+
+    def __call__(self, depth, h, index):
+        self.kept[depth] = h
+        return super().__call__(depth, h, index)
+
+
+@torch.inference_mode()
+def step_by_step(model, engine, prompts: list[int], seed: int, steps: int = 30) -> None:
+    """Random tokens, exit depths, idle rows and rows that move: `engine` equals `model` in each.
+
+    prompts: the length of each row before the first step.
+    """
+    s, rng, T = model.shape, np.random.default_rng(seed), max(prompts)
+    positions = torch.tensor(prompts)[:, None]
+    caches = [
+        Cache(s.blocks, len(prompts), s.kv_heads, T + steps, s.head_dim, model.device, model.dtype)
+        for _ in range(2)
+    ]
+    for cache in caches:
+        cache.place(0, T)
+        model.run(torch.arange(len(prompts) * T).view(-1, T) % s.vocab, cache=cache)
+    last = kept = torch.zeros(0)
+    for step in range(steps):
+        if step in (steps // 3, 2 * steps // 3):  # rows change places; all but two leave
+            keep = torch.arange(len(positions)).flip(0)[: 5 if step == steps // 3 else 2]
+            positions = positions[keep]
+            for cache in caches:
+                cache.select(keep)
+        B = len(positions)
+        ids = torch.from_numpy(rng.integers(s.vocab, size=(B, 1)))
+        depths = torch.from_numpy(rng.choice([1, 2, 3, 5], size=B, p=[0.4, 0.2, 0.2, 0.2]))
+        alive = torch.from_numpy(rng.random((B, 1)) < 0.7) if step % 3 == 2 else ids >= 0
+        alive[0] = True
+        start = int(positions[0]) if len(positions.unique()) == 1 else None
+        runs, stops = [], [Keeps(model, depths), Keeps(model, depths)]
+        for way, cache, stop in zip((model, engine), caches, stops):
+            cache.place(start, int(positions.max()) + 1)
+            runs.append(way.run(ids, positions, cache, stop, None if alive.all() else alive))
+        plain, fused = runs
+        assert torch.equal(last, kept), "a result that the caller kept was written over"
+        last, kept = fused.hidden, fused.hidden.clone()
+        owed = [{d: sum(len(x.h) for x in debts) for d, debts in c.debts.items()} for c in caches]
+        assert owed[0] == owed[1], step
+        for depth, h in stops[0].kept.items():
+            assert torch.allclose(h, stops[1].kept[depth], atol=1e-4), step
+        assert torch.equal(plain.depths, fused.depths), step
+        assert torch.allclose(plain.hidden[alive], fused.hidden[alive], atol=1e-4), step
+        logits = model.readout(plain.hidden[alive]), engine.readout(fused.hidden[alive])
+        assert torch.allclose(*logits, atol=1e-3), step
+        positions = positions + alive.long()
+
+
+@pytest.mark.parametrize("lengths", [[4], [3, 3], [2, 6, 1, 4, 4]])
+@pytest.mark.parametrize("call", [0, 10**9])
+def test_fused_steps_equal_plain_steps(family, lengths, call):
+    """Catches: maps or adapters in another order, a debt paid at another place or unpaid, keys of a
+    row that exited left out, queries or masks of one run of neighbours taken for another's."""
+    model = with_exits(random_model(family))
+    engine = FastModel(model, len(lengths), attention_call=call)
+    step_by_step(model, engine, lengths, seed=len(lengths))
+
+
+@pytest.mark.parametrize("lengths", [[250], [2, 6, 1, 4, 4], [247, 250, 238, 247, 251]])
+def test_replayed_stretches_equal_plain_steps(family, lengths):
+    """Catches: a shape replayed for another, inputs not copied anew, padding that writes elsewhere
+    or pays for others, positions beyond the first span not read, graphs of a cache that moved."""
+    model, replays = with_exits(random_model(family)), []
+    engine = FastModel(model, len(lengths), capture=stand_in(replays))
+    step_by_step(model, engine, lengths, seed=1)
+    times = [sum(out is other for other in replays) for out in replays]
+    assert max(times) > 3, "some graph must be replayed, or this shows nothing"
+
+
+def test_neighbours_that_run_on_share_a_call():
+    """Catches: runs that are split or merged wrongly, or taken where a call costs more."""
+    shape, rows = random_model("llama").shape, torch.tensor([0, 1, 3])
+    for call, expected in ((0, [slice(0, 2), slice(3, 4)]), (10**9, None)):
+        kv, positions = torch.zeros(5, 5, 2, 2, 8, 6), torch.zeros(5, dtype=torch.int64)
+        step = Step(shape, positions, kv, 4, True, call)
+        step.keep(rows, None)
+        assert step.runs == expected
+        step.keep(None, None)
+        assert step.runs is None
+
+
+@pytest.mark.parametrize("policy", ["full", "head", "fixed:2", "kl:1"])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("cap", [None, 3])
+def test_generate_writes_the_same_with_and_without(family, policy, batch_size, cap):
+    """Catches: rows that come and go while others run, whose debts or positions are mixed up."""
+    model = with_exits(random_model(family), cap=cap)
+    ways = []
+    for use_fast in (True, False):
+        settings = Sampling(stop_ids=[0, 1, 2], batch_size=batch_size, fast=use_fast)
+        ways.append(generate(model, PROMPTS, policy, 12, 1.0, 5, settings))
+    for a, b in zip(*ways):
+        assert (a.tokens, a.depths, a.finish) == (b.tokens, b.depths, b.finish)
+        for ours, theirs in (
+            (a.token_logprobs, b.token_logprobs),
+            (a.exit_logprobs, b.exit_logprobs),
+        ):
+            assert np.allclose(ours, theirs, atol=1e-4)
+
+
+# --- weights laid out -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["apart", "joined", "transposed", "onednn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [[(24, 16)], [(8, 16)], [(16, 16), (4, 16), (4, 16)]])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_every_layout_is_the_same_product(layout, dtype, sizes, bias, rows):
+    """Catches: maps in another order, a bias lost, a matrix turned the wrong way."""
+    if layout == "onednn" and not has_onednn(dtype):
+        pytest.skip("no oneDNN for this dtype here")
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.randn(size, generator=g).to(dtype) for size in sizes]
+    biases = [torch.randn(len(w), generator=g).to(dtype) if bias else None for w in weights]
+    x = torch.randn(rows, 16, generator=g).to(dtype)
+    with torch.inference_mode():
+        y = lay_out(layout, weights, biases)(x)
+    pairs = [(w.double(), None if b is None else b.double()) for w, b in zip(weights, biases)]
+    expected = torch.cat([F.linear(x.double(), w, b) for w, b in pairs], -1)
+    close = (1e-5, 1e-5) if dtype == torch.float32 else (0.02, 0.1)
+    assert y.dtype == dtype and torch.allclose(y.double(), expected, *close)
+
+
+def test_the_layout_follows_rows_and_size():
+    """Catches: a second copy of a model that is too large for two, or the layout of other rows."""
+    model = random_model("llama")
+    many = "onednn" if has_onednn(torch.float32) else "joined"
+    assert [choose_layout(model, rows) for rows in (1, 2, 16)] == ["transposed", many, many]
+    assert choose_layout(model, 1, copy_limit=1000) == "apart"
+
+
+def greedy(model) -> list[int]:
+    settings = Sampling(stop_ids=[])
+    return generate(model, [[3, 7, 11]], "full", 12, temperature=0, settings=settings)[0].tokens
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced", "loaded", "in inference mode"])
+def test_weights_that_changed_are_laid_out_anew(change):
+    """Catches: text written by weights that training has since changed; weights that count no
+    changes taken for unchanged."""
+    with torch.inference_mode(change == "in inference mode"):
+        model = random_model("llama")
+    other = random_model("llama", seed=7)
+    before, expected = greedy(model), greedy(other)
+    assert before == greedy(model) and before != expected
+    pairs = list(zip(model.parameters(), other.parameters()))
+    if change == "replaced":
+        for p, q in pairs:
+            p.data = q.data.clone()
+    elif change == "loaded":
+        model.load_state_dict(other.state_dict())
+    else:
+        with torch.inference_mode(change == "in inference mode"), torch.no_grad():
+            for p, q in pairs:
+                p.copy_(q)
+    assert greedy(model) == expected
+
+
+def test_a_step_of_training_keeps_the_copy_of_the_base():
+    """Catches: all weights copied again for every rollout, or adapters that are read only once."""
+    model = with_exits(random_model("llama"))
+    before, copy = greedy(model), model.fast_copy
+    assert isinstance(copy, fast.LaidOut)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.mul_(3)
+    assert greedy(model) != before and model.fast_copy is copy
