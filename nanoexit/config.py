@@ -131,7 +131,7 @@ class JudgeConfig:
     api_key_env: str = knob("JUDGE_API_KEY", "environment variable that holds the key")
     concurrency: int = knob(8, "requests in flight", low=1, high=256)
     retries: int = knob(5, "attempts after the first", low=0, high=100)
-    timeout: float = knob(60.0, "seconds until a whole reply must have arrived", low=0.01)
+    timeout: float = knob(60.0, "seconds until a whole reply must arrive", low=0.01, high=3600)
     max_requests: int = knob(10000, "most requests of one run", low=1)
     max_tokens: int = knob(512, "most tokens of one reply", low=1)
     token_budget: int = knob(5000000, "most tokens of one run, as the endpoint counts", low=1)
