@@ -183,7 +183,7 @@ class Task:
     def reached(self, prompt: Prompt, reasoning: str) -> str | None:
         """The last number that a reasoning states, or its last line if the answer is no number."""
         numeric = re.fullmatch(r"-?\d+(/\d+)?", self.target(prompt) or "")
-        values = re.findall(FREE_NUMBER if numeric else r"[^\n]*\S", normal(reasoning))
+        values = re.findall(FREE_NUMBER if numeric else r"\S[^\n]*", normal(reasoning))
         return canonical(values[-1].removeprefix("<think>")) if values else None
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
