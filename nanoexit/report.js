@@ -1,7 +1,6 @@
 "use strict";
 // The page's behaviour. Whatever a model or a prompt wrote reaches the document by textContent only.
 
-const data = JSON.parse(document.getElementById("data").textContent);
 const root = document.documentElement;
 const $ = (id) => document.getElementById(id);
 
@@ -11,34 +10,35 @@ function el(tag, properties = {}, ...children) {
   return node;
 }
 
-// ---- unpacking: columns of fixed-width base-36 numbers, "z..." where there is none -----------------------------------
+// ---- the data: JSON, deflated, in base64 -----------------------------------------------------------------------------
 
-const slice = (text, index, width) => text.slice(index * width, (index + 1) * width);
-const chance = (text) => (text === "zz" ? null : parseInt(text, 36) / 1000);
-const word = (text) => data.words[parseInt(text, 36)];
-const percent = (p) => (p === null ? "not asked" : p < 0.001 ? "<0.1 %" : `${(100 * p).toFixed(1)} %`);
+let data;
+let prompts = []; // { id, prompt, answer, samples }, in the order of the file
+
+async function load() {
+  const bytes = Uint8Array.from(atob($("data").textContent), (character) => character.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  data = JSON.parse(await new Response(stream).text());
+  const byPrompt = new Map();
+  for (const [index, sample] of data.responses.entries()) {
+    for (const key of ["words", "heads", "top", "chances"]) sample[key] = data[key][index];
+    const { id, prompt, answer } = sample;
+    if (!byPrompt.has(prompt)) byPrompt.set(prompt, { id, prompt, answer, samples: [] });
+    byPrompt.get(prompt).samples.push(sample);
+    sample.text = sample.words.join("");
+    sample.exits = list(sample.exit_layers).filter(Number.isInteger);
+    sample.ends = []; // layers run when token i is written: replay gives every token the time that its depth costs
+    sample.depths.reduce((sum, depth) => (sample.ends.push(sum + depth), sum + depth), 0);
+  }
+  prompts = [...byPrompt.values()];
+}
+
+const list = (value) => (Array.isArray(value) ? value : []);
+const fixed = (value, digits) => (isNumber(value) ? value.toFixed(digits) : "–");
+const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
+const percent = (share) => `${(100 * share).toFixed(1)}%`;
+const chance = (p) => (p < 0.001 ? "<0.1%" : percent(p)); // the data has three digits
 const color = (depth, sample) => `var(--d${depth}of${sample.full_depth})`;
-const KINDS = { r: "reasoning", a: "answer", p: "punctuation" };
-
-function unpack(sample) {
-  const length = sample.kinds.length, each = (f) => Array.from({ length }, (_, i) => f(i));
-  sample.words = each((i) => word(slice(sample.tokens, i, data.width)));
-  sample.depth = each((i) => parseInt(slice(sample.depths, i, 2), 36));
-  sample.text = sample.words.join("");
-  sample.ends = []; // blocks run when token i is written: replay gives every token the time that its depth costs
-  sample.depth.reduce((sum, depth) => (sample.ends.push(sum + depth), sum + depth), 0);
-}
-
-function headsOf(sample, index) {
-  const row = slice(sample.heads, index, 2 * sample.exit_layers.length);
-  return sample.exit_layers.map((depth, i) => [depth, chance(slice(row, i, 2))]);
-}
-
-function topOf(sample, index) {
-  const one = data.width + 2, row = slice(sample.top, index, 5 * one);
-  const pairs = Array.from({ length: 5 }, (_, i) => slice(row, i, one)).filter((text) => text && !text.endsWith("zz"));
-  return pairs.map((text) => [word(text.slice(0, data.width)), chance(text.slice(data.width))]);
-}
 
 // ---- state and the prompt picker -------------------------------------------------------------------------------------
 
@@ -50,13 +50,14 @@ function shown(text) { // whitespace that can be seen
 }
 
 function verdict(sample) {
-  return sample.correct === null ? ["", ""] : sample.correct ? ["✓ right", "right"] : ["✗ wrong", "wrong"];
+  if (typeof sample.correct !== "boolean") return ["", ""];
+  return sample.correct ? ["✓ right", "right"] : ["✗ wrong", "wrong"];
 }
 
 function fillPicker() {
   const wanted = $("search").value.trim().toLowerCase();
   const textsOf = (entry) => [entry.prompt, entry.answer ?? "", entry.id ?? "", ...entry.samples.map((s) => s.text)];
-  const found = data.prompts.map((entry, index) => [entry, index]).filter(([entry]) =>
+  const found = prompts.map((entry, index) => [entry, index]).filter(([entry]) =>
     textsOf(entry).some((text) => String(text).toLowerCase().includes(wanted)));
   $("picker").replaceChildren(...found.map(([entry, index]) => {
     const marks = entry.samples.map((s) => verdict(s)[0].slice(0, 1)).join(" ");
@@ -67,7 +68,7 @@ function fillPicker() {
     item.setAttribute("aria-selected", index === current);
     return item;
   }));
-  const all = data.prompts.length;
+  const all = prompts.length;
   $("found").textContent = wanted ? `${found.length} of ${all} prompts` : `${all} prompt${all === 1 ? "" : "s"}`;
   if (!found.some(([, index]) => index === current) && found.length) $("picker").firstElementChild.tabIndex = 0;
 }
@@ -97,23 +98,22 @@ function moveInPicker(event) {
 // ---- one prompt and the responses to it ------------------------------------------------------------------------------
 
 function showPrompt() {
-  const entry = data.prompts[current];
+  const entry = prompts[current];
   $("prompt").replaceChildren(entry.prompt);
   if (entry.answer !== null) $("prompt").append(el("small", { textContent: `Answer: ${entry.answer}` }));
   inspect(null);
   const samples = entry.samples.filter((sample) => !hidden.has(sample.label));
   cards = samples.map(makeCard);
   $("cards").replaceChildren(...cards.map((card) => card.node));
-  const depths = new Map(samples.map((s) => [`${s.full_depth}/${s.exit_layers}`, s]));
+  const depths = new Map(samples.map((s) => [`${s.full_depth}/${s.exits.length ? s.exits : ""}`, s]));
   $("legend").replaceChildren(...[...depths.values()].flatMap((sample) => legendOf(sample, depths.size > 1)));
   $("seek").max = longest();
   reveal();
 }
 
 function legendOf(sample, named) {
-  const exits = sample.exit_layers.length ? sample.exit_layers : sample.depth; // a policy may exit where there is no head
-  const depths = [...new Set([...exits, sample.full_depth])].sort((a, b) => a - b);
-  const texts = depths.map((depth) => (depth === sample.full_depth ? `${depth}, all blocks` : `${depth}`));
+  const depths = [...new Set([...sample.exits, ...sample.depths, sample.full_depth])].sort((a, b) => a - b);
+  const texts = depths.map((depth) => (depth === sample.full_depth ? `${depth}, all layers` : `${depth}`));
   const swatches = depths.map((depth, i) => {
     const swatch = el("i");
     swatch.style.setProperty("--c", color(depth, sample));
@@ -126,13 +126,15 @@ function makeCard(sample) {
   const spans = sample.words.map((text, index) => {
     const span = el("span", { textContent: text, tabIndex: index ? -1 : 0 });
     if (/^\s*\n\s*$/.test(text)) span.className = "break";
-    span.style.setProperty("--c", color(sample.depth[index], sample));
+    span.style.setProperty("--c", color(sample.depths[index], sample));
     return span;
   });
   const [words, kind] = verdict(sample), count = spans.length, mean = count ? sample.ends.at(-1) / count : 0;
-  const facts = [`mean depth ${mean.toFixed(1)} of ${sample.full_depth}`, `${count} tokens`];
+  const facts = [`mean depth ${mean.toFixed(2)}`, `max depth ${Math.max(0, ...sample.depths)} of ${sample.full_depth}`];
+  if (isNumber(sample.cap)) facts.push(`cap ${sample.cap}`);
+  facts.push(`${count} token${count === 1 ? "" : "s"}`);
   if (sample.finish === "length") facts.push("cut off");
-  const rewards = Object.entries(sample.rewards).map(([part, value]) => `${part} ${Number(value.toPrecision(3))}`);
+  const rewards = Object.entries(sample.rewards ?? {}).map(([part, value]) => `${part} ${fixed(value, 3)}`);
   const text = el("div", { className: "text" }, ...spans);
   text.setAttribute("role", "group");
   text.setAttribute("aria-label", `Response of ${sample.label}; arrow keys move from token to token`);
@@ -152,12 +154,12 @@ function makeCard(sample) {
 
 function skyline(sample) { // the depths of a response at a glance: a bar a token, or a bar for the mean of several
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  const size = Math.ceil(sample.depth.length / 160) || 1, count = Math.ceil(sample.depth.length / size);
+  const size = Math.ceil(sample.depths.length / 160) || 1, count = Math.ceil(sample.depths.length / size);
   svg.setAttribute("viewBox", `0 0 ${Math.max(count, 40)} 1`);
   svg.setAttribute("preserveAspectRatio", "none");
   svg.setAttribute("aria-hidden", "true");
   for (let i = 0; i < count; i++) {
-    const part = sample.depth.slice(i * size, (i + 1) * size), mean = part.reduce((a, b) => a + b) / part.length;
+    const part = sample.depths.slice(i * size, (i + 1) * size), mean = part.reduce((a, b) => a + b) / part.length;
     const bar = document.createElementNS(svg.namespaceURI, "rect"), tall = mean / sample.full_depth;
     const place = { x: i, y: 1 - tall, width: 0.82, height: tall };
     for (const [key, value] of Object.entries(place)) bar.setAttribute(key, value);
@@ -180,31 +182,39 @@ function moveInText(event, card) {
 
 // ---- what one token used ---------------------------------------------------------------------------------------------
 
-function bars(title, rows) {
+function bars(title, rows) { // rows of (name, chance, what to write where there is no chance, colour, chosen)
   const table = el("table", {}, el("caption", { textContent: title }));
-  for (const [name, p, tint, chosen] of rows) {
+  for (const [name, p, without, tint, chosen] of rows) {
     const bar = el("div", { className: "bar" });
     bar.style.setProperty("--p", `${100 * (p ?? 0)}%`);
     bar.style.setProperty("--c", tint);
     const className = p === null ? "unasked" : chosen ? "chosen" : "";
-    const cells = [el("td", { textContent: name }), el("td", {}, bar), el("td", { textContent: percent(p) })];
-    table.append(el("tr", { className }, ...cells));
+    const value = el("td", { textContent: p === null ? without : chance(p) });
+    table.append(el("tr", { className }, el("td", { textContent: name }), el("td", {}, bar), value));
   }
   return table;
+}
+
+function why(sample, depth) {
+  if (depth === sample.full_depth) return `ran all ${depth} layers`;
+  return `${depth === sample.cap ? "stopped by the cap" : "exited"} at depth ${depth} of ${sample.full_depth}`;
 }
 
 function inspect(card, index = -1) {
   const box = $("inspect");
   box.hidden = index < 0;
   if (index < 0) return;
-  const { sample, spans } = card, span = spans[index], depth = sample.depth[index];
-  const where = [KINDS[sample.kinds[index]], `token ${index + 1} of ${spans.length}`].filter(Boolean).join(", ");
-  const title = `depth ${depth} of ${sample.full_depth} · ${where}`, token = sample.words[index];
-  box.replaceChildren(el("h4", { textContent: shown(token) }), el("p", { textContent: title }));
-  const heads = headsOf(sample, index).map(([d, p]) => [`depth ${d}`, p, color(d, sample), d === depth]);
-  const top = topOf(sample, index).map(([text, p]) => [shown(text), p, "var(--soft)", text === token]);
-  if (sample.heads && heads.length) box.append(bars("Chance to exit at each head", heads));
-  if (top.length) box.append(bars("Most likely tokens", top));
+  const { sample, spans } = card, span = spans[index], depth = sample.depths[index], token = sample.words[index];
+  const where = [sample.kinds[index], `token ${index + 1} of ${spans.length}`].filter(Boolean).join(", ");
+  box.replaceChildren(el("h4", { textContent: shown(token) }), el("p", { textContent: `${why(sample, depth)} · ${where}` }));
+  const heads = list(sample.heads?.[index]).slice(0, sample.exits.length).map((p, i) => { // a head beyond the exit was not reached
+    const at = sample.exits[i];
+    return [`depth ${at}`, p, at > depth ? "not asked" : "–", color(at, sample), at === depth];
+  });
+  const top = list(sample.top?.[index]).map((text, i) =>
+    [shown(text), sample.chances[index][i], "–", "var(--soft)", text === token]);
+  if (heads.length) box.append(bars("Chance to exit at each head", heads));
+  if (top.length) box.append(bars("Likeliest tokens", top));
   span.setAttribute("aria-describedby", "inspect");
   const at = span.getClientRects()[0], below = at.bottom + 10 + box.offsetHeight < innerHeight;
   box.style.left = `${Math.max(12, Math.min(at.left - 8, root.clientWidth - box.offsetWidth - 12))}px`;
@@ -216,7 +226,7 @@ function followFocus() { // the page scrolled: the panel goes with a token in fo
   inspect(card ?? null, card ? card.spans.indexOf(document.activeElement) : -1);
 }
 
-// ---- replay: one clock for all cards, in blocks run, so that early exits are seen to be quicker -----------------------
+// ---- replay: one clock for all cards, in layers run, so that early exits are seen to be quicker -----------------------
 
 const longest = () => Math.max(0, ...cards.map((card) => card.sample.ends.at(-1) ?? 0));
 
@@ -258,31 +268,66 @@ function play() {
 // ---- figures: a cross-hair that reads the curves ---------------------------------------------------------------------
 
 function readCurves(figure) {
-  const svg = figure.querySelector("svg[data-x]"), lines = svg ? [...svg.querySelectorAll("polyline")] : [];
+  const plot = figure.querySelector("g[data-x]"), lines = plot ? [...plot.querySelectorAll("polyline[points*=',']")] : [];
   if (!lines.length) return;
-  const [x0, x1, left, right] = svg.dataset.x.split(" ").map(Number);
-  const [y0, y1, bottom, top] = svg.dataset.y.split(" ").map(Number);
+  const axis = (text) => { // where a value is drawn -> the value, as a label
+    const [low, high, start, end, share] = text.split(" ").map(Number);
+    return { start, end, label: (at) => {
+      const value = low + ((at - start) / (end - start)) * (high - low);
+      return share ? `${(100 * value).toFixed(1)}%` : `${Number(value.toPrecision(4))}`;
+    } };
+  };
+  const x = axis(plot.dataset.x), y = axis(plot.dataset.y);
   const curves = lines.map((line) => [line.dataset.name, [...line.points].map((p) => [p.x, p.y])]);
-  const cross = document.createElementNS(svg.namespaceURI, "path"), box = el("div", { className: "readout", hidden: true });
+  const cross = document.createElementNS(plot.namespaceURI, "path"), box = el("div", { className: "readout", hidden: true });
+  const svg = plot.ownerSVGElement;
   cross.setAttribute("class", "cross");
-  svg.append(cross);
+  plot.append(cross);
   figure.append(box);
-  const round = (v) => Number(v.toPrecision(4));
   svg.addEventListener("pointermove", (event) => {
-    const frame = svg.getBoundingClientRect(), x = ((event.clientX - frame.left) / frame.width) * svg.viewBox.baseVal.width;
-    const nearest = (points) => points.reduce((a, b) => (Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a));
+    const here = new DOMPoint(event.clientX, event.clientY).matrixTransform(plot.getScreenCTM().inverse());
+    const nearest = (points) => points.reduce((a, b) => (Math.abs(b[0] - here.x) < Math.abs(a[0] - here.x) ? b : a));
     const near = curves.map(([name, points]) => [name, nearest(points)]), at = near[0][1][0];
-    const value = (y) => round(y0 + ((y - bottom) / (top - bottom)) * (y1 - y0));
-    cross.setAttribute("d", `M${at} ${top}V${bottom}`);
-    const place = round(x0 + ((at - left) / (right - left)) * (x1 - x0));
-    box.replaceChildren(el("div", { className: "faint", textContent: `at ${place}` }),
-      ...near.map(([name, [, y]]) => el("div", { textContent: `${name}  ${value(y)}` })));
+    cross.setAttribute("d", `M${at} ${y.end}V${y.start}`);
+    box.replaceChildren(el("div", { className: "faint", textContent: `at ${x.label(at)}` }),
+      ...near.map(([name, point]) => el("div", { textContent: `${name}  ${y.label(point[1])}` })));
     box.hidden = false;
-    const before = at < (left + right) / 2;
+    const frame = svg.getBoundingClientRect(), before = at < (x.start + x.end) / 2;
     box.style.left = before ? `${event.clientX - frame.left + 14}px` : "auto";
     box.style.right = before ? "auto" : `${frame.right - event.clientX + 14}px`;
   });
   svg.addEventListener("pointerleave", () => { box.hidden = true; cross.removeAttribute("d"); });
+}
+
+// ---- the figures of the runs, as evaluate.py writes them --------------------------------------------------------------
+
+const TILES = ["accuracy", "mean depth of", "opaque serial depth", "layers run", "KL to the", "tokens written", "steps written"];
+
+function showTiles() { // of one run: the first lines of its table, large, those of the first student above the base's
+  const [[head, ...lines]] = data.table, tile = (title, figure, below) => el("div", {}, el("dt", { textContent: title }),
+    el("dd", { textContent: figure }), el("dd", { className: "faint", textContent: below }));
+  const tiles = TILES.map((title) => lines.find((line) => line[0].startsWith(title))).filter((line) => line && head.length > 2);
+  const shown = tiles.map(([title, base, student]) => tile(title, student, `base ${base}`));
+  for (const [name, ...values] of data.seconds) {
+    const owner = data.seconds.length > 1 ? `${name}: ` : "";
+    ["evaluation", "training"].forEach((work, i) => {
+      if (values[i] !== null) shown.push(tile(`${owner}${work}, seconds`, fixed(values[i], 0), ""));
+    });
+  }
+  if (data.seconds.length > 1) shown.splice(0, tiles.length); // the table compares runs
+  else if (tiles.length) $("summary").append(el("h3", { textContent: head[2] }));
+  if (shown.length) $("summary").append(el("dl", { className: "tiles" }, ...shown));
+}
+
+function showTable() { // a row a figure, a column a variant; under it why there are dashes
+  const [[head, ...lines], reasons] = data.table, [first, ...names] = head;
+  if (!lines.length) return;
+  const cells = (line) => line.map((text) => el("td", { textContent: text }));
+  const top = el("tr", {}, el("td", { textContent: first }), ...names.map((name) => el("th", { scope: "col", textContent: name })));
+  const body = lines.map(([title, ...line]) => el("tr", {}, el("th", { scope: "row", textContent: title }), ...cells(line)));
+  $("table").querySelector("div").append(el("table", {}, el("thead", {}, top), el("tbody", {}, ...body)));
+  $("table").querySelector("ul").append(...reasons.map((textContent) => el("li", { textContent })));
+  $("table").hidden = false;
 }
 
 // ---- settings, kept from visit to visit where the browser allows it --------------------------------------------------
@@ -295,8 +340,11 @@ function recall(key) {
   try { return localStorage.getItem(`nanoexit-${key}`); } catch { return null; }
 }
 
-function setScale(scale) {
-  root.dataset.scale = $("scale").value = scale;
+function setScale(scale) { // the colours of depths are variables: --d2of8
+  $("scale").value = scale;
+  for (const [full, colors] of Object.entries(data.colors[scale])) {
+    colors.forEach((value, i) => root.style.setProperty(`--d${i + 1}of${full}`, value));
+  }
   remember("scale", scale);
 }
 
@@ -310,7 +358,7 @@ function setTheme(theme) {
 }
 
 function showVariants() { // those that this prompt has: a run may keep one rollout a step, each of another prompt
-  const labels = [...new Set(data.prompts[current].samples.map((sample) => sample.label))];
+  const labels = [...new Set(prompts[current].samples.map((sample) => sample.label))];
   $("variants").replaceChildren(...(labels.length < 2 ? [] : labels).map((label) => {
     const chip = el("button", { type: "button", textContent: label });
     chip.setAttribute("aria-pressed", !hidden.has(label));
@@ -323,25 +371,11 @@ function showVariants() { // those that this prompt has: a run may keep one roll
   }));
 }
 
-function showLeftOut() {
-  const names = { top: "the likeliest tokens of the last", heads: "the chances of heads of the last", responses: "the last" };
-  const parts = Object.entries(data.left_out).map(([key, count]) => `${names[key]} ${count} responses`);
-  if (parts.length) $("left-out").textContent = `Left out, to keep this page light: ${parts.join("; ")}.`;
-}
-
-setScale(recall("scale") === "safe" ? "safe" : "heat");
-setTheme(recall("theme"));
-$("scale").addEventListener("change", () => setScale($("scale").value));
-$("theme").addEventListener("click", () => setTheme(isDark() ? "light" : "dark"));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setTheme());
-document.querySelectorAll(".figure").forEach(readCurves);
-addEventListener("scroll", followFocus, { passive: true });
-
-if (data.prompts.length) {
+function showResponses() {
   $("responses").hidden = false;
-  data.prompts.forEach((entry) => entry.samples.forEach(unpack));
-  root.classList.toggle("single", data.prompts.length === 1); // one prompt needs no picker
-  showLeftOut();
+  root.classList.toggle("single", prompts.length === 1); // one prompt needs no picker
+  const left = data.left_out.map((what) => `the ${what} responses`).join("; ");
+  if (left) $("left-out").textContent = `Left out to keep this page under 3 MB: ${left}.`;
   fillPicker();
   choose(0);
   $("search").addEventListener("input", fillPicker);
@@ -357,3 +391,20 @@ if (data.prompts.length) {
     reveal();
   });
 }
+
+setTheme(recall("theme"));
+$("theme").addEventListener("click", () => setTheme(isDark() ? "light" : "dark"));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setTheme());
+document.querySelectorAll(".figure").forEach(readCurves);
+addEventListener("scroll", followFocus, { passive: true });
+load().then(() => {
+  setScale(recall("scale") === "safe" ? "safe" : "heat");
+  $("scale").addEventListener("change", () => setScale($("scale").value));
+  showTiles();
+  showTable();
+  if (prompts.length) showResponses();
+  root.dataset.ready = "";
+}).catch((error) => {
+  $("broken").hidden = false;
+  $("broken").textContent = `The data of this page cannot be read: ${error.message}. A browser of 2023 or later is needed.`;
+});

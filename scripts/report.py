@@ -1,7 +1,7 @@
-"""Write the page that people look at: responses coloured by depth, and the figures of one or more runs.
+"""Write the page that people look at: responses coloured by depth, and the figures of their runs.
 
-    python scripts/report.py runs/tiny
-    python scripts/report.py runs/sft runs/rl --out both.html
+python scripts/report.py runs/tiny
+python scripts/report.py runs/sft runs/rl --out both.html
 """
 
 import argparse
@@ -10,20 +10,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanoexit.errors import run_script
-from nanoexit.report import read_run, write_runs
+from nanoexit.config import run_script
+from nanoexit.report import read_run, write_page
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run directory; several share one page, side by side")
-    parser.add_argument("--out", metavar="FILE", help="where to write the page (default: report.html in the first RUN_DIR)")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="several share one page")
+    parser.add_argument("--out", metavar="FILE", help="default: report.html in the first RUN_DIR")
+    parser.add_argument("--title", default="", help="default: the names of the runs")
+    parser.add_argument("--note", default="", help="text under the title")
     args = parser.parse_args()
     runs = [read_run(folder) for folder in args.runs]
     out = Path(args.out) if args.out else Path(args.runs[0]) / "report.html"
-    write_runs(out, runs)
-    print(f"wrote {out}: {sum(len(run.samples) for run in runs)} responses, {sum(len(run.metrics) for run in runs)} steps, "
-          f"{out.stat().st_size / 1e6:.2f} MB")  # fmt: skip
+    write_page(out, runs, args.title, args.note)
+    responses, steps = sum(len(r.samples) for r in runs), sum(len(r.metrics) for r in runs)
+    size = out.stat().st_size / 1e6
+    print(f"wrote {out}: {responses} responses, {steps} steps, {size:.2f} MB")
 
 
 if __name__ == "__main__":

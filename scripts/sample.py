@@ -21,7 +21,7 @@ from nanoexit.exits import POLICIES, check_cap, parse_policy
 from nanoexit.figures import legend, paint
 from nanoexit.generate import Sampling, generate
 from nanoexit.model import Transformer
-from nanoexit.report import write_page
+from nanoexit.report import Run, write_page
 from nanoexit.tasks import TASKS, Prompt, Response, load_prompts
 from nanoexit.teacher import read_response, show_response
 from nanoexit.tokenizer import Tokenizer, load_tokenizer
@@ -54,7 +54,7 @@ def main() -> None:
     if args.html or args.json:
         shown = [show_response(model, tokenizer, r, policy) for r in responses]
     if args.html:
-        write_page(Path(args.html), f"{Path(name).name}, policy {policy}", shown)
+        write_page(args.html, [Run("", shown)], f"{Path(name).name}, policy {policy}")
         print(f"page written to {args.html}", file=sys.stderr)
     if args.json:
         print("\n".join(json.dumps(row) for row in shown))

@@ -1,5 +1,7 @@
-"""The report page: what is in the file, and, in headless Chromium where there is one, what a person can do with it."""
+"""The page: what is in the file and, in a headless Chromium, what a person can do with it."""
 
+import base64
+import copy
 import json
 import random
 import re
@@ -7,286 +9,265 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+import zlib
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from nanoexit.figures import Line, line_figure, thin, ticks, training_figures
-from nanoexit.report import pack, read_run, write_page, write_runs
+from nanoexit.config import UserError, write_json_lines, write_text
+from nanoexit.report import Run, _fit, _responses, read_run, write_page
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "report.py"
-EVIL = "</script><img src=x onerror=\"window.hacked=1\"><script>window.hacked=1</script>"
-STORY = "Start at 9 . 9 + 5 = 14 so it is 2 . 2 + 11 = 13 so it is 1 . \n #### 1".split(" ")
+EVIL = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
+STORY = re.split(" ", "Start at 9 . 9 + 5 = 14 so it is 2 . 2 + 11 = 13 so it is 1 . \n #### 1")
+ASKED = "The clock shows 9. Add 5, then add 11. Which hour is it?"
+EXITS = (5, 10, 15, 20, 25)
 
 
-# ---- data as the other scripts write it -------------------------------------------------------------------------------
-
-
-def response(prompt: str, variant: str, seed: int, repeat: int = 1, text: list[str] = STORY) -> dict:
-    """A response as samples.jsonl has it, its numbers drawn from `seed`: depths at the exits, heads asked only up to there."""
-    exits, full = (5, 10, 15, 20, 25), 28
+def response(prompt: str, variant: str, seed: int, text: list[str] = STORY) -> dict:
+    """A line of samples.jsonl; its numbers come from `seed`."""
     draw, tokens = random.Random(seed), []
-    for index, piece in enumerate([" " * (i > 0) + word for i, word in enumerate(text * repeat)]):
-        depth = full if not index or variant == "base" else draw.choice([*exits, *exits[:2], full])
-        probs = [round(draw.random(), 3) if d <= depth else None for d in exits]
-        top = [[piece, 0.7], [" the", 0.2], [" 7", 0.05], ["\n", 0.03], [" so", 0.0004]]
-        kind = "answer" if index > 0.85 * len(text) * repeat else "punctuation" if not piece.strip().isalnum() else "reasoning"
-        tokens.append({"text": piece, "depth": depth, "kind": kind, "exit_probs": probs, "top": top})
-    whole = "".join(token["text"] for token in tokens)
-    return {"id": f"clock-{prompt[:12]}", "prompt": prompt, "answer": "1", "variant": variant, "text": whole, "finish": "stop",
-            "correct": seed % 3 > 0, "full_depth": full, "exit_layers": list(exits), "tokens": tokens}  # fmt: skip
+    for index, word in enumerate(text):
+        depth = 28 if variant == "base" else draw.choice([*EXITS, 5, 10, 28])
+        probs = [round(draw.random(), 4) if d <= depth else None for d in EXITS]
+        piece = " " * (index > 0) + word
+        top = [[piece, draw.random()], [" the", 0.2], [" 7", 0.05], ["\n", 0.03], [" so", 0.0004]]
+        token = {"text": piece, "depth": depth, "kind": "reasoning", "exit_probs": probs}
+        tokens.append(token | {"top": top})
+    known = {"id": prompt[:16], "prompt": prompt, "answer": "1", "variant": variant}
+    rest = {"finish": "stop", "full_depth": 28, "exit_layers": [*EXITS], "cap": None}
+    return known | rest | {"correct": seed % 3 > 0, "tokens": tokens}
 
 
-def run_folder(folder: Path, prompts: int = 4, repeat: int = 1) -> Path:
-    """A run directory with all four files; the second prompt and the last response try to break out of the page."""
-    asked = [f"The clock shows {9 - i}. Add 5, then add 11. Which hour is it?" for i in range(prompts)]
-    asked[1] += EVIL
-    samples = [response(p, v, 7 * i + j, repeat) for i, p in enumerate(asked) for j, v in enumerate(["base", "head", "after RL"])]
-    samples.append(response(asked[1], "kl:2" + EVIL, 5, text=["Now", EVIL, "{{js}}", "\x00\u2028"]))
-    metrics = [
-        {"step": i, "loss": 2 / (i + 1) + 0.1, "kl": 1 / (i + 1), "exit_loss": 0.7 / (i + 1), "lr": 1e-3, "mean_depth": 28 - i / 20,
-         "exit_kl": [0.5, 0.4, 0.3, 0.2, 0.1], "teacher_exit": [0.1, 0.3, 0.5, 0.7, 0.9],
-         "student_exit": [0.2 + i / 1000, 0.3, 0.4, 0.6, 0.8], "reward": i / 300, "reward_depth": -0.4, "flat_groups": 0.1,
-         "odd": float("nan"), "name" + EVIL: i}
-        for i in range(300)
-    ]  # fmt: skip
-    teacher = {"accuracy": 0.93, "mean_depth": 28, "full_depth": 28, "layers_run": 1, "tokens": 60100}
-    summary = {"accuracy": 0.91, "mean_depth": 14.2, "full_depth": 28, "layers_run": 0.507, "kl": 0.031, "tokens": 61200,
-               "seconds": 94.2, "teacher": teacher}  # fmt: skip
-    policies = [("base", "full", 0.93, 28), ("trained", "head", 0.91, 14), ("trained", "kl:2", 0.92, 18), ("b" + EVIL, "kl:1", 0.8, 11)]
-    rows = [evaluation_row(*policy) for policy in policies]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-    (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "evaluation.json").write_text(json.dumps({"rows": rows}))
-    return folder
+def row(variant: str, policy: str, accuracy: float, depth: float) -> dict:
+    """A row of evaluation.json."""
+    parts = [
+        {"variant": variant, "policy": policy, "prompts": 100, "full_depth": 28, "cap": None},
+        {"accuracy": accuracy, "accuracy_interval": [accuracy - 0.03, accuracy + 0.02]},
+        {"mean_depth": depth, "max_depth": depth, "layers_run": depth / 28, "tokens": 61.5},
+        {"accuracy_by_group": {"1 step": accuracy, "2 steps": accuracy - 0.1}, "written": None},
+        {"max_depth_by_group": {"clock": depth, "logic": 3}, "depth_by_position": [depth, 3, 4]},
+        {"exit_histogram": {"5": 0.3, "28": 0.7}, "depth_by_kind": {"answer": depth}},
+        {"same_answer": [[0, 0.3], [1, 1]], "same_answer_capped": [[0, 0.1], [1, 1]]},
+        {"changed_value": {"follow": 0.8, "stay": 0.2}, "capped_accuracy": {"4": 0.2, "28": 0.9}},
+        {"kl": float("nan"), "monitor": {"score": 0.9, "chance": 0.1}},
+    ]
+    return {key: value for part in parts for key, value in part.items()}
 
 
-def evaluation_row(variant: str, policy: str, accuracy: float, depth: float) -> dict:
-    histogram = {"5": 0.2, "10": 0.25, "15": 0.2, "20": 0.05, "25": 0.03, "28": 0.27} if depth < 28 else {"28": 1.0}
-    return {
-        "variant": variant, "policy": policy, "accuracy": accuracy, "accuracy_interval": [accuracy - 0.03, accuracy + 0.02],
-        "mean_depth": depth, "full_depth": 28, "layers_run": depth / 28, "exit_rate": 1 - histogram["28"],
-        "exit_histogram": histogram, "kl": 0.03, "perplexity": 3.1, "depth_by_position": [depth - i % 3 for i in range(20)],
-        "depth_by_kind": {"reasoning": depth - 1, "answer": min(28, depth + 3)},
-        "early_answering": [[0, 0.2], [0.5, 0.4 + depth / 100], [1, 1]], "adding_mistakes": {"follow": 0.6, "stay": 0.3, "stop": 0.1},
-        "judge": {"kind": "offline", "means": {"overall": 31.2}, "failed": 2},
-    }  # fmt: skip
+def example(name: str = "tiny") -> Run:
+    """A run with everything; a prompt, a response, names and a metric try to break out."""
+    prompts = [ASKED, f"The clock shows 8. {EVIL}", "The clock shows 7.", "The clock shows 6."]
+    samples, metrics = [], []
+    for i, prompt in enumerate(prompts):
+        base, student, rollout = (response(prompt, v, i) for v in ("base", "student", "rollout"))
+        samples += [base, student, rollout | {"step": 3, "rewards": {"depth": -0.4, EVIL: None}}]
+    samples.append(response(prompts[1], EVIL, 5, ["Now", EVIL, "$js", "\x00\u2028\ud83d"]))
+    for i in range(11):
+        loss = None if i == 3 else 10.0 - i
+        metrics.append({"step": i, "loss": loss, "student_exit": [0.2, 0.3], EVIL: i})
+    rows = [
+        row("base", "full", 0.93, 28),
+        row("student", "head", 0.91, 14),
+        row(EVIL, EVIL, 0.8, 9),
+    ]
+    evaluation = {"model": "m", "rows": rows, "frontier": [*rows, row("student", "kl:2", 0.9, 18)]}
+    summary = {"evaluation_seconds": 94.2}
+    return Run(name, samples, metrics, summary, evaluation, f"{name}/")
 
 
-def page_data(path: Path) -> dict:
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.S)[1])
+def data_of(path: Path) -> dict:
+    packed = path.read_text().split('id="data">')[1].split("<")[0]
+    text = zlib.decompress(base64.b64decode(packed))
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"JavaScript has no {name}"))
 
 
-# ---- the file ---------------------------------------------------------------------------------------------------------
+# --- the file -----------------------------------------------------------------------------------
 
 
 def test_two_hundred_responses_under_three_megabytes(tmp_path):
-    """Catches a page that mails and browsers choke on: 200 responses of 500 tokens fit, and what was left out is said."""
-    samples = [response(f"prompt {i}", "head", i, repeat=18) for i in range(200)]
-    write_page(tmp_path / "r.html", "Big", samples)
-    data = page_data(tmp_path / "r.html")
+    """Catches: a page that mails and browsers choke on, and details dropped without need."""
+    samples = [response(f"prompt {i}", "student", i, (STORY * 20)[:400]) for i in range(200)]
+    write_page(tmp_path / "r.html", [Run("", samples)], "Big")
     assert (tmp_path / "r.html").stat().st_size < 3_000_000
-    assert len(data["prompts"]) == 200 and data["left_out"] and "responses" not in data["left_out"]
-    assert data["prompts"][0]["samples"][0]["top"], "the first responses keep all details"
+    assert data_of(tmp_path / "r.html")["left_out"] == []
 
 
-def test_packing_keeps_every_number():
-    """Catches a column read one place off: unpacked by hand, depth, head and top-5 are those that went in."""
-    sample = response("p", "head", 1) | {"label": "head", "rewards": {}}
-    data = pack([sample])
-    packed, width = data["prompts"][0]["samples"][0], data["width"]
-    for index, token in enumerate(sample["tokens"]):
-        assert data["words"][int(packed["tokens"][index * width : (index + 1) * width], 36)] == token["text"]
-        assert int(packed["depths"][2 * index : 2 * index + 2], 36) == token["depth"]
-        heads = [packed["heads"][10 * index + 2 * e :][:2] for e in range(5)]
-        assert [None if h == "zz" else int(h, 36) / 1000 for h in heads] == token["exit_probs"]
-        top = packed["top"][5 * (width + 2) * index :][: 5 * (width + 2)]
-        pairs = [top[i * (width + 2) :][: width + 2] for i in range(5)]
-        assert [data["words"][int(p[:width], 36)] for p in pairs] == [text for text, _ in token["top"]]
-        assert [int(p[width:], 36) for p in pairs] == [700, 200, 50, 30, 0]
+def test_the_data_keeps_every_number(tmp_path):
+    """Catches: a column one token off, chances of the wrong head, responses apart from a prompt."""
+    samples = [response("p", "a", 1), response("q", "a", 2), response("p", "b", 3)]
+    write_page(tmp_path / "r.html", [Run("", samples)])
+    data = data_of(tmp_path / "r.html")
+    assert [r["label"] for r in data["responses"]] == ["a", "b", "a"], "responses to p, then to q"
+    for at, sample in enumerate([samples[0], samples[2], samples[1]]):
+        for i, token in enumerate(sample["tokens"]):
+            found = data["words"][at][i], data["responses"][at]["depths"][i]
+            assert found == (token["text"], token["depth"])
+            assert data["heads"][at][i] == pytest.approx(token["exit_probs"], abs=6e-4)
+            assert data["top"][at][i] == [text for text, _ in token["top"]]
+            assert data["chances"][at][i] == pytest.approx([p for _, p in token["top"]], abs=6e-4)
 
 
-def test_a_tight_budget_drops_details_before_responses():
-    """Catches a page that drops whole responses, or the first ones, while details of the last could still go."""
-    samples = [response(f"p{i}", "head", i) | {"label": "head", "rewards": {}} for i in range(10)]
-    whole = len(json.dumps(pack(samples)))
-    first, *_, last = pack(samples, whole - 3000)["prompts"]
-    assert first["samples"][0]["top"] and not last["samples"][0]["top"] and last["samples"][0]["heads"]
-    tiny = pack(samples, 100)
-    assert len(tiny["prompts"]) == 1 and tiny["left_out"]["responses"] == 9, "one response is always kept"
+def test_a_tight_budget_drops_details_of_the_last():
+    """Catches: whole responses, or the first ones, dropped while details of the last could go."""
+    samples = [response(f"p{i}", "student", i) for i in range(10)]
+    kept, left_out = _fit(_responses([Run("", samples)]), 3_000)
+    assert len(kept) == 10 and kept[0]["top"] and kept[-1]["top"] is None and kept[-1]["heads"]
+    assert re.fullmatch(r"likeliest tokens of the last \d", left_out[0]) and len(left_out) == 1
+    kept, left_out = _fit(_responses([Run("", samples)]), 10)
+    assert len(kept) == 1 and left_out[0] == "text of the last 9", "one response is always kept"
 
 
 def test_no_text_of_a_model_is_markup(tmp_path):
-    """Catches a text that ends the data's script element, a metric's or variant's name put unescaped into a figure, and a
-    placeholder in a response filled by the template."""
-    write_runs(tmp_path / "r.html", [read_run(run_folder(tmp_path / "run"))], title=EVIL)
+    """Catches: an unescaped name, a placeholder in a response that is filled, a stale hash."""
+    write_page(tmp_path / "r.html", [example()], title=EVIL, note=EVIL)
     text = (tmp_path / "r.html").read_text()
     assert "<img" not in text and text.count("</script>") == 2
-    assert "{{js}}" in text, "shown as the model wrote it"
-    assert "31.2 <small>offline, 2 failed</small>" in text, "a rubric names who scored, and how often that failed"
+    script = text.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(sha256(script.encode()).digest()).decode()
+    assert "default-src 'none'" in text and f"script-src 'sha256-{digest}'" in text
+    assert data_of(tmp_path / "r.html")["words"][6][2] == " $js"
 
 
-def test_each_file_may_be_missing(tmp_path):
-    """Catches a page that needs a file which a run of another kind does not write."""
-    for name in ("samples.jsonl", "metrics.jsonl", "summary.json", "evaluation.json"):
-        folder = run_folder(tmp_path / name)
-        for other in folder.iterdir():
-            if other.name != name:
-                other.unlink()
-        write_runs(tmp_path / "r.html", [read_run(folder)])
-        text = (tmp_path / "r.html").read_text()
-        assert ("<h2>Training</h2>" in text) == (name == "metrics.jsonl")
-        assert ("<h2>Quality</h2>" in text) == (name == "evaluation.json")
-        assert ("<h2>Depth</h2>" in text) == (name in ("samples.jsonl", "evaluation.json"))
-        assert ('class="tiles"' in text) == (name == "summary.json")
-
-
-def test_runs_side_by_side(tmp_path):
-    """Catches two runs whose variants have one name and become one: one curve, one bar, one column of responses."""
-    runs = []
-    for name in ("first", "second"):
-        folder = run_folder(tmp_path / name)
-        (folder / "evaluation.json").unlink()
-        runs.append(read_run(folder))
-    write_runs(tmp_path / "r.html", runs)
-    text = (tmp_path / "r.html").read_text()
-    assert [s["label"] for s in page_data(tmp_path / "r.html")["prompts"][0]["samples"]] == [
-        f"{run} · {variant}" for run in ("first", "second") for variant in ("base", "head", "after RL")
-    ]
-    for name in ("first · head", "second · head", "first loss", "second loss"):
+def test_a_base_of_three_runs_is_shown_once(tmp_path):
+    """Catches: the same base three times, another base left out, runs that become one line."""
+    runs = [example(name) for name in ("first", "second", "third")]
+    runs[2].evaluation["model"] = "another"
+    write_page(tmp_path / "r.html", runs)
+    data, text = data_of(tmp_path / "r.html"), (tmp_path / "r.html").read_text()
+    head = [name for name in data["table"][0][0] if "script" not in name]
+    assert head[:4] == ["", "base (full)", "first · student (head)", "second · student (head)"]
+    assert head[4:] == ["third · base (full)", "third · student (head)"]
+    labels = [r["label"] for r in data["responses"] if r["prompt"] == ASKED]
+    assert labels[:3] == ["base", "first · student", "first · rollout · step 3"]
+    assert labels[3:5] == ["second · student", "second · rollout · step 3"]
+    for name in ("first", "second", "first · student", "second · student (head)"):
         assert f'data-name="{name}"' in text
-    write_runs(tmp_path / "r.html", [read_run(run_folder(tmp_path / name)) for name in ("first", "second")])
-    text = (tmp_path / "r.html").read_text()
-    for name in ("first · trained · kl", "second · trained · kl"):
-        assert f'data-name="{name}"' in text, "a frontier of each run"
 
 
-def test_evaluation_fields_may_be_missing(tmp_path):
-    """Catches a KeyError on a row that has little: a policy without accuracy, depth without its whole, a judge that failed."""
-    rows = [{}, {"variant": "a", "accuracy": 0.5}, {"policy": "head", "mean_depth": 3, "full_depth": 4, "accuracy": 1.0},
-            {"judge": {"means": {}, "failed": 3}}, {"exit_histogram": {"1": 1.0}},
-            {"accuracy": None, "early_answering": [], "adding_mistakes": {"follow": 1.0}}]  # fmt: skip
-    write_page(tmp_path / "r.html", "Few", [], evaluation={"rows": rows})
-    assert "Quality against depth" in (tmp_path / "r.html").read_text()
+def test_figures_are_those_of_the_evaluation(tmp_path):
+    """Catches: a figure of evaluate that the page forgets, and one that is derived from samples."""
+    write_page(tmp_path / "r.html", [example()])
+    titles = re.findall(r'aria-label="([^"<]*)"', (tmp_path / "r.html").read_text())
+    for title in ("under a cap", "by group", "same answer, capped", "histogram", "is changed"):
+        assert [found for found in titles if title in found.lower()], title
+    write_page(tmp_path / "s.html", [Run("", example().samples)])
+    assert "<figure" not in (tmp_path / "s.html").read_text()
 
 
-def test_mistakes_are_one_line(tmp_path):
-    """Catches a traceback, and a line that names neither file nor what is right, for the mistakes that people make."""
-
-    def fails(*arguments: str) -> str:
-        done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        return done.stderr
-
-    assert "no such folder" in fails(str(tmp_path / "none"))
-    assert "samples.jsonl, metrics.jsonl" in fails(str(tmp_path))
-    lines = run_folder(tmp_path / "run").joinpath("samples.jsonl").read_text().splitlines()
-    (tmp_path / "run/samples.jsonl").write_text("\n".join([lines[0], "{oops", lines[1]]))
-    assert "samples.jsonl: line 2: not JSON" in fails(str(tmp_path / "run"))
-    broken = json.loads(lines[0])
-    broken["tokens"][2]["depth"] = 29
-    (tmp_path / "run/samples.jsonl").write_text(json.dumps(broken) + "\n")
-    assert "tokens[2].depth: expected 1 to 28, found 29" in fails(str(tmp_path / "run"))
+HOSTILE = [None, True, "x", EVIL, -1, 0, 10**400, 1e308, float("nan"), float("inf"), [], {}]
+HOSTILE += [[[]], [1, "x"], [["x"]], {"x": 1}, {"1": {}}, [{}], [None]]
 
 
-def test_a_run_that_is_still_written(tmp_path):
-    """Catches a report that fails beside a live run: half a last line is left out, the page is renamed into place."""
-    folder = run_folder(tmp_path / "run")
-    with (folder / "metrics.jsonl").open("a") as out:
-        out.write('{"step": 300, "lo')
-    done = subprocess.run([sys.executable, SCRIPT, str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0 and "13 responses, 300 steps" in done.stdout, done.stderr
-    written = sorted(p.name for p in folder.iterdir())
-    assert written == ["evaluation.json", "metrics.jsonl", "report.html", "samples.jsonl", "summary.json"], "nothing half done"
+def places(value: object, path: tuple = ()) -> list[tuple]:
+    """The path of each value in nested dicts and lists; the first two items of lists."""
+    items = value.items() if isinstance(value, dict) else []
+    items = enumerate(value[:2]) if isinstance(value, list) else items
+    return [path, *(found for key, item in items for found in places(item, (*path, key)))]
 
 
-def test_ticks_and_thinning():
-    """Catches axes that cut off a value, repeat a number or divide by zero, and thinning that loses the end of a run."""
-    assert ticks(0, 1) == pytest.approx([0, 0.5, 1]) and ticks(3, 3)[0] <= 3 <= ticks(3, 3)[-1]
-    for low, high in [(0, 0), (-3.2, 9.1), (1e-9, 2e-9), (0, 12345), (0.93, 0.94)]:
-        marks = ticks(low, high)
-        assert marks[0] <= low and marks[-1] >= high and 2 <= len(marks) <= 7 and marks == sorted(set(marks))
-    assert thin([(0, 1), (1, 3), (2, 5), (3, 7), (4, 9)], 3) == [(0.5, 2), (2.5, 6), (4, 9)]
-    assert thin([]) == []
+@pytest.mark.parametrize("part", ["samples", "metrics", "summary", "evaluation"])
+def test_hostile_files(part, tmp_path):
+    """Catches: a traceback, or an error that names no file, for a wrong type anywhere."""
+    run, draw = example(), random.Random(0)
+    run.samples = [response("p", "student", 1, STORY[:2]) | {"rewards": {"depth": 1.0}}]
+    run.metrics, run.evaluation["rows"] = run.metrics[:2], run.evaluation["rows"][1:2]
+    run.evaluation["frontier"] = run.evaluation["frontier"][1:2]
+    lines = part in ("samples", "metrics")  # that each is an object is checked where lines are read
+    for *path, key in [found for found in places(getattr(run, part)) if len(found) > lines]:
+        broken = copy.deepcopy(run)
+        target = getattr(broken, part)
+        for step in path:
+            target = target[step]
+        target[key] = draw.choice(HOSTILE)
+        try:
+            write_page(tmp_path / "r.html", [broken])
+            data_of(tmp_path / "r.html")
+        except UserError as error:
+            assert f"tiny/{part}.json" in str(error), error
 
 
-def test_curves_stand_where_they_should():
-    """Catches an upside-down axis, related metrics torn apart, and a NaN in a curve that blanks the whole figure."""
-    svg = line_figure("t", "x", "y", [Line("a", [(0, 0.0), (10, 1.0)], "red")])
-    (x0, y0), (x1, y1) = ((float(v) for v in p.split(",")) for p in re.search(r'points="(\S+ \S+)"', svg)[1].split())
-    assert x0 < x1 and y0 > y1
-    flat = line_figure("t", "x", "y", [Line("a", [(0, 8), (1, 8)], "red")])
-    assert re.search(r'data-y="(\S+) (\S+)', flat).groups() == ("0", "8"), "a constant stands on zero"
-    metrics = [{"step": 1, "loss": 2.0, "kl": float("nan"), "exit_loss": 1}, {"step": 2, "loss": 1.0, "kl": 0.5, "exit_kl": [1, 2]}]
-    figures = training_figures([("r", metrics)], [5, 10], 12)
-    assert figures.count("<figure") == 2 and "nan" not in figures and "depth 10" in figures and "var(--d10of12)" in figures
+def test_the_script(tmp_path):
+    """Catches: a traceback or an error without file and key for what people get wrong."""
+    run = example()
+    write_json_lines(tmp_path / "metrics.jsonl", run.metrics)
+    write_text(tmp_path / "evaluation.json", json.dumps(run.evaluation))
+    for depth, code, wanted in (
+        (28, 0, "1 responses, 11 steps"),
+        (
+            29,
+            2,
+            "samples.jsonl: response 1.tokens[2].depth: expected a depth from 1 to 28, found 29",
+        ),
+    ):
+        run.samples[0]["tokens"][2]["depth"] = depth
+        write_json_lines(tmp_path / "samples.jsonl", run.samples[:1])
+        command = [sys.executable, SCRIPT, tmp_path]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == code and wanted in done.stdout + done.stderr, done.stderr
+        assert done.stderr.count("\n") == (code > 0)
+    with pytest.raises(UserError, match="no run to report; expected a folder with samples"):
+        read_run(tmp_path / "none")
 
 
-# ---- the page in a browser --------------------------------------------------------------------------------------------
+# --- the page in a browser ----------------------------------------------------------------------
 
 
 class Browser:
-    """As much of the WebDriver protocol as these tests need, spoken to chromedriver over loopback."""
+    """As much of the WebDriver protocol as these tests need, spoken to chromedriver."""
 
-    def __init__(self, profile: Path):
-        self.process = subprocess.Popen([shutil.which("chromedriver"), "--port=0"], stdout=subprocess.PIPE, text=True)
-        found = (re.search(r"started successfully on port (\d+)", line) for line in self.process.stdout)
-        port = next(match[1] for match in found if match)
-        self.url = f"http://127.0.0.1:{port}/session"
-        flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-                 "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1280,900").split()  # fmt: skip
-        flags.append(f"--user-data-dir={profile}")
-        options = {"goog:chromeOptions": {"args": flags, "binary": shutil.which("chromium")}, "goog:loggingPrefs": {"browser": "ALL"}}
-        self.url += "/" + self.call("", {"capabilities": {"alwaysMatch": options}})["sessionId"]
+    def __init__(self, profile: Path) -> None:
+        command = [shutil.which("chromedriver"), "--port=0"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        found = (re.search(r"successfully on port (\d+)", line) for line in self.process.stdout)
+        self.url = f"http://127.0.0.1:{next(match[1] for match in found if match)}/session"
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+        flags += ["--disable-dev-shm-usage", "--window-size=1280,900", f"--user-data-dir={profile}"]
+        options = {"args": flags, "binary": shutil.which("chromium")}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        self.url += "/" + self.call("", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
 
     def call(self, path: str, body: dict | None = None, method: str = "POST") -> object:
-        request = urllib.request.Request(self.url + path, None if body is None else json.dumps(body).encode(), method=method)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as reply:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, method=method)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=60) as reply:
             return json.load(reply)["value"]
 
     def open(self, path: Path) -> None:
         self.call("/url", {"url": path.as_uri()})
+        self.wait("document.documentElement.dataset.ready === ''")
 
     def js(self, code: str) -> object:
-        """The value of a JavaScript expression in the page."""
         return self.call("/execute/sync", {"script": f"return {code}", "args": []})
+
+    def wait(self, code: str) -> None:
+        look = f"const look = (done) => {code} ? done() : setTimeout(look, 20, done);"
+        self.call("/execute/async", {"script": f"{look} look(arguments[0])", "args": []})
 
     def texts(self, selector: str) -> list[str]:
         found = f"[...document.querySelectorAll({json.dumps(selector)})]"
         return self.js(f"{found}.filter(e => e.checkVisibility()).map(e => e.textContent)")
 
-    def element(self, selector: str) -> dict:
-        return self.call("/element", {"using": "css selector", "value": selector})
-
     def click(self, selector: str) -> None:
-        self.call(f"/element/{next(iter(self.element(selector).values()))}/click", {})
+        found = self.call("/element", {"using": "css selector", "value": selector})
+        self.call(f"/element/{next(iter(found.values()))}/click", {})
 
     def set(self, selector: str, value: object, event: str) -> None:
         found = f"document.querySelector({json.dumps(selector)})"
-        self.js(f"({found}.value = {json.dumps(value)}, {found}.dispatchEvent(new Event('{event}')))")
+        event = f"{found}.dispatchEvent(new Event('{event}'))"
+        self.js(f"({found}.value = {json.dumps(value)}, {event})")
 
     def hover(self, selector: str) -> None:
-        self.js(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-        move = {"type": "pointerMove", "duration": 0, "origin": self.element(selector), "x": 0, "y": 0}
-        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}
-        self.call("/actions", {"actions": [mouse]})
+        self.js(f"document.querySelector('{selector}').scrollIntoView({{block: 'center'}})")
+        found = self.call("/element", {"using": "css selector", "value": selector})
+        move = {"type": "pointerMove", "duration": 0, "origin": found, "x": 0, "y": 0}
+        self.call("/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
 
     def press(self, *keys: str) -> None:
         steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
-        self.call("/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": steps}]})
-
-    def errors(self) -> list[str]:
-        return [entry["message"] for entry in self.call("/se/log", {"type": "browser"})]
-
-    def cdp(self, command: str, **parameters: object) -> None:
-        self.call("/goog/cdp/execute", {"cmd": command, "params": parameters})
-
-    def wait(self, expression: str, seconds: float = 10) -> None:
-        later = f"Date.now() > {1000 * seconds} + begun ? done(false) : setTimeout(look, 20)"
-        code = f"const [done] = arguments, begun = Date.now(); (function look() {{ {expression} ? done(true) : {later} }})()"
-        assert self.call("/execute/async", {"script": code, "args": []}), f"never came true: {expression}"
+        self.call("/actions", {"actions": [{"type": "key", "id": "keys", "actions": steps}]})
 
     def close(self) -> None:
         try:
@@ -298,70 +279,69 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
+    """The example's page, open in a browser."""
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("needs chromium and chromedriver")
     browser = Browser(tmp_path_factory.mktemp("profile"))
+    browser.page = tmp_path_factory.mktemp("page") / "report.html"
+    write_page(browser.page, [example()])
     yield browser
     browser.close()
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    folder = run_folder(tmp_path_factory.mktemp("runs") / "tiny")
-    write_runs(folder / "report.html", [read_run(folder)])
-    return folder / "report.html"
+LEFT, RIGHT, DOWN, END, ESCAPE = "\ue012", "\ue014", "\ue015", "\ue010", "\ue00c"
 
 
-ARROWS = {"right": "\ue014", "down": "\ue015", "end": "\ue010"}
-
-
-def test_opens_clean_and_injected_script_does_not_run(browser, report):
-    """Catches any console error, also a blocked style or script or request, and a response or prompt that runs as code."""
-    browser.open(report)
+def test_opens_clean_and_runs_nothing_injected(browser):
+    """Catches: an error in the console, a request, text of a file that becomes code or markup."""
+    browser.open(browser.page)
     browser.click("#picker li:nth-child(2)")
-    assert EVIL in browser.js("document.querySelector('#prompt').textContent")
-    assert EVIL in "".join(browser.texts(".card:nth-child(4) .text span")), "a response shows as the text it is"
-    assert browser.js("[window.hacked ?? null, document.images.length, document.scripts.length]") == [None, 0, 2]
-    assert browser.errors() == []
+    assert EVIL in "".join(browser.texts("#prompt"))
+    text = "document.querySelector('.card:nth-child(4) .text').textContent"
+    assert browser.js(f"{text}.includes({json.dumps(EVIL)})")
+    assert browser.js("[window.hacked ?? 0, document.images.length]") == [0, 0]
     assert browser.js("performance.getEntriesByType('resource').length") == 0, "nothing is fetched"
+    assert browser.call("/se/log", {"type": "browser"}) == []
 
 
-def test_hover_shows_the_numbers_of_that_token(browser, report):
-    """Catches a panel off by one token, wrong units, and 'not asked' shown as a chance of 0."""
-    browser.open(report)
-    tokens = response("The clock shows 9. Add 5, then add 11. Which hour is it?", "head", 1)["tokens"]
-    place, token = next((i, t) for i, t in enumerate(tokens) if t["depth"] == 10 and t["kind"] == "reasoning")
+def test_tiles_and_table(browser):
+    """Catches: a NaN shown as a number, a dash without its reason, the base's figures as ours."""
+    browser.open(browser.page)
+    tiles = browser.texts(".tiles div")
+    assert tiles[0] == "accuracy0.910base 0.930" and tiles[-1] == "evaluation, seconds94"
+    assert tiles[2] == "opaque serial depth14.00base 28.00"
+    lines = {line.split("|")[0]: line for line in browser.texts("#table tbody tr")}
+    assert [line for line in lines if line.startswith("KL")] == ["KL to the teacher, nats–––"]
+    assert "– steps written: the task lists no steps" in browser.texts("#table li")
+
+
+def test_hover_shows_the_numbers_of_that_token(browser):
+    """Catches: a panel one token off, wrong units, a head that was not asked shown as 0."""
+    browser.open(browser.page)
+    tokens = response(ASKED, "student", 0)["tokens"]
+    place, token = next((i, t) for i, t in enumerate(tokens) if t["depth"] == 10)
     browser.hover(f".card:nth-child(2) .text span:nth-child({place + 1})")
-    assert browser.texts("#inspect p") == [f"depth 10 of 28 · reasoning, token {place + 1} of {len(STORY)}"]
-    rows = [re.sub(r"\s+", " ", text) for text in browser.texts("#inspect tr")]
-    wanted = [None if p is None else 100 * p for p in token["exit_probs"]]
-    for row, depth, value in zip(rows, (5, 10, 15, 20, 25), wanted):
-        assert row.startswith(f"depth {depth}")
-        shown = row.removeprefix(f"depth {depth}")
-        assert shown == "not asked" if value is None else float(shown.removesuffix(" %")) == pytest.approx(value)
-    assert wanted[2:] == [None, None, None], "heads beyond the exit were not asked"
-    assert rows[5:] == [f"␣{token['text'].strip()}70.0 %", "␣the20.0 %", "␣75.0 %", "↵3.0 %", "␣so<0.1 %"]
+    where = f"exited at depth 10 of 28 · reasoning, token {place + 1} of {len(STORY)}"
+    assert browser.texts("#inspect p") == [where]
+    asked = [f"depth {d}{100 * round(p, 3):.1f}%" for d, p in zip(EXITS, token["exit_probs"][:2])]
+    rows = browser.texts("#inspect tr")
+    assert rows[:5] == [*asked, *(f"depth {d}not asked" for d in EXITS[2:])]
+    assert rows[6:] == ["␣the20.0%", "␣75.0%", "↵3.0%", "␣so<0.1%"]
     browser.hover("h1")
     assert browser.texts("#inspect p") == []
 
 
-def test_keyboard_reaches_every_token(browser, report):
-    """Catches a page for mice only, and one where 10,000 tokens are 10,000 tab stops."""
-    browser.open(report)
-    assert browser.js("document.querySelectorAll('.text span[tabindex=\"0\"]').length") == 3, "one stop a response"
+def test_keyboard_reaches_every_token_and_prompt(browser):
+    """Catches: a page for mice only, or one where 10,000 tokens are 10,000 tab stops."""
+    browser.open(browser.page)
+    assert browser.js("document.querySelectorAll('.text span[tabindex=\"0\"]').length") == 3
     browser.js("document.querySelector('.card:nth-child(2) .text span').focus()")
-    browser.press(ARROWS["right"], ARROWS["right"])
+    browser.press(RIGHT, RIGHT, RIGHT, LEFT)
     assert "token 3 of" in browser.texts("#inspect p")[0]
-    browser.press(ARROWS["end"])
+    browser.press(END)
     assert f"token {len(STORY)} of" in browser.texts("#inspect p")[0]
-    browser.press("\ue00c")
+    browser.press(ESCAPE)
     assert browser.texts("#inspect p") == []
-
-
-def test_picker_and_search(browser, report):
-    """Catches a search blind to responses, an index of the filtered list used on the whole one, and a picker without keys."""
-    browser.open(report)
-    assert len(browser.texts("#picker li")) == 4 and browser.texts(".card h3") == ["base", "head", "after RL"]
     browser.click("#search")
     browser.press(*"SHOWS 6")
     assert browser.texts("#found") == ["1 of 4 prompts"]
@@ -370,71 +350,51 @@ def test_picker_and_search(browser, report):
     browser.set("#search", "= 14 so", "input")
     assert len(browser.texts("#picker li")) == 4, "found in the responses"
     browser.click("#picker li:first-child")
-    browser.press(ARROWS["down"], ARROWS["down"])
+    browser.press(DOWN, DOWN)
     assert "shows 7." in browser.texts("#prompt")[0]
 
 
-def test_replay(browser, report):
-    """Catches a replay that starts fully written, never ends, or gives early and late exits the same time."""
-    browser.open(report)
+def test_replay(browser):
+    """Catches: a replay that starts whole, never ends, or gives every depth the same time."""
+    browser.open(browser.page)
     later = "[...document.querySelectorAll('.card')].map(c => c.querySelectorAll('.later').length)"
     assert browser.js(later) == [0, 0, 0]
     browser.set("#seek", 100, "input")
-    base, head, _ = browser.js(later)
-    assert base == len(STORY) - 3, "100 blocks pay for 3 tokens of 28"
-    depths = [t["depth"] for t in response("The clock shows 9. Add 5, then add 11. Which hour is it?", "head", 1)["tokens"]]
-    assert head == sum(sum(depths[: i + 1]) > 100 for i in range(len(depths))) < base
-    browser.click("#play")
-    assert browser.texts("#play") == ["Pause"]
+    base, student, _ = browser.js(later)
+    depths = [token["depth"] for token in response(ASKED, "student", 0)["tokens"]]
+    assert base == len(STORY) - 3, "100 layers pay for 3 tokens of 28"
+    assert student == sum(sum(depths[: i + 1]) > 100 for i in range(len(depths))) < base
     browser.set("#speed", 16, "change")
+    browser.click("#play")
     browser.wait("document.querySelector('#play').textContent === 'Play'")
     assert browser.js(later) == [0, 0, 0]
-    browser.set("#speed", 0.25, "change")
-    browser.click("#play")
-    assert browser.js(later)[0] >= len(STORY) - 2, "it starts again from nothing"
-    browser.click("#picker li:nth-child(3)")
-    assert browser.js(later) == [0, 0, 0], "another prompt is shown whole"
 
 
-def test_variants_scale_and_theme(browser, report):
-    """Catches choosers that change a label and nothing else, and a button for a response that this prompt has not."""
-    browser.open(report)
-    counts = []
-    for prompt in (2, 1):
-        browser.click(f"#picker li:nth-child({prompt})")
-        counts.append((len(browser.texts("#variants button")), len(browser.texts(".card h3"))))
-    assert counts == [(4, 4), (3, 3)]
+def test_choosers_and_cross_hair(browser):
+    """Catches: a chooser that changes a label and nothing else, a cross-hair off its curve."""
+    browser.open(browser.page)
     browser.click("#variants button:nth-child(1)")
-    assert browser.texts(".card h3") == ["head", "after RL"]
-    background = "getComputedStyle(document.querySelector('.card .text span')).backgroundColor"
-    before = browser.js(background)
-    browser.set("#scale", "safe", "change")
-    assert browser.js(background) != before
-    paper = browser.js("getComputedStyle(document.body).backgroundColor")
-    browser.click("#theme")
-    assert browser.js("getComputedStyle(document.body).backgroundColor") != paper
+    assert browser.texts(".card h3") == ["student", "rollout · step 3"]
+    for chooser, code in {
+        "scale": "getComputedStyle(document.querySelector('.text span')).backgroundColor",
+        "theme": "getComputedStyle(document.body).backgroundColor",
+    }.items():
+        before = browser.js(code)
+        browser.set("#scale", "safe", "change") if chooser == "scale" else browser.click("#theme")
+        assert browser.js(code) != before
     browser.js("localStorage.clear()")
+    browser.hover("svg[aria-label=loss]")
+    at, value = browser.texts(".readout div")
+    assert float(value) == pytest.approx(10 - float(at.removeprefix("at ")), abs=0.05)
 
 
-def test_one_response_and_a_figure(browser, tmp_path):
-    """Catches a picker beside a single prompt (`sample.py --html`), a chip for a single variant, and a dead cross-hair."""
-    metrics = [{"step": i, "loss": 10.0 - i} for i in range(11)]
-    write_page(tmp_path / "one.html", "One", [response("p", "head", 1)], metrics)
-    browser.open(tmp_path / "one.html")
-    assert browser.texts("nav") == [] and browser.texts("#variants button") == [] and browser.texts(".card h3") == ["head"]
-    browser.hover("svg[aria-label=Loss]")  # its middle is at 4.5: the axis takes room on the left
-    assert browser.texts(".readout div") == ["at 4", "loss  6"]
-    assert browser.errors() == []
-
-
-def test_fits_a_phone(browser, report):
-    """Catches anything wider than a phone's screen: at 390 px the page does not scroll sideways, and the panel is inside."""
-    browser.cdp("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
-    try:
-        browser.open(report)
-        assert browser.js("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
-        browser.hover(".card:nth-child(2) .text span:nth-child(9)")
-        box = browser.js("document.querySelector('#inspect').getBoundingClientRect().toJSON()")
-        assert box["left"] >= 0 and box["right"] <= 390 and box["width"] > 200
-    finally:
-        browser.cdp("Emulation.clearDeviceMetricsOverride")
+def test_fits_a_phone(browser):
+    """Catches: a page that scrolls sideways at 390 px, a panel outside the screen."""
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    override = {"cmd": "Emulation.setDeviceMetricsOverride", "params": size}
+    browser.call("/goog/cdp/execute", override)
+    browser.open(browser.page)
+    assert browser.js("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+    browser.hover(".card:nth-child(2) .text span:nth-child(9)")
+    box = browser.js("document.querySelector('#inspect').getBoundingClientRect().toJSON()")
+    assert box["left"] >= 0 and box["right"] <= 390 and box["width"] > 200
