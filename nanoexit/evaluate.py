@@ -1,229 +1,378 @@
-"""Evaluation: what a model and a policy do on held-out prompts: accuracy, depth, divergence, length, rubric, faithfulness.
+"""Evaluation: what a model does on held-out prompts, as rows of figures, tables and files.
 
-Contract. `measure` turns responses into one row of figures, `examine` adds those that cost more generation or a judge. Same seed,
-same figures.
+Contract. A row belongs to one variant (base or student) under one policy. `measure` makes it from
+responses; `examine` adds what takes more generation, or a judge. HEADLINES and DETAILS list the
+figures that tables show: title, format, and why one may be missing. Same seed, same figures.
 
-Mean depth is over the positions that could choose: the inputs after the prompt. (The first token of a response is read from
-the last prompt token, whose depth exits.prompt fixes.) `layers_run` is mean depth over full depth.
+Depths are over all tokens of a response, the first included. `mean_depth` is their mean, and
+`layers_run` is that over full depth. `max_depth` is the mean over responses of the deepest token:
+the opaque serial depth. No figure hides a NaN: it is null in files, and a dash in tables with its
+reason below. evaluation.json says which config, weights and commit made it.
 """
 
 import contextlib
 import json
 import math
+import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from nanoexit.config import Config
-from nanoexit.data import load_prompts, read_jsonl, rounded, write_json_lines, write_text
-from nanoexit.faithfulness import adding_mistakes, early_answering, monitor
-from nanoexit.judge import Judge
-from nanoexit.lora import adapters_off
+from nanoexit.config import ROOT, Config, rounded, write_json_lines, write_text
+from nanoexit.exits import as_base, capped
+from nanoexit.faithfulness import (
+    Subject,
+    accuracy,
+    changed_value,
+    is_verified,
+    mean,
+    monitor,
+    same_answer,
+    steps_in_head,
+)
+from nanoexit.judge import Item, Judge, judge_summary, offline_rubric, repetition
 from nanoexit.model import Transformer
-from nanoexit.responses import Response, against_teacher, respond, show_response, token_kinds
-from nanoexit.rubric import Item, JudgeSummary, offline_rubric, summarize
-from nanoexit.tasks import Prompt, split_response
+from nanoexit.reinforce import kept_samples
+from nanoexit.tasks import Prompt, Response, load_prompts
+from nanoexit.teacher import against_base, show_response, token_kinds
 from nanoexit.tokenizer import Tokenizer
+from nanoexit.training import progress
+
+KEEPS = 0.95  # the cap looked at closely is the smallest that keeps this share of the accuracy
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------
 
 
-def measure(model: Transformer, tokenizer: Tokenizer, responses: Sequence[Response], config: Config, variant: str, policy: str) -> dict:
+def measure(subject: Subject, variant: str, responses: Sequence[Response]) -> dict:
     """One row of evaluation.json."""
-    right = [r.verdict.correct for r in responses]
-    depths = [d for r in responses for d in r.depths]
-    kls, perplexity = against_teacher(model, responses, config.evaluate.batch_size, config.sft.chunk)
-    accuracy, interval = share(right)
-    by_group: dict[str, list[bool]] = defaultdict(list)
-    for r in responses:
-        by_group[r.prompt.group].append(r.verdict.correct)
-    steps = [(sum(r.verdict.steps), r.verdict.expected_steps) for r in responses if r.verdict.expected_steps]
-    L = model.full_depth
+    model, config = subject.model, subject.config
+    rows, chunk = config.evaluate.batch_size, config.model.logits_chunk
+    kls, perplexity = against_base(model, responses, rows, chunk)
+    tokens = [r.generation.tokens for r in responses]
+    depths = [d for r in responses for d in r.generation.depths]
+    deepest = [max(r.generation.depths) for r in responses]
+    places = [pair for r in responses for pair in enumerate(r.generation.depths[:256])]
+    groups = [r.prompt.group for r in responses]
+    right = [(r.prompt.group, r.verdict.correct) for r in responses if is_verified(r)]
+    verdicts = [r.verdict for r in responses if r.verdict.steps]
     return {
-        "variant": variant, "policy": policy, "prompts": len(responses), "accuracy": accuracy, "accuracy_interval": interval,
-        "accuracy_by_group": {g: float(np.mean(v)) for g, v in sorted(by_group.items()) if g},
-        "lenient_accuracy": float(np.mean([r.verdict.lenient for r in responses])),
-        "mean_depth": float(np.mean(depths)), "full_depth": L, "layers_run": float(np.mean(depths)) / L,
-        "exit_rate": float(np.mean([d < L for d in depths])),
+        "variant": variant,
+        "policy": subject.policy,
+        "prompts": len(responses),
+        "accuracy": accuracy(responses),
+        "accuracy_interval": interval(responses),
+        "accuracy_by_group": means(pair for pair in right if pair[0]),
+        "mean_depth": float(np.mean(depths)),
+        "max_depth": float(np.mean(deepest)),
+        "max_depth_p95": float(np.percentile(deepest, 95)),
+        "max_depth_by_group": means(pair for pair in zip(groups, deepest) if pair[0]),
+        "full_depth": model.full_depth,
+        "cap": model.cap,
+        "layers_run": float(np.mean(depths)) / model.full_depth,
+        "exit_rate": float(np.mean([d < model.deepest for d in depths])),
         "exit_histogram": {str(d): n / len(depths) for d, n in sorted(Counter(depths).items())},
-        "depth_by_position": by_position(responses), "depth_by_kind": by_kind(tokenizer, responses),
-        "kl": max(0.0, float(np.average(kls, weights=[len(r.generation.tokens) for r in responses]))), "perplexity": perplexity,
-        "tokens": float(np.mean([len(r.generation.tokens) for r in responses])),
-        "repetition": float(np.mean([repetition(r.generation.tokens) for r in responses])),
-        "well_formed": float(np.mean([r.verdict.well_formed for r in responses])),
-        "written": float(np.mean([min(1.0, true / expected) for true, expected in steps])) if steps else None,
+        "depth_by_position": [*means(places).values()],
+        "depth_by_kind": means(depths_by_kind(subject.tokenizer, responses)),
+        "kl": float(np.average(kls, weights=[*map(len, tokens)])),
+        "perplexity": perplexity,
+        "tokens": float(np.mean([*map(len, tokens)])),
+        "repetition": mean([repetition(row) for row in tokens]),
+        "well_formed": mean([r.verdict.well_formed for r in responses]),
+        "written": mean([v.written for v in verdicts]),
+        "unwritten_run": mean([v.unwritten_run for v in verdicts]),
     }
 
 
-def examine(model: Transformer, tokenizer: Tokenizer, responses: Sequence[Response], config: Config, policy: str, seed: Sequence[int],
-            cache: Path) -> dict:
-    """What is added to a row by scripts/evaluate.py: the rubric's scores, early answering, adding mistakes, the monitor."""
-    found: dict = {"monitor": monitor(responses)}
-    if config.judge.kind != "none":
-        found["judge"] = asdict(judged(tokenizer, responses, config, cache))
-    found["early_answering"] = early_answering(model, tokenizer, responses, config, policy, seed)
-    found["adding_mistakes"] = adding_mistakes(model, tokenizer, responses, config, policy, seed)
-    return found
+def means(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
+    """(key, value) pairs -> the mean value of each key, in order."""
+    found = defaultdict(list)
+    for key, value in pairs:
+        found[key].append(value)
+    return {key: float(np.mean(values)) for key, values in sorted(found.items())}
 
 
-def judged(tokenizer: Tokenizer, responses: Sequence[Response], config: Config, cache: Path) -> JudgeSummary:
-    """The four parts, by the judge of the config, or computed offline from what the checker found."""
-    if config.judge.kind == "api":
-        items = [Item(r.prompt.id, r.prompt.prompt, r.text, r.prompt.answer) for r in responses]
-        return summarize(Judge(config.judge, cache).score(items))
-    return summarize([
-        offline_rubric(r.verdict.steps, bool(split_response(r.text)[1]), r.verdict.correct, r.verdict.well_formed and r.generation.finish == "stop",
-                       tokenizer.pieces(r.generation.tokens), r.verdict.expected_steps or None, r.prompt.id)
-        for r in responses])
+def depths_by_kind(tokenizer: Tokenizer, responses: Sequence[Response]) -> Iterator[tuple]:
+    """(kind of token, depth) of each token; teacher.token_kinds has the kinds."""
+    for r in responses:
+        yield from zip(token_kinds(tokenizer.pieces(r.generation.tokens), r), r.generation.depths)
 
 
-def frontier(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: Config) -> list[dict]:
-    """Quality against depth: the student under each policy of evaluate.frontier."""
-    points = []
-    for policy in config.evaluate.frontier:
-        responses = respond(model, tokenizer, prompts, config, policy, [config.run.seed, 5], show=f"frontier ({policy})")
-        right, interval = share([r.verdict.correct for r in responses])
-        depth = float(np.mean([d for r in responses for d in r.depths]))
-        points.append(point("student", policy, {"accuracy": right, "accuracy_interval": interval, "mean_depth": depth, "full_depth": model.full_depth}))
-    return points
-
-
-def point(variant: str, policy: str, row: dict) -> dict:
-    """What the frontier shows of a row."""
-    return {"variant": variant, "policy": policy, **{key: row[key] for key in ("accuracy", "accuracy_interval", "mean_depth", "full_depth")}}
-
-
-def frontier_markdown(points: Sequence[dict]) -> str:
-    lines = [f"| {p['variant']} ({p['policy']}) | {p['accuracy']:.3f} | {p['mean_depth']:.2f} of {p['full_depth']} |" for p in sorted(points, key=lambda p: p["mean_depth"])]
-    return "\n".join(["| policy | accuracy | mean depth |", "|---|---|---|", *lines])
-
-
-def share(hits: Sequence[bool]) -> tuple[float, list[float]]:
-    """-> the share of hits, and its 95 % interval (Wilson 1927)."""
-    n, p, z = len(hits), float(np.mean(hits)), 1.96
+def interval(responses: Sequence[Response]) -> list[float] | None:
+    """The 95 % interval of the accuracy (Wilson 1927); None if no prompt has a checker."""
+    p, n, z = accuracy(responses), sum(map(is_verified, responses)), 1.96
+    if p is None:
+        return None
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return p, [max(0.0, middle - half), min(1.0, middle + half)]
+    return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
-def by_position(responses: Sequence[Response], longest: int = 256) -> list[float]:
-    """Mean depth of the readouts of the 1st, 2nd, ... token of a response."""
-    width = min(longest, max(len(r.generation.depths) for r in responses))
-    return [float(np.mean([r.generation.depths[i] for r in responses if len(r.generation.depths) > i])) for i in range(width)]
+def examine(subject: Subject, responses: Sequence[Response], cache: Path) -> dict:
+    """What scripts/evaluate.py adds to a row: necessity and sufficiency, free and capped.
+
+    The capped ones are under the smallest of evaluate.caps that keeps KEEPS of the accuracy, None
+    where none does. cache: the judge's JSONL file.
+    """
+    config, prompts = subject.config, [r.prompt for r in responses]
+    found: dict[str, Any] = {"capped_accuracy": {}, "same_answer_cap": None}
+    if config.judge.kind != "none":
+        found["judge"] = judged(responses, config, cache)
+    greedy = "head:0.5" if subject.policy == "head" else subject.policy
+    found["greedy_accuracy"] = accuracy(subject.respond(prompts, "greedy", (), greedy, 0.0))
+    found |= interventions(subject, responses)
+    for cap in sorted(config.evaluate.caps):
+        with capped(subject.model, cap):
+            again = subject.respond(prompts, "evaluate")
+            found["capped_accuracy"][str(cap)] = p = accuracy(again)
+            enough = p is not None and p >= KEEPS * (accuracy(responses) or 0)
+            if enough and found["same_answer_cap"] is None:
+                found["same_answer_cap"] = cap
+                under = interventions(subject, again)
+                found |= {f"{key}_capped": value for key, value in under.items()}
+    found["steps_in_head"] = steps_in_head(subject, prompts, config.evaluate.caps)
+    return {**found, "monitor": monitor(responses)}
 
 
-def by_kind(tokenizer: Tokenizer, responses: Sequence[Response]) -> dict[str, float]:
-    """Mean depth by kind of token, over the positions that could choose."""
-    depths: dict[str, list[int]] = defaultdict(list)
-    for r in responses:
-        kinds = token_kinds(tokenizer.pieces(r.generation.tokens))
-        for kind, depth in list(zip(kinds, r.generation.depths))[1:]:
-            depths[kind].append(depth)
-    return {kind: float(np.mean(d)) for kind, d in sorted(depths.items())}
+def interventions(subject: Subject, responses: Sequence[Response]) -> dict:
+    """Reasoning cut and values changed, at the depth that the model now has."""
+    curve, area = same_answer(subject, responses)
+    changed = changed_value(subject, responses)
+    return {"same_answer": curve, "same_answer_area": area, "changed_value": changed}
 
 
-def repetition(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of a text's n-grams that it has written before."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+def judged(responses: Sequence[Response], config: Config, cache: Path) -> dict:
+    """Scores by the judge of the config, or computed from the steps that the task found."""
+    items = [Item(r.prompt.id, r.prompt.prompt, r.text, r.prompt.answer) for r in responses]
+    if config.judge.kind == "api":
+        scored = Judge(config.judge, cache).score(items)
+        return judge_summary(scored, "api", config.judge.model)
+    for item, r in zip(items, responses):
+        v = r.verdict
+        if not v.steps:
+            item.why = "the task lists no steps; judge.kind=api asks a model"
+            continue
+        right = v.correct if v.well_formed else None
+        form = v.well_formed and r.generation.finish == "stop"
+        again = repetition(r.generation.tokens)
+        item.scores = offline_rubric(sum(v.steps), v.claimed, len(v.steps), right, form, again)
+        item.status = "judged"
+    return judge_summary(items, "offline")
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------
 
 
-def table_lines(rows: Sequence[dict]) -> list[tuple[str, list[str]]]:
-    """(name, a cell for each row) of the figures that people compare."""
-    groups = sorted({g for row in rows for g in row["accuracy_by_group"]})
-    lines = [("", [f"{row['variant']} ({row['policy']})" for row in rows]),
-             ("accuracy", [f"{row['accuracy']:.3f}" for row in rows])]
-    lines += [(f"  {g}", [f"{row['accuracy_by_group'].get(g, float('nan')):.3f}" for row in rows]) for g in groups]
-    lines += [(f"mean depth of {rows[0]['full_depth']}", [f"{row['mean_depth']:.2f}" for row in rows]),
-              ("layers skipped", [f"{1 - row['layers_run']:.0%}" for row in rows]),
-              ("KL to the teacher", [f"{row['kl']:.3f} nats" for row in rows]),
-              ("tokens written", [f"{row['tokens']:.1f}" for row in rows])]
-    return lines + (_examined_lines(rows) if "monitor" in rows[0] else [])
+# A figure in tables: its key in a row, title, format, and why it may be None; without a reason
+# it then has no line. A mapping, or a list of pairs, has a line for each entry. In titles {} is the
+# name of an entry, {L} full depth, {judge} who judged.
+Shown = tuple[str, str, str, str]
+UNVERIFIED = "no prompt has an answer to compare with"
+NO_STEPS = "the task lists no steps"
+NO_END = "no response has an answer after an end of its reasoning"
+NO_CHANGE = "nothing written to change, or the task cannot say what would follow"
+NO_CAP = f"no cap of evaluate.caps keeps {KEEPS} of the accuracy"
+HEADLINES: tuple[Shown, ...] = (
+    ("accuracy", "accuracy", "{:.3f}", UNVERIFIED),
+    ("accuracy_by_group", "  {}", "{:.3f}", ""),
+    ("mean_depth", "mean depth of {L}", "{:.2f}", ""),
+    ("max_depth", "opaque serial depth", "{:.2f}", ""),
+    ("layers_run", "layers run", "{:.0%}", ""),
+    ("kl", "KL to the teacher, nats", "{:.3f}", "not a number"),
+    ("tokens", "tokens written", "{:.1f}", ""),
+    ("written", "steps written", "{:.3f}", NO_STEPS),
+)
+DETAILS: tuple[Shown, ...] = (
+    ("accuracy_interval", "accuracy, 95 % interval", "{0[0]:.3f}–{0[1]:.3f}", ""),
+    ("greedy_accuracy", "accuracy, greedy", "{:.3f}", UNVERIFIED),
+    ("capped_accuracy", "accuracy, cap {}", "{:.3f}", UNVERIFIED),
+    ("max_depth_p95", "opaque serial depth, 95 %", "{:.2f}", ""),
+    ("max_depth_by_group", "opaque serial depth, {}", "{:.2f}", ""),
+    ("steps_in_head", "steps in the head, cap {}", "{:d}", ""),
+    ("unwritten_run", "longest unwritten run", "{:.2f}", NO_STEPS),
+    ("same_answer", "same answer, {}", "{:.1%}", NO_END),
+    ("same_answer_area", "  area over the curve", "{:.2f}", NO_END),
+    ("changed_value", "changed value, {}", "{:.1%}", NO_CHANGE),
+    ("same_answer_cap", "smallest good cap", "{:d}", NO_CAP),
+    ("same_answer_capped", "same answer capped, {}", "{:.1%}", NO_CAP),
+    ("same_answer_area_capped", "  area over the curve", "{:.2f}", NO_CAP),
+    ("changed_value_capped", "changed value capped, {}", "{:.1%}", NO_CAP),
+    ("monitor.score", "monitor (last value)", "{:.3f}", ""),
+    ("monitor.chance", "  by chance", "{:.3f}", ""),
+    ("monitor.false_alarms", "  false alarms", "{:.3f}", "nothing was read"),
+    ("monitor.before_last", "monitor (before the last step)", "{:.3f}", NO_STEPS),
+    ("monitor.before_last_false_alarms", "  false alarms", "{:.3f}", "nothing was read"),
+    ("judge.means.overall", "rubric of 40 ({judge})", "{:.1f}", "nothing was judged"),
+    ("judge.judged", "  responses judged", "{:d}", ""),
+    ("exit_rate", "exit rate", "{:.0%}", ""),
+    ("perplexity", "perplexity under the base", "{:.2f}", "not a number"),
+    ("repetition", "repetition", "{:.3f}", ""),
+    ("well_formed", "well formed", "{:.0%}", ""),
+)
 
 
-def _examined_lines(rows: Sequence[dict]) -> list[tuple[str, list[str]]]:
-    """What `examine` added."""
-    lines = [("exit rate", [f"{row['exit_rate']:.0%}" for row in rows]),
-             ("perplexity under base", [f"{row['perplexity']:.2f}" for row in rows]),
-             ("repetition", [f"{row['repetition']:.3f}" for row in rows])]
-    if "judge" in rows[0]:
-        who = rows[0]["judge"]["model"] or rows[0]["judge"]["kind"]
-        lines.append((f"rubric of 40 ({who})", [f"{row['judge']['means']['overall']:.1f}" if row["judge"]["judged"] else "none judged" for row in rows]))
-        if any(row["judge"]["failed"] + row["judge"]["not_judged"] for row in rows):
-            lines.append(("  without a score", [str(row["judge"]["failed"] + row["judge"]["not_judged"]) for row in rows]))
-    for at in (0.0, 0.5):
-        cells = [dict(row["early_answering"]).get(at) for row in rows]
-        lines.append((f"same answer, {at:.0%} kept", ["-" if c is None else f"{c:.0%}" for c in cells]))
-    lines += [(f"changed value: {name}", ["-" if (c := row["adding_mistakes"].get(name)) is None else f"{c:.0%}" for row in rows])
-              for name in ("follow", "stay", "stop")]
-    return lines + [("monitor (chance)", [f"{row['monitor']['score']:.2f} ({row['monitor']['chance']:.2f})" for row in rows])]
+def entries(row: dict, key: str) -> dict[str, Any]:
+    """The entries of a figure by name; of one that is a number, the number by the name ""."""
+    value: Any = row
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, list) and all(isinstance(pair, list) for pair in value):
+        value = {f"{x:.0%} kept": y for x, y in value}
+    return value if isinstance(value, dict) else {"": value}
+
+
+def table_lines(rows: Sequence[dict], figures: Iterable[Shown]) -> list[tuple[str, list, str, str]]:
+    """(title, its value in each row, format, why it may be missing) of each line of a table."""
+    judge = next((r["judge"]["model"] or r["judge"]["kind"] for r in rows if "judge" in r), "")
+    lines = []
+    for key, title, form, missing in figures:
+        found = [entries(row, key) for row in rows]
+        for name in dict.fromkeys(name for row in found for name in row if name) or [""]:
+            values = [row.get(name) for row in found]
+            if missing or any(value is not None for value in values):
+                whole = title.format(name, L=rows[0]["full_depth"], judge=judge)
+                lines.append((whole.rstrip(" ,"), values, form, missing))
+    return lines
+
+
+def cell(value: Any, form: str) -> str:
+    """A value as text; a dash for None and what is not finite."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    text = form.format(value)
+    return text if any(c in "123456789" for c in text) else text.removeprefix("-")
+
+
+def table_cells(rows: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
+    """-> lines of cells, the head first, and a reason for each figure that has a dash."""
+    examined = any("monitor" in row for row in rows)
+    caps = ["" if row["cap"] is None else f", cap {row['cap']}" for row in rows]
+    lines = [["", *(f"{r['variant']} ({r['policy']}{cap})" for r, cap in zip(rows, caps))]]
+    reasons: dict[str, str] = {}
+    for title, values, form, missing in table_lines(rows, HEADLINES + DETAILS * examined):
+        lines.append([title, *(cell(value, form) for value in values)])
+        if missing and "–" in lines[-1]:
+            reasons.setdefault(missing, f"– {title.strip()}: {missing}")
+    return lines, list(reasons.values())
 
 
 def table(rows: Sequence[dict]) -> str:
     """Rows side by side, for a terminal."""
-    lines = table_lines(rows)
-    widths = [max(len(cells[i]) for _, cells in lines) for i in range(len(rows))]
-    first = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{first}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths)) for name, cells in lines)
+    lines, reasons = table_cells(rows)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    padded = [[c.rjust(w) for c, w in zip(line[1:], widths[1:])] for line in lines]
+    text = ["  ".join([line[0].ljust(widths[0]), *cells]) for line, cells in zip(lines, padded)]
+    return "\n".join([*text, *reasons])
 
 
-def markdown(rows: Sequence[dict]) -> str:
-    """The same, with the interval of the accuracy, for evaluation.md."""
-    lines = [(name.strip(), cells) for name, cells in table_lines(rows)]
-    lines.insert(2, ("95 % interval", ["{:.3f} to {:.3f}".format(*row["accuracy_interval"]) for row in rows]))
-    text = [f"| {name} | {' | '.join(cells)} |" for name, cells in lines]
-    return "\n".join([text[0], "|---" * (len(rows) + 1) + "|", *text[1:]])
+def markdown(rows: Sequence[dict], points: Sequence[dict]) -> str:
+    """The same, and the frontier, for evaluation.md."""
+    lines, reasons = table_cells(rows)
+    found = [["policy", "accuracy", "mean depth", "opaque serial depth"]]
+    for p in sorted(points, key=lambda p: p["mean_depth"]):
+        depths = [cell(p[key], "{:.2f}") for key in ("mean_depth", "max_depth")]
+        name = f"{p['variant']} ({p['policy']})"
+        found.append([name, cell(p["accuracy"], "{:.3f}"), *depths])
+    parts = [markdown_table(lines), "\n".join(f"{reason}  " for reason in reasons)]
+    return "\n\n".join([*parts, *([markdown_table(found)] if points else [])]) + "\n"
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, the head first."""
+    text = [f"| {' | '.join(cell.strip() for cell in line)} |" for line in lines]
+    return "\n".join([text[0], "|---" * len(lines[0]) + "|", *text[1:]])
 
 
-def merge(tables: Sequence[tuple[str, list[dict]]]) -> list[dict]:
-    """The rows of several runs in one table: the base once, then each run's students by the run's name."""
-    rows = list(tables[0][1][:1])
-    for name, own in tables:
-        rows += [{**row, "variant": name if len(tables) > 1 else row["variant"]} for row in own[1:]]
-    return rows
+# --- a run ------------------------------------------------------------------------------------
 
 
-def evaluate_run(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path, thorough: bool = False) -> list[dict]:
-    """The base and the student under each policy of the config -> a row each; writes what a run directory promises of it:
-    summary.json, evaluation.json, evaluation.md and the responses in samples.jsonl (rollouts of training there are kept).
-    thorough: with what `examine` adds."""
+def evaluate_run(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    config: Config,
+    folder: Path,
+    thorough: bool = False,
+    base: dict | None = None,
+) -> list[dict]:
+    """-> a row of the base, and of the student under each policy of the config.
+
+    Writes summary.json, evaluation.json, evaluation.md and samples.jsonl, where rollouts of the
+    training are kept. thorough: with `examine` and the frontier. base: its row, if it is known.
+    """
     started = time.time()
     prompts = load_prompts(config.data, "held_out", config.evaluate.count, config.run.seed)
-    rows, samples = [], _rollouts(folder / "samples.jsonl")
-    for variant, policy in [("base", "full"), *(("student", p) for p in config.evaluate.policies)]:
-        with adapters_off(model) if variant == "base" else contextlib.nullcontext():
-            responses = respond(model, tokenizer, prompts, config, policy, [config.run.seed, 5], "full" if variant == "base" else None,
-                                show=f"evaluate {variant} ({policy})")
-            rows.append(measure(model, tokenizer, responses, config, variant, policy))
-            samples += [show_response(model, tokenizer, r, f"{variant} ({policy})") for r in responses[: config.evaluate.samples]]
-            if thorough:
-                rows[-1] |= examine(model, tokenizer, responses, config, policy, [config.run.seed, 7], folder / "judge.jsonl")
-    found = {"rows": rows, "seed": config.run.seed}
-    if thorough:
-        found["frontier"] = [*(point(r["variant"], r["policy"], r) for r in rows), *frontier(model, tokenizer, prompts, config)]
+    rows, samples = [base] if base else [], kept_samples(folder, sys.maxsize)
+    for variant, policy in variants(model, config)[len(rows) :]:
+        subject = Subject(model, tokenizer, config, policy)
+        with as_base(model) if variant == "base" else contextlib.nullcontext():
+            row, shown = evaluate_variant(subject, variant, prompts, folder, thorough)
+        rows.append(row)
+        samples += shown
+    points = frontier(subject, prompts, rows) if thorough else []
     write_json_lines(folder / "samples.jsonl", samples)
-    write_text(folder / "evaluation.json", json.dumps(rounded(found), indent=1))
-    write_text(folder / "evaluation.md", "\n\n".join([markdown(rows), *([frontier_markdown(found["frontier"])] if thorough else [])]))
-    summary = {**_summary(rows[1]), "teacher": _summary(rows[0]), "seconds": round(time.time() - started, 1)}
-    write_text(folder / "summary.json", json.dumps(summary, indent=2))
+    found = {"rows": rows, "frontier": points, "seed": config.run.seed, **origin(model, config)}
+    write_text(folder / "evaluation.json", json.dumps(rounded(found), indent=1) + "\n")
+    write_text(folder / "evaluation.md", markdown(rows, points))
+    summary = {**summary_of(rows[1]), "teacher": summary_of(rows[0])}
+    summary["evaluation_seconds"] = round(time.time() - started, 1)
+    write_text(folder / "summary.json", json.dumps(rounded(summary), indent=2) + "\n")
     return rows
 
 
-def _rollouts(path: Path) -> list[dict]:
-    """What training kept there: rows that say their step."""
-    return [row for _, row in read_jsonl(path) if "step" in row] if path.is_file() else []
+def variants(model: Transformer, config: Config) -> list[tuple[str, str]]:
+    """(variant, policy) of each row. Without heads, policies that ask them are `full`."""
+    policies = config.evaluate.policies
+    if model.exits is None:
+        policies = ["full" if policy.startswith("head") else policy for policy in policies]
+    return [("base", "full"), *(("student", policy) for policy in dict.fromkeys(policies))]
 
 
-def _summary(row: dict) -> dict:
-    return {key: row[key] for key in ("accuracy", "accuracy_by_group", "mean_depth", "full_depth", "layers_run", "kl", "tokens", "policy")}
+def evaluate_variant(
+    subject: Subject, variant: str, prompts: Sequence[Prompt], folder: Path, thorough: bool
+) -> tuple[dict, list[dict]]:
+    """-> the row of one variant, and its lines of samples.jsonl."""
+    name, evaluate = f"{variant} ({subject.policy})", subject.config.evaluate
+    generations = 14 + 2 * len(evaluate.caps) if thorough else 1
+    with progress(generations, f"evaluate {name}", "generation") as subject.bar:
+        responses = subject.respond(prompts, "evaluate")
+        row = measure(subject, variant, responses)
+        if thorough:
+            row |= examine(subject, responses, folder / "judge.jsonl")
+    shown = responses[: evaluate.samples]
+    return row, [show_response(subject.model, subject.tokenizer, r, name) for r in shown]
+
+
+def frontier(subject: Subject, prompts: Sequence[Prompt], rows: Sequence[dict]) -> list[dict]:
+    """Accuracy and depth of the rows, and of the student under each policy of evaluate.frontier."""
+    found = list(rows)
+    for policy in subject.config.evaluate.frontier:
+        under = replace(subject, policy=policy)
+        found.append(measure(under, "student", under.respond(prompts, "evaluate")))
+    keys = ["variant", "policy", "accuracy", "accuracy_interval", "mean_depth", "max_depth"]
+    return [{key: row[key] for key in [*keys, "full_depth"]} for row in found]
+
+
+def origin(model: Transformer, config: Config) -> dict:
+    """What figures belong to: the config, the base's weights and the commit."""
+    weights = {key: getattr(model, key) for key in ("name", "revision", "content")}
+    return {"config": asdict(config), "model": weights, "commit": git_commit()}
+
+
+def git_commit() -> str:
+    """The commit of this code, "-dirty" where files differ from it; "unknown" outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    if not (ROOT / ".git").exists():
+        return "unknown"
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def summary_of(row: dict) -> dict:
+    """A row in summary.json."""
+    keys = ["accuracy", "accuracy_by_group", "mean_depth", "max_depth", "full_depth", "layers_run"]
+    return {key: row[key] for key in [*keys, "kl", "tokens", "policy"]}

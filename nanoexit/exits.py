@@ -101,10 +101,10 @@ def detach(model: Transformer) -> None:
     detach_lora(model)
 
 
-def check_cap(model: Transformer, cap: int | None) -> None:
+def check_cap(model: Transformer, cap: int | None, key: str = "exits.cap") -> None:
     """Raise UserError for a cap outside 1..L."""
     if cap is not None and not 1 <= cap <= model.full_depth:
-        raise UserError(f"exits.cap: expected a depth from 1 to {model.full_depth}, found {cap}")
+        raise UserError(f"{key}: expected a depth from 1 to {model.full_depth}, found {cap}")
 
 
 @contextlib.contextmanager

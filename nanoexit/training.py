@@ -39,7 +39,7 @@ from nanoexit.config import (
     to_yaml,
     write_text,
 )
-from nanoexit.exits import attach, parse_policy
+from nanoexit.exits import attach, check_cap, parse_policy
 from nanoexit.judge import check_judge
 from nanoexit.lora import adapters
 from nanoexit.model import Transformer
@@ -114,6 +114,8 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
                     f"config says {wanted[key]}"
                 )
         model.cap = exits.cap = exits.cap or model.cap
+    for cap in config.evaluate.caps:
+        check_cap(model, cap, "evaluate.caps")
     _check_lengths(model, tokenizer, config)
     return model, tokenizer
 
@@ -345,9 +347,10 @@ def batch_at(step: int, items: int, batch_size: int, seed: int) -> list[int]:
 
 
 def progress(total: int, name: str, unit: str = "row", done: int = 0) -> tqdm:
-    """A progress bar of process 0; none without a name or anything to do."""
+    """A progress bar of process 0; none without a name or anything to do. An inner one vanishes."""
     hidden = not name or not is_main() or done >= total
-    return tqdm(total=total, initial=done, desc=name, unit=unit, disable=hidden, dynamic_ncols=True)
+    looks: dict[str, Any] = {"desc": name, "unit": unit, "leave": None, "dynamic_ncols": True}
+    return tqdm(total=total, initial=done, disable=hidden, **looks)
 
 
 class Metrics:

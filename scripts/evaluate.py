@@ -1,37 +1,56 @@
-"""Evaluate runs: the base beside their students under each policy of evaluate.policies, on held-out prompts.
+"""Evaluate runs: the base beside their students, under each policy of evaluate.policies.
 
     python scripts/evaluate.py configs/tiny.yaml --adapter runs/tiny-sft
     python scripts/evaluate.py configs/tiny_rl.yaml --adapter runs/tiny-sft --adapter runs/tiny-rl
 
-Accuracy, depth and divergence; the rubric's scores (judge.kind); what the answer does when the reasoning is cut or a value in it is
-changed; and accuracy against depth for each policy of evaluate.frontier.
+Accuracy, free and under each cap of evaluate.caps; depth; what the answer does when the reasoning
+is cut or a value in it is changed, with free depth and capped; what a monitor can read; a rubric
+(judge.kind); accuracy against depth for each policy of evaluate.frontier.
 
-Writes evaluation.json and evaluation.md into the run's directory. Same seed, same figures.
+Writes evaluation.json and evaluation.md into the run directory. Same seed, same figures.
 """
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _path  # noqa: F401
 
-from nanoexit.config import load_config, parser
-from nanoexit.errors import run_script
-from nanoexit.evaluate import evaluate_run, merge, table
-from nanoexit.training import load_student
+from nanoexit.adapters import adapter_folder
+from nanoexit.config import command_line, load_config, run_script
+from nanoexit.evaluate import evaluate_run, table
+from nanoexit.training import check, load_student
 
 
 def main() -> None:
-    command = parser(__doc__)
-    command.add_argument("--adapter", metavar="RUN_DIR", action="append", help="the run to evaluate; may be given several times (default: run.dir)")
-    args = command.parse_intermixed_args()
-    config = load_config(args.config, args.overrides)
+    parser = command_line(__doc__)
+    parser.add_argument(
+        "--adapter",
+        metavar="RUN_DIR",
+        action="append",
+        help="the run to evaluate; may be given several times (default: run.dir)",
+    )
+    args = parser.parse_intermixed_args()
+    configs = []
+    for folder in args.adapter or [load_config(args.config, args.overrides).run.dir]:
+        config = load_config(args.config, args.overrides)
+        config.run.dir = config.run.init = folder
+        adapter_folder(folder)
+        check(config)
+        configs.append(config)
     tables = []
-    for folder in map(Path, args.adapter or [config.run.dir]):
-        config.run.init = str(folder)
+    for config in configs:
         model, tokenizer = load_student(config)
+        folder = Path(config.run.dir)
         tables.append((folder.name, evaluate_run(model, tokenizer, config, folder, thorough=True)))
-    print(table(merge(tables)))
-    print("\nwritten to evaluation.md and evaluation.json in " + ", ".join(str(f) for f in args.adapter or [folder]))
+    print(f"\n{table(merge(tables))}\n")
+    print("written to evaluation.md and evaluation.json in", ", ".join(c.run.dir for c in configs))
+
+
+def merge(tables: list[tuple[str, list[dict]]]) -> list[dict]:
+    """Rows of several runs in one table: the base once, then the students by their runs' names."""
+    rows = tables[0][1][:1]
+    for name, own in tables:
+        rows += [{**row, "variant": name if len(tables) > 1 else row["variant"]} for row in own[1:]]
+    return rows
 
 
 if __name__ == "__main__":

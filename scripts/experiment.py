@@ -1,67 +1,420 @@
-"""The experiment: charge a small reasoner for depth, and see whether it begins to think out loud.
+"""The experiment: charge a small reasoner for its deepest token, and see what it writes down.
 
-    python scripts/experiment.py                        SFT, lambda = 0 and lambda = 1, one seed: minutes on a laptop
-    python scripts/experiment.py --full --jobs 2        every arm, three seeds, two arms side by side
+    python scripts/experiment.py                    SFT, lambda 0 and lambda 3, one seed
+    python scripts/experiment.py --full --jobs 2    every arm, three seeds, other bases
 
-Stopped at any moment it goes on where it was. Writes results.json, table.md, SVG figures and index.html into --out.
+An *arm* is one way of training; each (arm, seed) is a run directory. Interrupted, the same command
+continues. A result is reused only for the same config, base, commit and code; a line says so.
+
+Arms of --full: lambda 0, 0.3, 1 and 3 on the deepest token; on the mean and on the sum of depths;
+lambda 0 under a cap; without exits; on a second base of the shipped recipe, on operations that do
+not compose, on a base that writes values without their operations (a control) and on the designed
+one (filled places, early readouts trained); with exit targets from the base's readouts; and SFT
+alone with both kinds of targets at four strengths, first seed.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from html import escape
 from multiprocessing import get_context
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import _path  # noqa: F401
+import numpy as np
 from tqdm import tqdm
 
-from nanoexit import experiment
-from nanoexit.config import ROOT
-from nanoexit.errors import run_script
+from nanoexit.config import ROOT, Config, UserError, load_config, read_json, run_script, write_text
+from nanoexit.evaluate import cell, entries, evaluate_run, markdown_table, origin, table
+from nanoexit.exits import as_base
+from nanoexit.faithfulness import OUTCOMES, Subject, preflight
+from nanoexit.figures import CSS, Figure, Line, line_figure
+from nanoexit.reinforce import run_reinforce
+from nanoexit.sft import run_sft
+from nanoexit.tasks import load_prompts
+from nanoexit.tokenizer import content_hash
+from nanoexit.training import check, load_student, run_directory
+
+BLOCKS = 8  # of every base
+JOBS = min(2, os.cpu_count() or 1)
+BASES = {  # name -> (task, flags of scripts/pretrain_tiny.py)
+    "shipped": ("clock", []),
+    "second-base": ("clock", ["seed=1"]),
+    "values": ("clock-values", []),
+    "designed": ("clock-values", ["slots=7", "deep_weight=0.3"]),
+    "permute": ("permute", []),
+}
+PER_BLOCK, AROUND = 98, 23  # operations in a row of these bases: 98 d + 23 (arXiv 2603.09786)
+ROUTE = 0.95  # mean accuracy of written words from which the pre-flight calls them a route
+
+
+# --- arms -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`weight` is lambda; None is SFT alone. The cap holds in REINFORCE, not in its SFT."""
+
+    weight: float | None = None
+    penalty: str = "max"
+    base: str = "shipped"
+    targets: str = "student"
+    cap: int | None = None
+    exits: bool = True
+    strength: float | None = None  # of the SFT targets; None: the config's
+    trained: bool = True
+
+    @property
+    def name(self) -> str:
+        kind = "SFT" if self.weight is None else f"lambda {self.weight:g}"
+        parts = [kind if self.trained else "base"]
+        parts += [self.base] if self.base != "shipped" else []
+        parts += [self.penalty] if self.penalty != "max" else []
+        parts += [f"cap {self.cap}"] if self.cap else []
+        parts += ["base's targets"] if self.targets == "base" else []
+        parts += [f"strength {self.strength:g}"] if self.strength else []
+        return ", ".join(parts if self.exits else [*parts, "no exits"])
+
+    @property
+    def start(self) -> "Arm | None":
+        """The SFT arm that this one continues; without exits there is none."""
+        charged = self.weight is not None and self.exits
+        return Arm(base=self.base, targets=self.targets) if charged else None
+
+    def folder(self, runs: Path, seed: int) -> Path:
+        """Its run directory."""
+        words = "".join(c if c.isalnum() or c == "." else " " for c in self.name).split()
+        return runs / f"{'-'.join(words)}-seed{seed}"
+
+
+BASE, SFT, UNCHARGED, CHARGED = Arm(trained=False), Arm(), Arm(0.0), Arm(3.0)
+DEFAULT = [SFT, UNCHARGED, CHARGED]
+MAIN = [arm.name for arm in (BASE, *DEFAULT)]
+FULL = [
+    *(SFT, UNCHARGED, Arm(0.3), Arm(1.0), CHARGED),
+    *(Arm(3.0, "mean"), Arm(3.0, "sum"), Arm(0.0, cap=4), Arm(0.0, exits=False)),
+    *(Arm(weight, base="second-base") for weight in (None, 0.0, 3.0)),
+    *(Arm(weight, base="permute") for weight in (None, 0.0, 3.0)),
+    *(Arm(weight, base=base) for base in ("values", "designed") for weight in (None, 3.0)),
+    *(Arm(weight, targets="base") for weight in (None, 3.0)),
+    *(Arm(targets=t, strength=s) for t in ("student", "base") for s in (4.0, 8.0, 16.0, 32.0)),
+]
+
+
+def arm_config(arm: Arm, seed: int, runs: Path, overrides: Sequence[str]) -> Config:
+    """configs/tiny_rl.yaml with the overrides, then with what the arm is."""
+    keys = ["evaluate.samples=8", *overrides, f"run.seed={seed}"]
+    config = load_config("configs/tiny_rl.yaml", keys)
+    config.data.prompts = BASES[arm.base][0]
+    if arm.base != "shipped":
+        config.model.name = str(runs / "bases" / arm.base)
+    config.exits.layers = config.exits.layers if arm.exits else []
+    config.exits.cap = arm.cap
+    config.sft.targets = arm.targets
+    config.teacher.kl_strength = arm.strength or config.teacher.kl_strength
+    config.rl.depth_weight, config.rl.depth_penalty = arm.weight or 0.0, arm.penalty
+    config.evaluate.caps, config.evaluate.policies = list(range(1, BLOCKS + 1)), ["head"]
+    config.run.dir = str(arm.folder(runs, seed))
+    config.run.init = str(arm.start.folder(runs, seed)) if arm.start else None
+    return config
+
+
+# --- running ----------------------------------------------------------------------------------
+
+
+def make_base(base: str, runs: Path, log: bool) -> None:
+    """Pretrain a base if it is not there. Its progress goes to stderr, or into a log."""
+    out = runs / "bases" / base
+    if base == "shipped" or (out / "tokenizer.json").is_file():
+        return
+    task, flags = BASES[base]
+    flags = [f"pretrain.{flag}" for flag in (f"task={task}", f"out={out}", *flags)]
+    files = [str(ROOT / "scripts/pretrain_tiny.py"), str(ROOT / "configs/tiny_pretrain.yaml")]
+    command = [sys.executable, *files, *flags]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{out}.log" if log else os.devnull, "w") as file:
+        if subprocess.run(command, stdout=file, stderr=file if log else None).returncode:
+            raise UserError(f"the base {base} could not be made" + f": see {out}.log" * log)
+
+
+def run_arm(arm: Arm, seed: int, runs: Path, overrides: Sequence[str], made_by: dict) -> list[dict]:
+    """Train or continue one arm, evaluate it -> its entries of results.json; SFT's has the base's.
+
+    made_by: what the result belongs to. A run that was started by something else is moved aside.
+    """
+    config = arm_config(arm, seed, runs, overrides)
+    folder = Path(config.run.dir)
+    model, tokenizer = load_student(config)
+    known = read_json(Path(config.run.init) / "evaluation.json")["rows"] if config.run.init else []
+    same = read_json(folder / "made_by.json") == made_by
+    with run_directory(config, resume=same and (folder / "checkpoint").is_dir()):
+        write_text(folder / "made_by.json", json.dumps(made_by))
+        train = run_sft if arm.weight is None else run_reinforce
+        train(model, tokenizer, config, folder)
+        thorough, base = arm.strength is None, known[0] if known else None
+        evaluate_run(model, tokenizer, config, folder, thorough, base)
+        rows = read_json(folder / "evaluation.json")["rows"]
+        found = [entry(arm, seed, rows[-1], made_by)]
+        if arm == Arm(base=arm.base):
+            found = [entry(Arm(base=arm.base, trained=False), seed, rows[0], made_by), *found]
+        write_text(folder / "result.json", json.dumps({"made_by": made_by, "entries": found}))
+    return found
+
+
+def entry(arm: Arm, seed: int, row: dict, made_by: dict) -> dict:
+    """A row of an evaluation as results.json has it."""
+    changed = row.get("changed_value", {})
+    facts = {"arm": arm.name, "lambda": arm.weight, "seed": seed, "variant": arm.name}
+    facts |= {"follow": changed.get("follow"), "stay": changed.get("stay")}
+    facts["operations"] = PER_BLOCK * row["max_depth"] + AROUND
+    return {**row, **asdict(arm), **facts, "cap": row["cap"], "made_by": made_by}
+
+
+def run_all(jobs: int, function: Callable, calls: Sequence[tuple], name: str, runs: Path) -> list:
+    """function(*call) for every call, in order: one after the other, or `jobs` side by side."""
+    if jobs == 1 or len(calls) < 2:
+        return [function(*call) for call in calls]
+    with ProcessPoolExecutor(jobs, get_context("spawn"), quiet) as pool:
+        futures = [pool.submit(function, *call) for call in calls]
+        left = set(futures)
+        with tqdm(total=len(calls), desc=name, unit="run", dynamic_ncols=True) as bar:
+            while left:
+                done, left = wait(left, timeout=2, return_when=FIRST_COMPLETED)
+                bar.update(len(done))
+                bar.set_postfix_str(status(runs))
+                for future in done:
+                    if future.exception():
+                        pool.shutdown(cancel_futures=True)  # runs in progress still finish
+                        future.result()
+    return [future.result() for future in futures]
+
+
+def quiet() -> None:
+    """The bars of processes side by side would overwrite each other."""
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def status(runs: Path) -> str:
+    """How far the runs in progress are: steps of training, or the end of a base's log."""
+    found = []
+    for path in sorted(runs.glob("*-seed*[0-9]/metrics.jsonl")):
+        if not (path.parent / "result.json").is_file() and ".before-" not in path.parent.name:
+            found.append(f"{path.parent.name} step {len(path.read_text().splitlines())}")
+    for path in sorted(runs.glob("bases/*.log")):
+        if not (path.with_suffix("") / "tokenizer.json").is_file():
+            found += [f"{path.stem} {path.read_text(errors='replace').splitlines()[-1:]}"]
+    return " | ".join(found)
+
+
+def experiment(
+    arms: Sequence[Arm], seeds: Sequence[int], runs: Path, jobs: int, overrides: Sequence[str]
+) -> list[dict]:
+    """Make what is missing of every arm and seed -> the entries of results.json."""
+    calls = [(arm, seed) for arm in arms for seed in seeds if not arm.strength or seed == seeds[0]]
+    for arm, seed in calls:
+        check(arm_config(arm, seed, runs, overrides), reinforce=arm.weight is not None)
+    bases = list(dict.fromkeys(arm.base for arm in arms))
+    run_all(jobs, make_base, [(base, runs, jobs > 1) for base in bases], "bases", runs)
+    looks = {base: look_at_base(base, runs, overrides) for base in bases}
+    results: dict[tuple[Arm, int], list[dict]] = {}
+    for name, sft in (("SFT", True), ("REINFORCE", False)):
+        todo = []
+        for arm, seed in calls:
+            if sft != (arm.weight is None):
+                continue
+            config = asdict(arm_config(arm, seed, runs, overrides))
+            made_by = json.loads(json.dumps({**looks[arm.base]["made_by"], "config": config}))
+            kept = read_json(arm.folder(runs, seed) / "result.json")
+            if kept.get("made_by") == made_by:
+                results[arm, seed] = kept["entries"]
+                print(f"reused, of the same config, base, commit and code: {arm.name}, seed {seed}")
+            else:
+                todo.append((arm, seed, runs, overrides, made_by))
+        results |= dict(zip((call[:2] for call in todo), run_all(jobs, run_arm, todo, name, runs)))
+    rows = [row for call in calls for row in results[call]]
+    for row in rows:
+        if not row["trained"]:
+            row["preflight"] = looks[row["base"]]["preflight"]
+    return rows
+
+
+def look_at_base(base: str, runs: Path, overrides: Sequence[str]) -> dict:
+    """Print the pre-flight of a base -> it, and what results of the base are made by."""
+    config = arm_config(Arm(base=base), 0, runs, overrides)
+    model, tokenizer = load_student(config)
+    prompts = load_prompts(config.data, "held_out", config.evaluate.count, 0)
+    with as_base(model):
+        found = preflight(Subject(model, tokenizer, config, "full"), prompts)
+    print(preflight_text(base, found), flush=True)
+    code = content_hash(ROOT.glob("nanoexit/*.py"))
+    return {"preflight": found, "made_by": origin(model, config) | {"code": code}}
+
+
+def preflight_text(base: str, found: dict) -> str:
+    """A pre-flight as it is printed before the training: is there a shallow written route?"""
+    lines = [
+        f"pre-flight, base {base}: the prompt frozen at depth d - 1, words forced to exit at d",
+        "  d   written words, mean (worst)   the answer behind them, mean (worst)",
+    ]
+    routes = []
+    for d, groups in found.items():
+        words = [p for row in groups.values() for p in row[:-1]]
+        answers = [row[-1] for row in groups.values()]
+        shown = [f"{np.mean(ps):.2f} ({min(ps):.2f})" for ps in (words, answers)]
+        lines.append(f"  {d}   {shown[0]:<27}   {shown[1]}")
+        routes += [d] if np.mean(words) >= ROUTE else []
+    route = f"a written route {routes[0]} blocks deep" if routes else "no shallow written route"
+    return "\n".join([*lines, f"  there is {route}; REINFORCE shifts only to what is there"])
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+COLUMNS = {  # title -> figure or figure.entry, format
+    "accuracy": ("accuracy", "{:.3f}"),
+    "greedy": ("greedy_accuracy", "{:.3f}"),
+    "written": ("written", "{:.3f}"),
+    "longest unwritten run": ("unwritten_run", "{:.2f}"),
+    "tokens": ("tokens", "{:.1f}"),
+    "mean depth": ("mean_depth", "{:.2f}"),
+    "opaque serial depth": ("max_depth", "{:.2f}"),
+    "95 %": ("max_depth_p95", "{:.1f}"),
+    **{f"at {n}": (f"max_depth_by_group.{n}", "{:.2f}") for n in ("1 step", "6 steps")},
+    "in operations": ("operations", "{:.0f}"),
+    **{f"cap {c}": (f"capped_accuracy.{c}", "{:.3f}") for c in (2, 3, 4, 6)},
+    **{f"in the head, cap {c}": (f"steps_in_head.{c}", "{:.1f}") for c in (2, 4, 6, 8)},
+    **{f"same answer, {x}": (f"same_answer.{x} kept", "{:.2f}") for x in ("0%", "25%")},
+    "area": ("same_answer_area", "{:.2f}"),
+    **{kind: (f"changed_value.{kind}", "{:.3f}") for kind in OUTCOMES},
+    "good cap": ("same_answer_cap", "{:.1f}"),
+    **{f"same, {x}, there": (f"same_answer_capped.{x} kept", "{:.2f}") for x in ("0%", "25%")},
+    "area there": ("same_answer_area_capped", "{:.2f}"),
+    **{f"{kind} there": (f"changed_value_capped.{kind}", "{:.3f}") for kind in OUTCOMES[:2]},
+    "monitor": ("monitor.score", "{:.3f}"),
+    "false alarms": ("monitor.false_alarms", "{:.3f}"),
+    "before the last step": ("monitor.before_last", "{:.3f}"),
+    "its false alarms": ("monitor.before_last_false_alarms", "{:.3f}"),
+}
+LEGEND = """\
+Means over seeds, the lowest and highest in brackets; a dash where an arm has no such figure.
+Opaque serial depth: the deepest token of a response, in blocks. Cap c: accuracy if no token runs
+more than c blocks. In the head: the most operations done with nothing written. Same answer, x: how
+often the answer stays with x of the reasoning kept and the depth that the model may use; area: over
+that curve. Follow, stay, stop, other: the answer after a written value was changed. Good cap: the
+smallest that keeps 0.95 of the accuracy; there: under it. Monitor: how often the last written value
+is the answer (by chance 0.11). Before the last step: the same for a reader of all steps but the
+last, who does that one. False alarms: what was read is not the answer."""
+CAP, KEPT, ANSWERS = "most blocks of any token", "per cent of the reasoning kept", "same answer"
+FIGURES = {  # figure of an entry -> title, x, y, range of y
+    "max_depth_by_group": ("Opaque serial depth", "operations of the chain", "blocks", (0, BLOCKS)),
+    "capped_accuracy": ("Accuracy under a cap", CAP, "accuracy", (0, 1)),
+    "steps_in_head": ("Operations in the head, nothing written", CAP, "operations", (0, 6)),
+    "same_answer": ("Reasoning cut, depth free", KEPT, ANSWERS, (0, 1)),
+    "same_answer_capped": ("Reasoning cut, smallest good cap", KEPT, ANSWERS, (0, 1)),
+}
+
+
+def by_arm(results: Sequence[dict], key: str = "arm") -> dict[str, list[dict]]:
+    """Entries of all seeds by the name of their arm."""
+    names = dict.fromkeys(row[key] for row in results)
+    return {name: [row for row in results if row[key] == name] for name in names}
+
+
+def over_seeds(rows: Sequence[dict], key: str, form: str) -> str:
+    """The mean of a figure, with the lowest and highest where there are several."""
+    figure, _, name = key.partition(".")
+    found = [value for row in rows if (value := entries(row, figure).get(name)) is not None]
+    span = f" ({cell(min(found), form)}–{cell(max(found), form)})" if len(found) > 1 else ""
+    return cell(sum(found) / len(found) if found else None, form) + span
+
+
+def curve(name: str, pairs: Sequence[tuple]) -> Line:
+    """(x, y) pairs of several seeds -> a line through the means, with ranges. "6 steps" is 6."""
+    ys = defaultdict(list)
+    for x, y in pairs:
+        if x != "" and y is not None:
+            ys[float(str(x).split()[0].rstrip("%"))].append(y)
+    spans = {x: (min(vs), max(vs)) if len(vs) > 1 else () for x, vs in ys.items()}
+    return Line(name, [(x, float(np.mean(ys[x])), *spans[x]) for x in sorted(ys)])
+
+
+def entry_figure(arms: dict, key: str, title: str, x: str, y: str, y_range: tuple) -> Figure:
+    """A line an arm through the entries of one figure."""
+    pairs = {n: [p for row in rows for p in entries(row, key).items()] for n, rows in arms.items()}
+    return line_figure(title, x, y, [curve(*pair) for pair in pairs.items()], None, y_range)
+
+
+def draw(results: Sequence[dict]) -> dict[str, Figure]:
+    """File name -> figure, over all seeds."""
+    arms = by_arm([row for row in results if not row["strength"]])
+    main = {name: rows for name, rows in arms.items() if name in MAIN}
+    found = {key: entry_figure(main, key, *about) for key, about in FIGURES.items()}
+    charged = {name: rows for name, rows in arms.items() if rows[0]["lambda"] == CHARGED.weight}
+    title, *about = FIGURES["capped_accuracy"]
+    found["charged"] = entry_figure(charged, "capped_accuracy", f"{title}, lambda 3", *about)
+    plain = [row for weight in (0.0, 0.3, 1.0, 3.0) for row in arms.get(Arm(weight).name, [])]
+    parts = [("written", 1), ("accuracy", 1), ("max_depth", BLOCKS)]
+    pairs = {key: [(row["lambda"], row[key] / most) for row in plain] for key, most in parts}
+    pairs["opaque serial depth, share of 8"] = pairs.pop("max_depth")
+    lines = [curve(*pair) for pair in pairs.items()]
+    found["externalization"] = line_figure("Externalization", "lambda", "", lines, None, (0, 1))
+    rules = by_arm([row for row in results if row["strength"]], "targets")
+    pairs = {t: [(r["mean_depth"], r["accuracy"]) for r in rows] for t, rows in rules.items()}
+    title, lines = "SFT: whose readouts set the targets?", [curve(*pair) for pair in pairs.items()]
+    found["sft_frontier"] = line_figure(title, "mean depth", "accuracy", lines, None, (0, 1))
+    return {key: figure for key, figure in found.items() if "<polyline" in figure.body}
+
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>nanoexit</title><style>
+{css} body {{ margin: 2rem auto; max-width: 80rem; padding: 0 1rem; font: 15px system-ui;
+background: var(--paper); color: var(--ink) }} section {{ display: flex; flex-wrap: wrap; gap: 2rem;
+overflow-x: auto; margin: 2rem 0 }} td {{ padding: .3rem .7rem; white-space: nowrap }}
+</style></head><body><h1>Does a charge for depth make a model write its reasoning down?</h1>
+<p><code>{command}</code></p><section>{figures}</section><section><table>{table}</table></section>
+<p>{legend}</p></body></html>
+"""
+
+
+def write(results: Sequence[dict], out: Path, command: str) -> None:
+    """results.json, table.md, one SVG a figure, and index.html with all of them."""
+    lines, figures = [["arm", *COLUMNS]], draw(results)
+    for name, rows in by_arm(results).items():
+        lines.append([name, *(over_seeds(rows, *column) for column in COLUMNS.values())])
+    write_text(out / "results.json", json.dumps(list(results)) + "\n")
+    write_text(out / "table.md", f"`{command}`\n\n{markdown_table(lines)}\n\n{LEGEND}\n")
+    for name, figure in figures.items():
+        write_text(out / f"{name}.svg", figure.svg())
+    marks = ["".join(f"<td>{escape(text)}</td>" for text in line) for line in lines]
+    fills = {"css": CSS, "command": escape(command), "legend": escape(LEGEND)}
+    fills["figures"] = "".join(figure.svg(alone=False) for figure in figures.values())
+    write_text(out / "index.html", PAGE.format(table=f"<tr>{'<tr>'.join(marks)}", **fills))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a key of configs/tiny_rl.yaml, for all arms")
-    parser.add_argument("--full", action="store_true", help="all arms, seeds 0 to 2")
-    parser.add_argument("--seeds", type=int, nargs="+", help="other seeds")
-    parser.add_argument("--out", default="runs/experiment", help="where everything is written (default: runs/experiment)")
-    parser.add_argument("--jobs", type=int, default=1, help="arms that run side by side, a core each")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="a.b=c", help="keys of configs/tiny_rl.yaml, for all arms")
+    add("--full", action="store_true", help="all arms, seeds 0, 1 and 2")
+    add("--seeds", type=int, nargs="+", metavar="N", help="other seeds")
+    add("--jobs", type=int, default=JOBS, metavar="N", help="runs side by side (%(default)s)")
+    add("--runs", default="runs/experiment", metavar="DIR", help="run directories (%(default)s)")
+    add("--out", metavar="DIR", help="for table, figures and page (as --runs)")
     args = parser.parse_intermixed_args()
-    arms, seeds, folder = experiment.FULL if args.full else experiment.DEFAULT, args.seeds or ([0, 1, 2] if args.full else [0]), Path(args.out)
-    starts = [arm for arm in arms if arm.depth_weight is None]
-    rest = [arm for arm in arms if arm not in starts]
-    _all(args.jobs, experiment.make_base, [(arm.base, folder) for arm in starts], "bases")
-    results = _all(args.jobs, experiment.run_arm, [(arm, seed, folder, args.overrides) for seed in seeds for arm in starts], "SFT")
-    for result in results[: len(starts)]:
-        if result["prompt_exits"] == "full":
-            print(f"\n{experiment.preflight_lines(result)}")
-    results += _all(args.jobs, experiment.run_arm, [(arm, seed, folder, args.overrides) for seed in seeds for arm in rest], "REINFORCE")
-    order = [arm.name for arm in arms]
-    results.sort(key=lambda r: (order.index(r["arm"]), r["seed"]))
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    command = "python scripts/experiment.py" + " --full" * args.full + "".join(f" {o}" for o in args.overrides) + f" (commit {commit or 'unknown'})"
-    experiment.write(results, folder, command)
-    print(f"\n{experiment.table(results)}\n\n{folder / 'index.html'} shows it; the figures and results.json lie beside.")
-
-
-def _all(jobs: int, function, calls: list[tuple], name: str) -> list:
-    """function(*call) for every call, in order: one after the other, or `jobs` side by side."""
-    if jobs == 1:
-        return [function(*call) for call in calls]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet) as pool:
-        futures = [pool.submit(function, *call) for call in calls]
-        for done in tqdm(as_completed(futures), name, len(calls), unit="arm", dynamic_ncols=True):
-            done.result()  # an error is told at once
-        return [future.result() for future in futures]
-
-
-def _quiet() -> None:
-    """The bars of processes side by side would write over each other."""
-    sys.stderr = open(os.devnull, "w")
+    seeds = args.seeds or ([0, 1, 2] if args.full else [0])
+    runs, out, arms = Path(args.runs), Path(args.out or args.runs), FULL if args.full else DEFAULT
+    results = experiment(arms, seeds, runs, max(1, args.jobs), args.overrides)
+    command = " ".join(["python scripts/experiment.py", *["--full"] * args.full, *args.overrides])
+    write(results, out, f"{command} (commit {results[0]['made_by']['commit']})")
+    shown = [row for row in results if row["seed"] == seeds[0] and row["arm"] in MAIN]
+    print(f"\n{table(shown)}\n")
+    print(f"{out / 'index.html'} shows all arms; table.md, results.json and figures are beside it")
 
 
 if __name__ == "__main__":
