@@ -1,21 +1,28 @@
-"""nanoexit: early exits for Llama- and Qwen-style transformers, so that models write their reasoning down.
+"""nanoexit: early exits for transformers, so that language models write their reasoning down.
 
-The modules in order; each imports only from those before it (tests/test_house.py):
+The modules in order; each imports only from those before it:
 
     config                              knobs, errors, files
-    cache, model, lora, exits, score    tokens to residuals at any depth; adapters, heads, policies
+    cache, model, lora, exits, score    residuals at any depth; adapters, heads, policies, caps
     fast, generate                      decoding, plain and fused
     tokenizer, weights, adapters        text and files of public models
-    tasks                               prompts, and what a right answer is
+    tasks, judge                        prompts, and what a good answer is
     training, teacher, sft, reinforce   the work
-    judge, faithfulness, evaluate       what came of it
+    faithfulness, evaluate              what came of it
     figures, report                     the page
 """
 
-from nanoexit.config import LoRAConfig
+from nanoexit.adapters import load_adapter, save_adapter
+from nanoexit.config import LoRAConfig, UserError
 from nanoexit.exits import attach, detach
 from nanoexit.generate import Generation, Sampling, generate
 from nanoexit.model import Transformer
 from nanoexit.score import Score, score
+from nanoexit.tokenizer import Tokenizer, load_tokenizer
+from nanoexit.weights import load_model
 
-__all__ = ["Generation", "LoRAConfig", "Sampling", "Score", "Transformer", "attach", "detach", "generate", "score"]
+__all__ = [
+    *["Generation", "LoRAConfig", "Sampling", "Score", "Tokenizer", "Transformer", "UserError"],
+    *["attach", "detach", "generate", "load_adapter", "load_model", "load_tokenizer"],
+    *["save_adapter", "score"],
+]
