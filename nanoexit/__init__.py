@@ -20,9 +20,3 @@ from nanoexit.model import Transformer
 from nanoexit.score import Score, score
 from nanoexit.tokenizer import Tokenizer, load_tokenizer
 from nanoexit.weights import load_model
-
-__all__ = [
-    *["Generation", "LoRAConfig", "Sampling", "Score", "Tokenizer", "Transformer", "UserError"],
-    *["attach", "detach", "generate", "load_adapter", "load_model", "load_tokenizer"],
-    *["save_adapter", "score"],
-]
