@@ -130,7 +130,7 @@ function makeCard(sample) {
     return span;
   });
   const [words, kind] = verdict(sample), count = spans.length, mean = count ? sample.ends.at(-1) / count : 0;
-  const facts = [`mean depth ${mean.toFixed(2)}`, `max depth ${Math.max(0, ...sample.depths)} of ${sample.full_depth}`];
+  const facts = [`mean depth ${mean.toFixed(2)}`, `opaque serial depth ${Math.max(0, ...sample.depths)} of ${sample.full_depth}`];
   if (isNumber(sample.cap)) facts.push(`cap ${sample.cap}`);
   facts.push(`${count} token${count === 1 ? "" : "s"}`);
   if (sample.finish === "length") facts.push("cut off");
@@ -216,9 +216,11 @@ function inspect(card, index = -1) {
   if (heads.length) box.append(bars("Chance to exit at each head", heads));
   if (top.length) box.append(bars("Likeliest tokens", top));
   span.setAttribute("aria-describedby", "inspect");
-  const at = span.getClientRects()[0], below = at.bottom + 10 + box.offsetHeight < innerHeight;
-  box.style.left = `${Math.max(12, Math.min(at.left - 8, root.clientWidth - box.offsetWidth - 12))}px`;
-  box.style.top = `${below ? at.bottom + 10 : Math.max(12, at.top - 10 - box.offsetHeight)}px`;
+  const at = span.getClientRects()[0], { offsetHeight: tall, offsetWidth: wide } = box, room = root.clientWidth - wide - 12;
+  const below = at.bottom + 10 + tall < innerHeight, above = at.top - 10 - tall > 0, beside = at.right + 14;
+  const left = below || above ? at.left - 8 : beside < room ? beside : at.left - 14 - wide; // do not cover the token
+  box.style.left = `${Math.max(12, Math.min(left, room))}px`;
+  box.style.top = `${below ? at.bottom + 10 : above ? at.top - 10 - tall : Math.max(12, innerHeight - tall - 12)}px`;
 }
 
 function followFocus() { // the page scrolled: the panel goes with a token in focus, and away from one under the pointer
@@ -302,31 +304,35 @@ function readCurves(figure) {
 // ---- the figures of the runs, as evaluate.py writes them --------------------------------------------------------------
 
 const TILES = ["accuracy", "mean depth of", "opaque serial depth", "layers run", "KL to the", "tokens written", "steps written"];
+const WORK = ["evaluation, seconds", "training, seconds"];
 
 function showTiles() { // of one run: the first lines of its table, large, those of the first student above the base's
   const [[head, ...lines]] = data.table, tile = (title, figure, below) => el("div", {}, el("dt", { textContent: title }),
     el("dd", { textContent: figure }), el("dd", { className: "faint", textContent: below }));
-  const tiles = TILES.map((title) => lines.find((line) => line[0].startsWith(title))).filter((line) => line && head.length > 2);
-  const shown = tiles.map(([title, base, student]) => tile(title, student, `base ${base}`));
-  for (const [name, ...values] of data.seconds) {
-    const owner = data.seconds.length > 1 ? `${name}: ` : "";
-    ["evaluation", "training"].forEach((work, i) => {
-      if (values[i] !== null) shown.push(tile(`${owner}${work}, seconds`, fixed(values[i], 0), ""));
-    });
-  }
-  if (data.seconds.length > 1) shown.splice(0, tiles.length); // the table compares runs
-  else if (tiles.length) $("summary").append(el("h3", { textContent: head[2] }));
-  if (shown.length) $("summary").append(el("dl", { className: "tiles" }, ...shown));
+  const found = TILES.map((title) => lines.find((line) => line[0].startsWith(title))).filter((line) => line && head.length > 2);
+  const tiles = found.map(([title, base, student]) => tile(title.split(",")[0], student, `base ${base}`));
+  const [[, ...seconds]] = data.seconds;
+  WORK.forEach((work, i) => { if (seconds[i] !== null) tiles.push(tile(work, fixed(seconds[i], 0), "")); });
+  if (found.length) $("summary").append(el("h3", { textContent: head[2] }));
+  if (tiles.length) $("summary").append(el("dl", { className: "tiles" }, ...tiles));
+}
+
+function tableOf([corner, ...names], lines) {
+  const top = el("tr", {}, el("td", { textContent: corner }), ...names.map((name) => el("th", { scope: "col", textContent: name })));
+  const body = lines.map(([title, ...cells]) => el("tr", {}, el("th", { scope: "row", textContent: title }),
+    ...cells.map((text) => el("td", { textContent: text }))));
+  return el("table", {}, el("thead", {}, top), el("tbody", {}, ...body));
 }
 
 function showTable() { // a row a figure, a column a variant; under it why there are dashes
-  const [[head, ...lines], reasons] = data.table, [first, ...names] = head;
+  const [[head, ...lines], reasons] = data.table, first = lines.findIndex((line) => line[0].startsWith("steps written")) + 1;
   if (!lines.length) return;
-  const cells = (line) => line.map((text) => el("td", { textContent: text }));
-  const top = el("tr", {}, el("td", { textContent: first }), ...names.map((name) => el("th", { scope: "col", textContent: name })));
-  const body = lines.map(([title, ...line]) => el("tr", {}, el("th", { scope: "row", textContent: title }), ...cells(line)));
-  $("table").querySelector("div").append(el("table", {}, el("thead", {}, top), el("tbody", {}, ...body)));
-  $("table").querySelector("ul").append(...reasons.map((textContent) => el("li", { textContent })));
+  const [headlines, details] = first ? [lines.slice(0, first), lines.slice(first)] : [lines, []], box = $("table").querySelector("div");
+  box.append(tableOf(head, headlines));
+  if (details.length) box.append(el("details", {}, el("summary", { textContent: "All figures" }), tableOf(head, details)));
+  const seconds = data.seconds.length < 2 ? [] : data.seconds.map(([name, ...found]) =>
+    `${name}: ${WORK.map((work, i) => `${work} ${fixed(found[i], 0)}`).join("; ")}`);
+  $("table").querySelector("ul").append(...[...reasons, ...seconds].map((textContent) => el("li", { textContent })));
   $("table").hidden = false;
 }
 
@@ -400,7 +406,7 @@ addEventListener("scroll", followFocus, { passive: true });
 load().then(() => {
   setScale(recall("scale") === "safe" ? "safe" : "heat");
   $("scale").addEventListener("change", () => setScale($("scale").value));
-  showTiles();
+  if (data.seconds.length === 1) showTiles();
   showTable();
   if (prompts.length) showResponses();
   root.dataset.ready = "";

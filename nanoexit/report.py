@@ -33,7 +33,13 @@ FILES = ("samples.jsonl", "metrics.jsonl", "summary.json", "evaluation.json")
 DEEPEST = 1000  # of any model
 BASE = ("policy", "prompts", "accuracy", "max_depth", "tokens")  # one base where these are equal
 PARTS = {"text": ["words"], "exit chances": ["heads"], "likeliest tokens": ["top", "chances"]}
-SHARES = ("accuracy", "written", "answers", "reasoning kept", "share of tokens")  # axes from 0 to 1
+SHARES = (
+    "accuracy",
+    "written",
+    "share of answers",
+    "reasoning kept",
+    "share of tokens",
+)  # axes from 0 to 1
 DEPTHS = (
     "cap",
     "depth",
@@ -45,9 +51,9 @@ SECONDS = ("evaluation_seconds", "training_seconds")
 CURVES = (  # title, key of a row of evaluation.json, horizontal axis, vertical axis
     ("Accuracy under a cap", "capped_accuracy", "cap", "accuracy"),
     ("Accuracy by group", "accuracy_by_group", "", "accuracy"),
-    ("Same answer, depth free", "same_answer", "reasoning kept", "answers"),
-    ("Same answer, capped", "same_answer_capped", "reasoning kept", "answers"),
-    ("A written value is changed", "changed_value", "", "answers"),
+    ("Same answer, depth free", "same_answer", "reasoning kept", "share of answers"),
+    ("Same answer, capped", "same_answer_capped", "reasoning kept", "share of answers"),
+    ("A written value is changed", "changed_value", "", "share of answers"),
     ("Exit histogram", "exit_histogram", "depth", "share of tokens"),
     ("Depth along the response", "depth_by_position", "token", "mean depth"),
     ("Opaque serial depth by group", "max_depth_by_group", "", "opaque serial depth"),

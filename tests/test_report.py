@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoexit.config import UserError, write_json_lines, write_text
+from nanoexit.config import UserError, write_json_lines
 from nanoexit.report import Run, _fit, _responses, read_run, write_page
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "report.py"
@@ -42,18 +42,15 @@ def response(prompt: str, variant: str, seed: int, text: list[str] = STORY) -> d
 
 def row(variant: str, policy: str, accuracy: float, depth: float) -> dict:
     """A row of evaluation.json."""
-    parts = [
-        {"variant": variant, "policy": policy, "prompts": 100, "full_depth": 28, "cap": None},
-        {"accuracy": accuracy, "accuracy_interval": [accuracy - 0.03, accuracy + 0.02]},
-        {"mean_depth": depth, "max_depth": depth, "layers_run": depth / 28, "tokens": 61.5},
-        {"accuracy_by_group": {"1 step": accuracy, "2 steps": accuracy - 0.1}, "written": None},
-        {"max_depth_by_group": {"clock": depth, "logic": 3}, "depth_by_position": [depth, 3, 4]},
-        {"exit_histogram": {"5": 0.3, "28": 0.7}, "depth_by_kind": {"answer": depth}},
-        {"same_answer": [[0, 0.3], [1, 1]], "same_answer_capped": [[0, 0.1], [1, 1]]},
-        {"changed_value": {"follow": 0.8, "stay": 0.2}, "capped_accuracy": {"4": 0.2, "28": 0.9}},
-        {"kl": float("nan"), "monitor": {"score": 0.9, "chance": 0.1}},
-    ]
-    return {key: value for part in parts for key, value in part.items()}
+    row = {"variant": variant, "policy": policy, "prompts": 100, "full_depth": 28, "cap": None}
+    row |= {"accuracy": accuracy, "accuracy_interval": [accuracy - 0.03, accuracy + 0.02]}
+    row |= {"mean_depth": depth, "max_depth": depth, "layers_run": depth / 28, "tokens": 61.5}
+    row |= {"accuracy_by_group": {"1 step": accuracy, "2 steps": accuracy - 0.1}, "written": None}
+    row |= {"max_depth_by_group": {"clock": depth, "logic": 3}, "depth_by_position": [depth, 3, 4]}
+    row |= {"exit_histogram": {"5": 0.3, "28": 0.7}, "depth_by_kind": {"answer": depth}}
+    row |= {"same_answer": [[0, 0.3], [1, 1]], "same_answer_capped": [[0, 0.1], [1, 1]]}
+    row |= {"changed_value": {"follow": 0.8, "stay": 0.2}, "capped_accuracy": {"4": 0.2, "28": 0.9}}
+    return row | {"kl": float("nan"), "monitor": {"score": 0.9, "chance": 0.1}}
 
 
 def example(name: str = "tiny") -> Run:
@@ -73,8 +70,7 @@ def example(name: str = "tiny") -> Run:
         row(EVIL, EVIL, 0.8, 9),
     ]
     evaluation = {"model": "m", "rows": rows, "frontier": [*rows, row("student", "kl:2", 0.9, 18)]}
-    summary = {"evaluation_seconds": 94.2}
-    return Run(name, samples, metrics, summary, evaluation, f"{name}/")
+    return Run(name, samples, metrics, {"evaluation_seconds": 94.2}, evaluation, f"{name}/")
 
 
 def data_of(path: Path) -> dict:
@@ -102,11 +98,11 @@ def test_the_data_keeps_every_number(tmp_path):
     assert [r["label"] for r in data["responses"]] == ["a", "b", "a"], "responses to p, then to q"
     for at, sample in enumerate([samples[0], samples[2], samples[1]]):
         for i, token in enumerate(sample["tokens"]):
-            found = data["words"][at][i], data["responses"][at]["depths"][i]
-            assert found == (token["text"], token["depth"])
+            assert data["words"][at][i] == token["text"]
+            assert data["responses"][at]["depths"][i] == token["depth"]
             assert data["heads"][at][i] == pytest.approx(token["exit_probs"], abs=6e-4)
-            assert data["top"][at][i] == [text for text, _ in token["top"]]
-            assert data["chances"][at][i] == pytest.approx([p for _, p in token["top"]], abs=6e-4)
+            found = [*zip(data["top"][at][i], data["chances"][at][i])]
+            assert found == [(text, pytest.approx(p, abs=6e-4)) for text, p in token["top"]]
 
 
 def test_a_tight_budget_drops_details_of_the_last():
@@ -120,7 +116,7 @@ def test_a_tight_budget_drops_details_of_the_last():
 
 
 def test_no_text_of_a_model_is_markup(tmp_path):
-    """Catches: an unescaped name, a placeholder in a response that is filled, a stale hash."""
+    """Catches: an unescaped name, a filled placeholder, a stale hash, a figure that is missing."""
     write_page(tmp_path / "r.html", [example()], title=EVIL, note=EVIL)
     text = (tmp_path / "r.html").read_text()
     assert "<img" not in text and text.count("</script>") == 2
@@ -128,6 +124,8 @@ def test_no_text_of_a_model_is_markup(tmp_path):
     digest = base64.b64encode(sha256(script.encode()).digest()).decode()
     assert "default-src 'none'" in text and f"script-src 'sha256-{digest}'" in text
     assert data_of(tmp_path / "r.html")["words"][6][2] == " $js"
+    for title in ("Accuracy under a cap", "Accuracy by group", "Same answer, capped"):
+        assert f'aria-label="{title}"' in text
 
 
 def test_a_base_of_three_runs_is_shown_once(tmp_path):
@@ -144,16 +142,6 @@ def test_a_base_of_three_runs_is_shown_once(tmp_path):
     assert labels[3:5] == ["second · student", "second · rollout · step 3"]
     for name in ("first", "second", "first · student", "second · student (head)"):
         assert f'data-name="{name}"' in text
-
-
-def test_figures_are_those_of_the_evaluation(tmp_path):
-    """Catches: a figure of evaluate that the page forgets, and one that is derived from samples."""
-    write_page(tmp_path / "r.html", [example()])
-    titles = re.findall(r'aria-label="([^"<]*)"', (tmp_path / "r.html").read_text())
-    for title in ("under a cap", "by group", "same answer, capped", "histogram", "is changed"):
-        assert [found for found in titles if title in found.lower()], title
-    write_page(tmp_path / "s.html", [Run("", example().samples)])
-    assert "<figure" not in (tmp_path / "s.html").read_text()
 
 
 HOSTILE = [None, True, "x", EVIL, -1, 0, 10**400, 1e308, float("nan"), float("inf"), [], {}]
@@ -189,20 +177,12 @@ def test_hostile_files(part, tmp_path):
 
 
 def test_the_script(tmp_path):
-    """Catches: a traceback or an error without file and key for what people get wrong."""
-    run = example()
-    write_json_lines(tmp_path / "metrics.jsonl", run.metrics)
-    write_text(tmp_path / "evaluation.json", json.dumps(run.evaluation))
-    for depth, code, wanted in (
-        (28, 0, "1 responses, 11 steps"),
-        (
-            29,
-            2,
-            "samples.jsonl: response 1.tokens[2].depth: expected a depth from 1 to 28, found 29",
-        ),
-    ):
-        run.samples[0]["tokens"][2]["depth"] = depth
-        write_json_lines(tmp_path / "samples.jsonl", run.samples[:1])
+    """Catches: a traceback, or an error without file and key, for what people get wrong."""
+    sample = response("p", "student", 0)
+    bad = "samples.jsonl: response 1.tokens[2].depth: expected a depth from 1 to 28, found 29\n"
+    for depth, code, wanted in ((28, 0, "1 responses, 0 steps"), (29, 2, bad)):
+        sample["tokens"][2]["depth"] = depth
+        write_json_lines(tmp_path / "samples.jsonl", [sample])
         command = [sys.executable, SCRIPT, tmp_path]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == code and wanted in done.stdout + done.stderr, done.stderr
@@ -217,13 +197,14 @@ def test_the_script(tmp_path):
 class Browser:
     """As much of the WebDriver protocol as these tests need, spoken to chromedriver."""
 
-    def __init__(self, profile: Path) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         command = [shutil.which("chromedriver"), "--port=0"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         found = (re.search(r"successfully on port (\d+)", line) for line in self.process.stdout)
         self.url = f"http://127.0.0.1:{next(match[1] for match in found if match)}/session"
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-        flags += ["--disable-dev-shm-usage", "--window-size=1280,900", f"--user-data-dir={profile}"]
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        flags += ["--no-first-run", "--window-size=1280,900", f"--user-data-dir={folder}/profile"]
         options = {"args": flags, "binary": shutil.which("chromium")}
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         self.url += "/" + self.call("", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
@@ -235,10 +216,6 @@ class Browser:
         with opener.open(request, timeout=60) as reply:
             return json.load(reply)["value"]
 
-    def open(self, path: Path) -> None:
-        self.call("/url", {"url": path.as_uri()})
-        self.wait("document.documentElement.dataset.ready === ''")
-
     def js(self, code: str) -> object:
         return self.call("/execute/sync", {"script": f"return {code}", "args": []})
 
@@ -247,15 +224,14 @@ class Browser:
         self.call("/execute/async", {"script": f"{look} look(arguments[0])", "args": []})
 
     def texts(self, selector: str) -> list[str]:
-        found = f"[...document.querySelectorAll({json.dumps(selector)})]"
+        found = f"[...document.querySelectorAll('{selector}')]"
         return self.js(f"{found}.filter(e => e.checkVisibility()).map(e => e.textContent)")
 
     def click(self, selector: str) -> None:
-        found = self.call("/element", {"using": "css selector", "value": selector})
-        self.call(f"/element/{next(iter(found.values()))}/click", {})
+        self.js(f"document.querySelector('{selector}').click()")
 
     def set(self, selector: str, value: object, event: str) -> None:
-        found = f"document.querySelector({json.dumps(selector)})"
+        found = f"document.querySelector('{selector}')"
         event = f"{found}.dispatchEvent(new Event('{event}'))"
         self.js(f"({found}.value = {json.dumps(value)}, {event})")
 
@@ -265,38 +241,45 @@ class Browser:
         move = {"type": "pointerMove", "duration": 0, "origin": found, "x": 0, "y": 0}
         self.call("/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
 
-    def press(self, *keys: str) -> None:
+    def press(self, selector: str, *keys: str) -> None:
+        self.js(f"document.querySelector('{selector}').focus()") if selector else None
         steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self.call("/actions", {"actions": [{"type": "key", "id": "keys", "actions": steps}]})
 
-    def close(self) -> None:
-        try:
-            self.call("", method="DELETE")
-        finally:
-            self.process.terminate()
-            self.process.wait(10)
-
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """The example's page, open in a browser."""
+def driver(tmp_path_factory):
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("needs chromium and chromedriver")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    browser.page = tmp_path_factory.mktemp("page") / "report.html"
-    write_page(browser.page, [example()])
-    yield browser
-    browser.close()
+    folder = tmp_path_factory.mktemp("browser")
+    write_page(folder / "report.html", [example()])
+    driver = Browser(folder)
+    yield driver
+    driver.call("", method="DELETE")
+    driver.process.terminate()
+    driver.process.wait(10)
 
 
-LEFT, RIGHT, DOWN, END, ESCAPE = "\ue012", "\ue014", "\ue015", "\ue010", "\ue00c"
+@pytest.fixture
+def browser(driver):
+    """The example's page, freshly opened."""
+    driver.call("/url", {"url": (driver.folder / "report.html").as_uri()})
+    driver.js("localStorage.clear()")
+    driver.wait("document.documentElement.dataset.ready === ''")
+    return driver
 
 
-def test_opens_clean_and_runs_nothing_injected(browser):
-    """Catches: an error in the console, a request, text of a file that becomes code or markup."""
-    browser.open(browser.page)
+RIGHT, DOWN, END, ESCAPE = "\ue014", "\ue015", "\ue010", "\ue00c"
+
+
+def test_opens_clean_with_its_figures(browser):
+    """Catches: an error in the console, a request, text that becomes code, a NaN as a number."""
+    tiles = browser.texts(".tiles div")
+    assert tiles[0] == "accuracy0.910base 0.930" and tiles[-1] == "evaluation, seconds94"
+    assert "KL to the teacher, nats–––" in browser.texts("#table tbody tr")
+    assert "– steps written: the task lists no steps" in browser.texts("#table li")
     browser.click("#picker li:nth-child(2)")
-    assert EVIL in "".join(browser.texts("#prompt"))
+    assert EVIL in browser.texts("#prompt")[0]
     text = "document.querySelector('.card:nth-child(4) .text').textContent"
     assert browser.js(f"{text}.includes({json.dumps(EVIL)})")
     assert browser.js("[window.hacked ?? 0, document.images.length]") == [0, 0]
@@ -304,20 +287,8 @@ def test_opens_clean_and_runs_nothing_injected(browser):
     assert browser.call("/se/log", {"type": "browser"}) == []
 
 
-def test_tiles_and_table(browser):
-    """Catches: a NaN shown as a number, a dash without its reason, the base's figures as ours."""
-    browser.open(browser.page)
-    tiles = browser.texts(".tiles div")
-    assert tiles[0] == "accuracy0.910base 0.930" and tiles[-1] == "evaluation, seconds94"
-    assert tiles[2] == "opaque serial depth14.00base 28.00"
-    lines = {line.split("|")[0]: line for line in browser.texts("#table tbody tr")}
-    assert [line for line in lines if line.startswith("KL")] == ["KL to the teacher, nats–––"]
-    assert "– steps written: the task lists no steps" in browser.texts("#table li")
-
-
 def test_hover_shows_the_numbers_of_that_token(browser):
     """Catches: a panel one token off, wrong units, a head that was not asked shown as 0."""
-    browser.open(browser.page)
     tokens = response(ASKED, "student", 0)["tokens"]
     place, token = next((i, t) for i, t in enumerate(tokens) if t["depth"] == 10)
     browser.hover(f".card:nth-child(2) .text span:nth-child({place + 1})")
@@ -333,30 +304,25 @@ def test_hover_shows_the_numbers_of_that_token(browser):
 
 def test_keyboard_reaches_every_token_and_prompt(browser):
     """Catches: a page for mice only, or one where 10,000 tokens are 10,000 tab stops."""
-    browser.open(browser.page)
-    assert browser.js("document.querySelectorAll('.text span[tabindex=\"0\"]').length") == 3
-    browser.js("document.querySelector('.card:nth-child(2) .text span').focus()")
-    browser.press(RIGHT, RIGHT, RIGHT, LEFT)
+    assert len(browser.texts('.text span[tabindex="0"]')) == 3
+    browser.press(".card:nth-child(2) .text span", RIGHT, RIGHT)
     assert "token 3 of" in browser.texts("#inspect p")[0]
-    browser.press(END)
+    browser.press("", END)
     assert f"token {len(STORY)} of" in browser.texts("#inspect p")[0]
-    browser.press(ESCAPE)
+    browser.press("", ESCAPE)
     assert browser.texts("#inspect p") == []
-    browser.click("#search")
-    browser.press(*"SHOWS 6")
+    browser.press("#search", *"SHOWS 6")
     assert browser.texts("#found") == ["1 of 4 prompts"]
     browser.click("#picker li")
     assert "The clock shows 6." in browser.texts("#prompt")[0]
     browser.set("#search", "= 14 so", "input")
     assert len(browser.texts("#picker li")) == 4, "found in the responses"
-    browser.click("#picker li:first-child")
-    browser.press(DOWN, DOWN)
+    browser.press("#picker li", DOWN, DOWN)
     assert "shows 7." in browser.texts("#prompt")[0]
 
 
 def test_replay(browser):
     """Catches: a replay that starts whole, never ends, or gives every depth the same time."""
-    browser.open(browser.page)
     later = "[...document.querySelectorAll('.card')].map(c => c.querySelectorAll('.later').length)"
     assert browser.js(later) == [0, 0, 0]
     browser.set("#seek", 100, "input")
@@ -372,17 +338,14 @@ def test_replay(browser):
 
 def test_choosers_and_cross_hair(browser):
     """Catches: a chooser that changes a label and nothing else, a cross-hair off its curve."""
-    browser.open(browser.page)
-    browser.click("#variants button:nth-child(1)")
+    browser.click("#variants button")
     assert browser.texts(".card h3") == ["student", "rollout · step 3"]
-    for chooser, code in {
-        "scale": "getComputedStyle(document.querySelector('.text span')).backgroundColor",
-        "theme": "getComputedStyle(document.body).backgroundColor",
-    }.items():
-        before = browser.js(code)
-        browser.set("#scale", "safe", "change") if chooser == "scale" else browser.click("#theme")
-        assert browser.js(code) != before
-    browser.js("localStorage.clear()")
+    style = "['.text span', 'body'].map(s => getComputedStyle(document.querySelector(s)))"
+    before = browser.js(f"{style}.map(s => s.backgroundColor)")
+    browser.set("#scale", "safe", "change")
+    browser.click("#theme")
+    after = browser.js(f"{style}.map(s => s.backgroundColor)")
+    assert before[0] != after[0] and before[1] != after[1]
     browser.hover("svg[aria-label=loss]")
     at, value = browser.texts(".readout div")
     assert float(value) == pytest.approx(10 - float(at.removeprefix("at ")), abs=0.05)
@@ -391,10 +354,9 @@ def test_choosers_and_cross_hair(browser):
 def test_fits_a_phone(browser):
     """Catches: a page that scrolls sideways at 390 px, a panel outside the screen."""
     size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-    override = {"cmd": "Emulation.setDeviceMetricsOverride", "params": size}
-    browser.call("/goog/cdp/execute", override)
-    browser.open(browser.page)
-    assert browser.js("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+    command = {"cmd": "Emulation.setDeviceMetricsOverride", "params": size}
+    browser.call("/goog/cdp/execute", command)
     browser.hover(".card:nth-child(2) .text span:nth-child(9)")
+    assert browser.js("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
     box = browser.js("document.querySelector('#inspect').getBoundingClientRect().toJSON()")
     assert box["left"] >= 0 and box["right"] <= 390 and box["width"] > 200
