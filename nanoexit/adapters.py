@@ -125,7 +125,7 @@ def adapter_folder(name: str | Path) -> Path:
             return path
     if Path(name).exists():
         raise UserError(f"{name}: no adapter there, nor in {Path(name) / 'adapter'}")
-    return find_model(str(name), files=FILES).path
+    return find_model(str(name), files=FILES)[0]
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
@@ -212,7 +212,8 @@ def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, Lo
         targets = [n for n in [*names, "lm_head", "model.embed_tokens"] if _is_target(config, n)]
         plan = {name: _settings(config, name, where) for name in targets}
     except (re.error, TypeError, RecursionError, OverflowError) as error:
-        raise UserError(f"{where}: a pattern cannot be used: {printable(str(error))}") from None
+        keys = "target_modules, exclude_modules, rank_pattern or alpha_pattern"
+        raise UserError(f"{where}: a pattern of {keys}: {printable(str(error))}") from None
     if not targets or targets[-1] not in names:
         found = f"{targets[-1]} is not implemented" if targets else "no map has such a name"
         raise UserError(f"{where}: target_modules {show(config['target_modules'])}: {found}")

@@ -3,10 +3,8 @@
 Contract. `find_model` gives the folder of a model, here or on the Hugging Face hub. `Tokenizer`
 reads such a folder as transformers 5 does: tokenizer.json decides ids and BOS; special tokens may
 also stand in `added_tokens_decoder` or, without it, in special_tokens_map.json. `prompt_ids` is how
-every part of the project turns a prompt into ids: through the chat template if there is one.
-
-Templates are foreign programs. They run in jinja2's immutable sandbox, in a process of their own
-that is ended when it runs too long or grows too large.
+every part of the project turns a prompt into ids. Chat templates are foreign programs: they run in
+jinja2's immutable sandbox, in a process that is ended when it runs too long or grows too large.
 """
 
 import contextlib
@@ -23,7 +21,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jinja2.ext
 import jinja2.meta
@@ -37,7 +35,7 @@ from nanoexit.config import ROOT, UserError, nearest, printable, read_json, read
 if TYPE_CHECKING:
     import resource  # of the worker; Windows has none
 
-TEXT_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json"
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 KINDS |= {dict: "an object", list: "a list", type(None): "null"}
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -45,6 +43,10 @@ FAILURES = (  # of a download: the first kind that fits, and what to do
     (hub.GatedRepoError, "gated: accept its terms on its page there, then set HF_TOKEN"),
     (hub.RepositoryNotFoundError, "none of that name, or private: check the spelling or HF_TOKEN"),
     (hub.RevisionNotFoundError, "it has no such revision: check model.revision"),
+    (
+        getattr(hub, "IncompleteSnapshotError", ()),
+        "the cache has an incomplete snapshot: go online",
+    ),
     (hub.LocalEntryNotFoundError, "cannot be reached, and not in the cache: check the connection"),
     (hub.EntryNotFoundError, "no such file there"),
     (hub.HfHubHTTPError, "an error of the server: try later, or set HF_TOKEN to read it"),
@@ -56,30 +58,22 @@ FAILURES = (  # of a download: the first kind that fits, and what to do
 # --- where a model is -------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
-    path: Path
-    revision: str | None  # the commit of a hub snapshot; None for a folder
-
-
 def find_model(
-    name: str,
-    revision: str | None = None,
-    files: Sequence[str] = ("*.safetensors", "*.json", "*.jinja"),
-) -> Found:
-    """A folder (from the working directory, else the repository), or a snapshot of OWNER/NAME.
-
-    With a revision (branch, tag or commit), always the hub's. Raises UserError with what to do.
+    name: str, revision: str | None = None, files: Collection[str] = MODEL_FILES
+) -> tuple[Path, str | None]:
+    """A folder (from the working directory, else the repository), or a snapshot of OWNER/NAME and
+    its commit. With a revision (branch, tag or commit), always the hub's. Raises UserError.
     """
     for path in (Path(name).expanduser(), ROOT / name):
         if revision is None and path.is_dir():
-            return Found(path, None)
+            return path, None
     if not HUB_ID.fullmatch(name):
         problem = "a folder has no revisions" if revision else "no such folder"
         raise UserError(f"{show(name)}: {problem}, and not an id on the hub (OWNER/NAME)")
     options: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": ["*/*"]}
     get = functools.partial(snapshot_download, name, revision=revision, **options)
     path = fetch(f"{name}: no such folder;", get)
-    return Found(path, path.name)
+    return path, path.name
 
 
 def fetch(what: str, download: Callable[[], str]) -> Path:
@@ -165,8 +159,8 @@ class Tokenizer:
     @property
     def content(self) -> str:
         """A hash of the files that decide ids and templates."""
-        names = (*TEXT_FILES.split(), "chat_template.jinja")
-        return content_hash(p for p in map(self.folder.joinpath, names) if p.is_file())
+        templates = self.folder.glob("chat_template.jinja")
+        return content_hash([*self.folder.glob("*token*.json"), *templates])
 
     @property
     def bos_id(self) -> int | None:
@@ -233,7 +227,7 @@ class Tokenizer:
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a folder, or of a model on the hub."""
-    return Tokenizer(find_model(str(name), revision).path)
+    return Tokenizer(find_model(str(name), revision)[0])
 
 
 def model_stop_ids(folder: Path) -> frozenset[int]:
@@ -274,7 +268,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict, folder: Path) -> 
         special = [_added(value) for value in (*named.values(), *extra)]
         names = {token.content for token in special}
         tokens = [_added(declared[i], names) for i in sorted(declared, key=int)]
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
         where = f"{folder}: a special token of tokenizer_config.json or special_tokens_map.json"
         raise UserError(f"{where} is malformed: {printable(str(error))}") from None
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -286,7 +280,8 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict, folder: Path) -> 
 def _added(value: Any, special: Collection[str] | None = None) -> tokenizers.AddedToken:
     """A token written as text, or as an object with `content` and flags."""
     if isinstance(value, dict):
-        return tokenizers.AddedToken(**{k: v for k, v in value.items() if k != "__type"})
+        flags = {k: v for k, v in value.items() if k not in ("__type", "content")}
+        return tokenizers.AddedToken(value["content"], **flags)
     is_special = special is None or value in special
     return tokenizers.AddedToken(value, special=is_special, normalized=not is_special)
 
@@ -299,7 +294,8 @@ def _read_template(folder: Path, config: dict) -> str | None:
         return read_text(path)
     found = config.get("chat_template")
     if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
-        found = {entry.get("name"): entry.get("template") for entry in found}.get("default", found)
+        named = {entry.get("name"): entry.get("template") for entry in found}
+        found = named.get("default") or found
     if found is not None and not isinstance(found, str):
         where = f"{folder / 'tokenizer_config.json'}: chat_template"
         raise UserError(
@@ -371,10 +367,10 @@ def _start_worker() -> subprocess.Popen:
 
 
 WORKER_IMPORTS = """
-import contextlib, functools, json, pprint, resource, signal, sys, textwrap
+import contextlib, functools, json, resource, signal, sys
 sys.path[:] = json.loads(sys.argv[1])
 from datetime import datetime
-import jinja2.constants, jinja2.debug, jinja2.ext, jinja2.meta, jinja2.sandbox
+import jinja2.ext, jinja2.meta, jinja2.sandbox
 """
 
 
@@ -386,10 +382,7 @@ class GenerationTag(jinja2.ext.Extension):
     def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
-
-    def _text(self, caller):
-        return caller()
+        return jinja2.nodes.Scope(body, lineno=line)
 
 
 def serve_templates():
@@ -413,8 +406,6 @@ def serve_templates():
             if template is None:
                 names = jinja2.meta.find_undeclared_variables(environment.parse(setup["template"]))
                 template = environment.from_string(setup["template"])
-                datetime.now().astimezone()  # the last file to be read
-                resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
             text = template.render(json.loads(line))
             if len(text.encode()) > 2**24:  # encode fails on half a surrogate pair
                 raise OverflowError("more than 16 MiB of text")

@@ -57,15 +57,13 @@ KEYS = {  # of config.json: kinds, and range of a number
     "quantization_config": ((dict, NULL), 0, 0),
     "layer_types": ((list, NULL), 0, 0),
 }
-DEFAULTS: dict[str, Any] = {  # of transformers, for what config.json leaves out
-    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), False),
-    **{"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
-    **{"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 32768},
-}
-FAMILIES: dict[str, dict[str, int]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "qwen2": {"num_key_value_heads": 32},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+DEFAULTS: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+DEFAULTS |= {"sliding_window": 4096, "max_window_layers": 28}
+DEFAULTS |= {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+FAMILIES = {  # and the defaults of transformers, for what config.json leaves out
+    "llama": DEFAULTS | {"max_position_embeddings": 2048, "num_key_value_heads": None},
+    "qwen2": DEFAULTS,
+    "qwen3": DEFAULTS | {"head_dim": 128},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -91,8 +89,8 @@ def read_shape(folder: Path) -> Shape:
     for key in REQUIRED:
         if key not in given:
             raise UserError(f"{where}: {key} is missing")
-    c = {**DEFAULTS, **FAMILIES[family], **given}
-    bias, heads = c["attention_bias"], c["num_attention_heads"]
+    c = FAMILIES[family] | given
+    bias, heads = c.get("attention_bias", False), c["num_attention_heads"]
     theta, scaling = _rope(c, where)
     shape = Shape(
         family=family,
@@ -101,16 +99,16 @@ def read_shape(folder: Path) -> Shape:
         ffn=c["intermediate_size"],
         blocks=c["num_hidden_layers"],
         heads=heads,
-        kv_heads=c.get("num_key_value_heads") or heads,
+        kv_heads=c["num_key_value_heads"] or heads,
         head_dim=c.get("head_dim") or c["hidden_size"] // heads,
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=float(c["rms_norm_eps"]),
         qkv_bias=bias or family == "qwen2",
         o_bias=bias and family != "qwen2",
-        mlp_bias=c["mlp_bias"] and family == "llama",
+        mlp_bias=c.get("mlp_bias", False) and family == "llama",
         qk_norm=family == "qwen3",
-        tied=c["tie_word_embeddings"],
+        tied=c.get("tie_word_embeddings", False),
         max_positions=c["max_position_embeddings"],
     )
     _refuse(c, shape, where)
@@ -120,18 +118,17 @@ def read_shape(folder: Path) -> Shape:
 def _refuse(c: dict[str, Any], s: Shape, where: Path) -> None:
     """What would silently compute something else."""
     kinds, quantized = c.get("layer_types") or [], c.get("quantization_config") or {}
-    window = c["sliding_window"] if c["use_sliding_window"] and s.family != "llama" else None
+    used = c.get("use_sliding_window", False) and s.family != "llama"
+    window = c["sliding_window"] if used else None
     slides = window is not None and c["max_window_layers"] < s.blocks
     slides = "sliding_attention" in kinds if kinds else slides
+    short = slides and (window is None or window < s.max_positions)
     odd = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
     for bad, problem in (
         (quantized, f"quantization_config: {show(quantized.get('quant_method'))}"),
         (c["hidden_act"] not in ("silu", "swish"), f"hidden_act {show(c['hidden_act'])}"),
         (odd, f"layer_types: {show(odd)}"),
-        (
-            slides and (window is None or window < s.max_positions),
-            f"sliding_window {window}, active in a model of {s.max_positions} positions,",
-        ),
+        (short, f"sliding_window {window}, active in a model of {s.max_positions} positions,"),
         (s.heads % s.kv_heads, f"num_key_value_heads {s.kv_heads} for {s.heads} heads"),
         (s.width % s.heads and not c.get("head_dim"), f"hidden_size {s.width} for {s.heads} heads"),
         (s.head_dim % 2, f"head_dim {s.head_dim}, odd,"),
@@ -147,10 +144,8 @@ def _rope(c: dict[str, Any], where: Path) -> tuple[float, Llama3Rope | None]:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     odd = [key for key in rope if key not in KEYS] or [kind]
     if odd[0] not in ("default", "llama3"):
-        raise UserError(
-            f"{where}: RoPE: {show(odd[0])} is not implemented: only default and llama3"
-        )
-    theta = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
+        raise UserError(f"{where}: RoPE {show(odd[0])} is not implemented: only default, llama3")
+    theta = float(rope.get("rope_theta") or c["rope_theta"] or DEFAULTS["rope_theta"])
     if kind == "default":
         return theta, None
     missing = [key for key in Llama3Rope._fields if key not in rope]
@@ -166,10 +161,11 @@ def _rope(c: dict[str, Any], where: Path) -> tuple[float, Llama3Rope | None]:
 
 
 class Stored(NamedTuple):
-    """A tensor in a file."""
-
     path: Path
     name: str
+
+
+Tensors = dict[str, Stored]  # by the names of the model's parameters
 
 
 def load_model(
@@ -186,10 +182,12 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError(f"model.dtype: {show(dtype)} is not one of auto, {', '.join(DTYPES)}")
     content = content_hash({folder / "config.json", *(tensor.path for tensor in stored.values())})
-    shape = _tie(shape, stored)
     with torch.device("meta"):
-        model = Transformer(shape)
-    _fill(model, stored, folder, place, DTYPES[dtype])
+        model = Transformer(_tie(shape, stored))
+    expected = {name for name, _ in model.named_parameters()}
+    _drop_zero_biases(stored, expected)
+    compare_names(stored, expected, folder)
+    _fill(model, stored, place, DTYPES[dtype])
     model.name, model.revision, model.content = str(name), commit or "", content
     model.stop_ids = model_stop_ids(folder)
     if (folder / "tokenizer.json").exists():
@@ -221,8 +219,8 @@ def find_dataset_file(name: str) -> Path:
     return fetch(f"{printable(name)}:", get)
 
 
-def _locate(folder: Path) -> dict[str, Stored]:
-    """Every tensor of model.safetensors, or of the shards of its index, by its name in a model."""
+def _locate(folder: Path) -> Tensors:
+    """Every tensor of model.safetensors, or of the shards of its index."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.exists() and not single.exists():
         named = read_object(index).get("weight_map")
@@ -237,7 +235,7 @@ def _locate(folder: Path) -> dict[str, Stored]:
     else:
         with open_weights(single) as file:
             stored = [Stored(single, name) for name in file.keys()]  # noqa: SIM118
-    found: dict[str, Stored] = {}
+    found: Tensors = {}
     for tensor in stored:
         parts = [part for part in tensor.name.split(".") if part not in ("_orig_mod", "module")]
         name = ".".join(parts if parts[:1] in (["model"], ["lm_head"]) else ["model", *parts])
@@ -249,7 +247,7 @@ def _locate(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def _tie(shape: Shape, stored: dict[str, Stored]) -> Shape:
+def _tie(shape: Shape, stored: Tensors) -> Shape:
     """Tied embeddings are stored under either name, or both; two that differ are not tied."""
     if not shape.tied or HEAD not in stored:
         return shape
@@ -261,20 +259,17 @@ def _tie(shape: Shape, stored: dict[str, Stored]) -> Shape:
     return shape
 
 
-def _fill(
-    model: Transformer,
-    stored: dict[str, Stored],
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
+def _drop_zero_biases(stored: Tensors, expected: Collection[str]) -> None:
+    """Some tools store biases of zeros where the model has none."""
+    for name in [name for name in stored if name not in expected]:
+        known = name.removesuffix(".bias") + ".weight" in expected
+        if known and not _read(stored[name]).any():
+            del stored[name]
+
+
+def _fill(model: Transformer, stored: Tensors, device: torch.device, dtype: torch.dtype) -> None:
     """Give a model without memory its tensors, one after the other."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for name in [*stored]:  # some tools store biases of zeros where the model has none
-        owner = name.removesuffix(".bias")
-        if name not in shapes and f"{owner}.weight" in shapes and not _read(stored[name]).any():
-            del stored[name]
-    compare_names(stored, shapes, folder)
     large = sum(path.stat().st_size for path in {t.path for t in stored.values()}) > LARGE
     opened, mapped = None, 0
     with ExitStack() as stack:

@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanoexit.adapters import adapter_base, load_adapter, save_adapter, save_merged
-from nanoexit.errors import UserError, run_script
-from nanoexit.hub import find_model
+from nanoexit.config import UserError, run_script
+from nanoexit.tokenizer import find_model
 from nanoexit.weights import load_model
 
 
@@ -29,11 +29,11 @@ def main() -> None:
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is there already: expected a new or empty folder")
-    name = args.model or adapter_base(args.run)
-    model = load_model(name, "cpu", args.dtype)
+    name, revision = (args.model, None) if args.model else adapter_base(args.run)
+    model = load_model(name, "cpu", args.dtype, revision)
     load_adapter(model, args.run)
     if args.merge:
-        save_merged(model, find_model(name).path, out)
+        save_merged(model, find_model(name, revision)[0], out)
         if model.exits is not None:
             save_adapter(model, out / "adapter")
     else:

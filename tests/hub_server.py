@@ -2,9 +2,9 @@
 
     python tests/hub_server.py FOLDER [PORT]      FOLDER/OWNER/NAME/... is the repository OWNER/NAME
 
-Then HF_ENDPOINT=http://127.0.0.1:PORT. It speaks what snapshot_download asks: the commit of a revision, the list of files,
-HEAD and GET of each. Files stream from disk, so they may be large.
-A dataset OWNER/NAME is served from FOLDER/datasets/OWNER/NAME.
+Then HF_ENDPOINT=http://127.0.0.1:PORT. It answers what snapshot_download asks: the commit of a
+revision, the list of files, HEAD and GET of each. Files stream from disk, so they may be large. A
+dataset is served from FOLDER/datasets/OWNER/NAME, revision v1 from FOLDER/OWNER/NAME@v1.
 """
 
 import hashlib
@@ -15,19 +15,24 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT, V1 = "0123456789abcdef0123456789abcdef01234567", "1" * 40
+REQUEST = re.compile(
+    r"/(?:api/models/)?((?:datasets/)?[^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?"
+)
 
 
 class Hub:
-    """with Hub(folder) as hub: hub.url, hub.asked (paths), hub.gated (ids), hub.dropped (file names whose
-    transfers break off in the middle), hub.dropped_once (those that do so once)."""
+    """with Hub(folder) as hub: hub.url, hub.asked (requests), hub.gated (ids), hub.dropped (names
+    of files whose transfers break off in the middle), hub.dropped_once (those that do so once).
+    """
 
     def __init__(self, folder: Path, port: int = 0):
         self.folder, self.asked = Path(folder), []
         self.gated: set[str] = set()
         self.dropped: set[str] = set()
         self.dropped_once: set[str] = set()
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (Handler,), {"hub": self}))
+        handler = type("Handler", (Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -47,34 +52,34 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.hub.asked.append(f"{self.command} {path}")
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+|/tree/[^/]+)?|/((?:datasets/)?[^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
-        if not found:
-            return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-        name, what, file = found[1] or found[3], found[2] or "", found[4]
-        folder = self.hub.folder / name
-        if not folder.is_dir():
-            return self.answer(401, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
-        if name in self.hub.gated:  # as the real one: what it is may be read, its files not
-            if file or "/tree" in what:
-                code = 403 if self.headers.get("Authorization") else 401
-                return self.answer(code, b'{"error": "Access to this model is restricted"}', {"X-Error-Code": "GatedRepo"})
-        if file:
-            return self.send_file(folder / file)
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        if "/tree" in what:
-            listed = [{"type": "file", "path": str(p.relative_to(folder)), "size": p.stat().st_size, "oid": digest(p)} for p in files]
-            return self.answer(200, json.dumps(listed).encode())
-        info = {"_id": "0", "id": name, "sha": COMMIT, "siblings": [{"rfilename": str(p.relative_to(folder))} for p in files],
-                "private": False, "gated": False, "tags": [], "downloads": 0, "likes": 0}
-        return self.answer(200, json.dumps(info).encode())
+        name, what, revision, file = REQUEST.fullmatch(path).groups()
+        early = revision in ("v1", V1)
+        folder = self.hub.folder / (f"{name}@v1" if early else name)
+        if not (self.hub.folder / name).is_dir():
+            return self.answer(401, {"error": "not found"}, "RepoNotFound")
+        if not folder.is_dir() or revision not in (None, "main", COMMIT, "v1", V1):
+            return self.answer(404, {"error": "no such revision"}, "RevisionNotFound")
+        if name in self.hub.gated and what in ("tree", "resolve"):  # its files may not be read
+            code = 403 if self.headers.get("Authorization") else 401
+            return self.answer(code, {"error": "restricted"}, "GatedRepo")
+        if what == "resolve":
+            return self.send_file(folder / file, V1 if early else COMMIT)
+        files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+        if what == "tree":
+            kinds = {n: {"type": "file", "oid": digest(p)} for n, p in files.items()}
+            sizes = {n: {"path": n, "size": p.stat().st_size} for n, p in files.items()}
+            return self.answer(200, [kinds[n] | sizes[n] for n in files])
+        info = {"_id": "0", "id": name, "sha": V1 if early else COMMIT, "private": False}
+        info |= {"siblings": [{"rfilename": n} for n in files], "gated": False, "tags": []}
+        return self.answer(200, info | {"downloads": 0, "likes": 0})
 
     do_HEAD = do_GET
 
-    def send_file(self, path: Path) -> None:
+    def send_file(self, path: Path, commit: str) -> None:
         if not path.is_file():
-            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return self.answer(404, {}, "EntryNotFound")
         size = path.stat().st_size
-        self.send_head(200, size, {"ETag": f'"{digest(path)}"', "X-Repo-Commit": COMMIT})
+        self.send_head(200, size, {"ETag": f'"{digest(path)}"', "X-Repo-Commit": commit})
         if self.command == "HEAD":
             return
         end = size // 2 if path.name in self.hub.dropped | self.hub.dropped_once else size
@@ -84,14 +89,16 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(piece)
         self.close_connection = end < size
 
-    def answer(self, code: int, body: bytes, headers: dict | None = None) -> None:
-        self.send_head(code, len(body), headers or {})
+    def answer(self, code: int, content: object, error: str = "") -> None:
+        body = json.dumps(content).encode()
+        self.send_head(code, len(body), {"X-Error-Code": error} if error else {})
         if self.command != "HEAD":
             self.wfile.write(body)
 
     def send_head(self, code: int, length: int, headers: dict) -> None:
         self.send_response(code)
-        for key, value in {"Content-Length": str(length), "Content-Type": "application/json", **headers}.items():
+        known = {"Content-Length": str(length), "Content-Type": "application/json"}
+        for key, value in (known | headers).items():
             self.send_header(key, value)
         self.end_headers()
 

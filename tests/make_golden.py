@@ -1,62 +1,291 @@
-"""Makes tests/golden/*.json: logits of `transformers` on small random models, so that parity is pinned where it is absent.
+"""Makes tests/golden/*.json: what transformers 5 and peft compute, pinned where they are absent.
 
-    python tests/make_golden.py        (needs transformers; kept for the record, not part of the suite)
+    python tests/make_golden.py        (needs both; kept for the record, not part of the suite)
 
-Weights come from numpy's PCG64 by name and seed, the same on every machine, so only the logits are stored.
+Logits for each of CONFIGS; in tokenizers.json ids and texts for each of LAYOUTS and 18 ways to say
+whether a text begins with BOS; in peft.json adapters of every form. Weights come from numpy's PCG64
+by name and seed, the same on every machine, so only results are stored.
 """
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 GOLDEN = Path(__file__).parent / "golden"
-SMALL = {"vocab_size": 32, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+SMALL = {"vocab_size": 32, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+SMALL |= {"rms_norm_eps": 1e-5, "hidden_act": "silu"}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 32
+LLAMA = {"model_type": "llama", "rope_theta": 10000.0, "tie_word_embeddings": False}
+QWEN2 = {"model_type": "qwen2", "rope_theta": 1000000.0, "use_sliding_window": False}
+QWEN3 = {"model_type": "qwen3", "rope_theta": 1000000.0, "head_dim": 10}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 CONFIGS = {
-    "llama": {"model_type": "llama", "rope_theta": 10000.0, "tie_word_embeddings": False},
-    "llama3-rope": {"model_type": "llama", "rope_theta": 500.0, "rope_scaling": LLAMA3, "tie_word_embeddings": True},
-    "llama-biases": {"model_type": "llama", "rope_theta": 10000.0, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
-    "qwen2-tied": {"model_type": "qwen2", "rope_theta": 1000000.0, "tie_word_embeddings": True, "use_sliding_window": False},
-    "qwen2-untied": {"model_type": "qwen2", "rope_theta": 10000.0, "tie_word_embeddings": False, "sliding_window": 16, "use_sliding_window": False},
-    "qwen3": {"model_type": "qwen3", "rope_theta": 1000000.0, "head_dim": 10, "tie_word_embeddings": False},
+    "llama": LLAMA,
+    "llama3-rope": LLAMA | {"rope_theta": 500.0, "rope_scaling": LLAMA3} | TIED,
+    "llama-biases": LLAMA | {"attention_bias": True, "mlp_bias": True},
+    "qwen2-tied": QWEN2 | TIED,
+    "qwen2-untied": QWEN2 | {"rope_theta": 1e4, "sliding_window": 16} | UNTIED,
+    "qwen3": QWEN3 | UNTIED,
 }
 TOKENS = 64
 
 
-def weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+def weights(shapes: dict, seed: int) -> dict[str, np.ndarray]:
     """A random value for every tensor, by sorted name; norms around 1."""
     rng = np.random.default_rng(seed)
-    return {name: ((1 if "norm" in name else 0) + rng.standard_normal(shapes[name]) * 0.2).astype(np.float32) for name in sorted(shapes)}
+    values = {name: rng.standard_normal(shapes[name]) * 0.2 for name in sorted(shapes)}
+    return {n: (v + ("norm" in n)).astype(np.float32) for n, v in values.items()}
 
 
 def token_ids() -> np.ndarray:
     return np.random.default_rng(7).integers(0, SMALL["vocab_size"], size=TOKENS)
 
 
-def transformers_logits(config: dict, seed: int) -> np.ndarray:
-    """[TOKENS, V] float32 from AutoModelForCausalLM with the weights above."""
+def transformers_model(config: dict, seed: int):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = {**SMALL, **config}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).float().eval()
-    state = {n: p for n, p in model.named_parameters()}
+    config = AutoConfig.for_model(**SMALL, **config)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    state = dict(model.named_parameters())
     values = weights({n: tuple(p.shape) for n, p in state.items()}, seed)
+    for name, p in state.items():
+        p.data = torch.from_numpy(values[name])
+    return model
+
+
+def transformers_logits(config: dict, seed: int) -> np.ndarray:
+    """[TOKENS, V] float32 from AutoModelForCausalLM with the weights above."""
+    return logits_of(transformers_model(config, seed))
+
+
+def logits_of(model) -> np.ndarray:
+    import torch
+
     with torch.no_grad():
-        for name, p in state.items():
-            p.copy_(torch.from_numpy(values[name]))
         return model(torch.from_numpy(token_ids())[None]).logits[0].numpy()
 
 
+# --- tokenizers -------------------------------------------------------------------------------
+
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "<pad>"]
+CHATML = (
+    "{%- if tools is not none %}TOOLS{% endif %}{%- for m in messages %}"
+    "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and not enable_thinking %}<think>{% endif %}{% endif %}"
+)
+LLAMA3_CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% set text = m['role'] + ':' + m['content'] | trim %}\n"
+    "{{ text }}{{ eos_token }}{% generation %}{% endgeneration %}{% endfor %}"
+)
+PLAIN = {"bos_token": "<s>", "eos_token": "</s>"}
+TURNS = PLAIN | {"eos_token": "<|im_end|>", "chat_template": CHATML}
+FLAGS = dict.fromkeys(["lstrip", "rstrip", "normalized", "single_word"], False)
+TEXTS = ["he said: hello  world", "<s>é日😀</s>", "<|im_start|> wow\n<think>x<|im_end|>", " a ", ""]
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": ' 2 < 3 & "é"? '}]
+
+
+def byte_level(special=SPECIAL, bos=False) -> Tokenizer:
+    """256 bytes, a few merges, special tokens; `bos`: with a post-processor that adds <s>."""
+    merges = [("h", "e"), ("l", "l"), ("Ġ", "w"), ("Ã", "©")]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate(letters + [a + b for a, b in merges])}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return finished(made, special, bos)
+
+
+def byte_fallback(special=SPECIAL[:2], bos=False) -> Tokenizer:
+    """As Llama 2 has it: spaces are ▁, what the vocabulary lacks becomes bytes."""
+    pieces = ["<unk>", *special, *(f"<0x{i:02X}>" for i in range(256))]
+    vocab = {p: i for i, p in enumerate([*pieces, *"▁adehlorswx:", "▁h", "ll"])}
+    merges = [("▁", "h"), ("l", "l")]
+    made = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    made.normalizer = normalizers.Sequence(steps)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return finished(made, special, bos)
+
+
+def unigram() -> Tokenizer:
+    pieces = ["<unk>", *SPECIAL[:2], "▁", "▁he", "llo", *"adehlorswx:▁éw"]
+    scores = [(piece, -float(i)) for i, piece in enumerate(dict.fromkeys(pieces))]
+    made = Tokenizer(models.Unigram(scores, unk_id=0))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return finished(made, SPECIAL[:2], False)
+
+
+def finished(made: Tokenizer, special, bos: bool) -> Tokenizer:
+    made.add_special_tokens(list(special))
+    if bos:
+        ids = [("<s>", made.token_to_id("<s>"))]
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=ids)
+    return made
+
+
+def cut_and_padded() -> Tokenizer:
+    made = byte_level()
+    made.enable_truncation(max_length=4)
+    made.enable_padding(length=40, pad_id=0)
+    return made
+
+
+def layout(made: Tokenizer, config: dict, **files) -> tuple[Tokenizer, dict]:
+    return made, {"tokenizer_config": config, **files}
+
+
+def token(content: str, **flags) -> dict:
+    return FLAGS | {"content": content, "special": True} | flags
+
+
+DECLARED = {str(260 + i): token(text, lstrip=i == 1) for i, text in enumerate(SPECIAL)}
+OBJECTS = {"bos_token": token("<s>", __type="AddedToken"), "pad_token": "<pad>"}
+OBJECTS["eos_token"] = token("<|im_end|>", __type="AddedToken")
+NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": CHATML}]
+EXTRA = PLAIN | {"extra_special_tokens": {"think_token": "<think>"}, "sep_token": "<sep>"}
+EXTRA["chat_template"] = "{{ think_token }}{{ messages[-1].content | tojson }}{{ sep_token }}"
+MAP = PLAIN | {"additional_special_tokens": SPECIAL[2:5]}
+ADDED = {"<|im_end|>": 263, "<|im_start|>": 262}
+LESS = PLAIN | {"additional_special_tokens": ["<|im_end|>"]}
+FEW = byte_level(SPECIAL[:2])
+LAYOUTS = {  # name -> tokenizer.json, and the other files of the folder
+    "all in tokenizer.json": layout(byte_level(bos=True), TURNS),
+    "added_tokens_decoder alone": layout(FEW, TURNS | {"added_tokens_decoder": DECLARED}),
+    "map alone": layout(byte_level([]), {"chat_template": LLAMA3_CHAT}, special_tokens_map=MAP),
+    "objects and named templates": layout(byte_level(), OBJECTS | {"chat_template": NAMED}),
+    "added_tokens.json": layout(FEW, LESS, added_tokens=ADDED, chat_template=CHATML),
+    "truncation and padding": layout(cut_and_padded(), TURNS),
+    "byte fallback": layout(byte_fallback(bos=True), PLAIN | {"add_bos_token": False}),
+    "unigram": layout(unigram(), PLAIN | {"unk_token": "<unk>"}),
+    "extra tokens by name": layout(FEW, EXTRA),
+    "special tokens as text": layout(byte_level(), TURNS | {"split_special_tokens": True}),
+}
+CLASSES = ["PreTrainedTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer"]
+BOS = [(said, c, own) for said in (None, True, False) for c in CLASSES for own in (True, False)]
+
+
+def write_tokenizer(folder: Path, made: Tokenizer, files: dict) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    for name, content in {"config": {"model_type": "llama"}, **files}.items():
+        jinja = isinstance(content, str)
+        path = folder / f"{name}.{'jinja' if jinja else 'json'}"
+        path.write_text(content if jinja else json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def write_bos(folder: Path, said: bool | None, kind: str, own: bool) -> Path:
+    config = PLAIN | {"tokenizer_class": kind} | ({} if said is None else {"add_bos_token": said})
+    return write_tokenizer(folder, byte_level(bos=own), {"tokenizer_config": config})
+
+
+def transformers_tokenizers() -> dict:
+    from transformers import AutoTokenizer
+
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for i, (name, (made, files)) in enumerate(LAYOUTS.items()):
+            t = AutoTokenizer.from_pretrained(write_tokenizer(Path(scratch) / str(i), made, files))
+            row = {"ids": [t.encode(text, add_special_tokens=False) for text in TEXTS]}
+            row |= {"prompts": [t.encode(text) for text in TEXTS]}
+            row |= {"texts": [t.decode(ids) for ids in row["ids"]]}
+            row |= {"words": [t.decode(ids, skip_special_tokens=True) for ids in row["ids"]]}
+            found[name] = row | {"eos": t.eos_token_id, "bos": t.bos_token_id, "chats": []}
+            thinking = "enable_thinking" in str(t.chat_template)
+            for options in [{}, {"enable_thinking": False}][
+                : thinking + (t.chat_template is not None)
+            ]:
+                options |= {"tokenize": False, "add_generation_prompt": True}
+                found[name]["chats"].append(t.apply_chat_template(CHAT, **options))
+        folders = [write_bos(Path(scratch) / f"bos{i}", *case) for i, case in enumerate(BOS)]
+        bos = [AutoTokenizer.from_pretrained(f).encode("he")[0] == 260 for f in folders]
+    return {"layouts": found, "bos": bos}
+
+
+# --- adapters ---------------------------------------------------------------------------------
+
+Q, V = "model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.v_proj"
+ADAPTERS = {  # options of peft.LoraConfig
+    "plain": {"target_modules": ["q_proj", "v_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "regex": {"target_modules": r".*\.(q|v)_proj"},
+    "full names": {"target_modules": [Q, V]},
+    "endings": {"target_modules": ["self_attn.q_proj", "mlp.up_proj"]},
+    "layers": {"target_modules": ["q_proj"], "layers_to_transform": [1, 2]},
+    "layer 0": {"target_modules": ["q_proj"], "layers_to_transform": 0},
+    "exclude": {"target_modules": ["q_proj"], "exclude_modules": [Q]},
+    "exclude by regex": {"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"},
+    "rslora": {"target_modules": ["q_proj"], "use_rslora": True},
+    "ranks": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2, Q: 3}},
+    "alphas": {
+        "target_modules": ["q_proj"],
+        "alpha_pattern": {"^model.layers.1.*": 1, "q_proj": 3},
+    },
+    "dropout": {"target_modules": ["q_proj"], "lora_dropout": 0.3, "lora_alpha": 7.5},
+    "orthogonal": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+}
+KEPT = ("peft_type", "r", "lora_alpha", "bias", "target_modules")
+
+
+def peft_adapter(options: dict, folder: Path):
+    """An adapter whose tensors have values by name, saved by peft; and the model with it."""
+    import peft
+    import torch
+
+    base = transformers_model(CONFIGS["qwen2-tied"], 3)
+    model = peft.get_peft_model(base, peft.LoraConfig(**{"r": 4, "lora_alpha": 16} | options))
+    lora = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    values = weights({n.replace(".default", ""): tuple(p.shape) for n, p in lora.items()}, 1)
+    for name, p in lora.items():
+        p.data = torch.from_numpy(values[name.replace(".default", "")])
+    model.eval().save_pretrained(folder)
+    return model, {name: list(value.shape) for name, value in values.items()}
+
+
+def write_adapter(folder: Path, golden: dict) -> Path:
+    """The same without peft, from what is stored in peft.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(golden["config"]))
+    save_file(weights(golden["shapes"], 1), folder / "adapter_model.safetensors")
+    return folder
+
+
+def peft_goldens() -> dict:
+    found = {}
+    for name, options in ADAPTERS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            model, shapes = peft_adapter(options, Path(folder))
+            config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        config = {k: v for k, v in config.items() if k in (*KEPT, *options)}
+        found[name] = {"config": config, "shapes": shapes, "logits": logits_of(model)[-2:]}
+    return found
+
+
+def write_golden(name: str, content: dict) -> None:
+    """JSON; logits with six digits."""
+
+    def rows(logits):
+        return [[round(float(x), 6) for x in row] for row in logits]
+
+    text = json.dumps(content, separators=(",", ":"), default=rows)
+    (GOLDEN / f"{name}.json").write_text(text + "\n")
+
+
 def main() -> None:
-    GOLDEN.mkdir(exist_ok=True)
     for seed, (name, config) in enumerate(CONFIGS.items()):
         logits = transformers_logits(config, seed)
-        assert np.isfinite(logits).all() and logits.std() > 0.1
-        rows = [[round(float(x), 6) for x in row] for row in logits]
-        (GOLDEN / f"{name}.json").write_text(json.dumps({"config": {**SMALL, **config}, "seed": seed, "logits": rows}, separators=(",", ":")) + "\n")
+        write_golden(name, {"config": {**SMALL, **config}, "seed": seed, "logits": logits})
+    write_golden("tokenizers", transformers_tokenizers())
+    write_golden("peft", peft_goldens())
 
 
 if __name__ == "__main__":

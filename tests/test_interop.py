@@ -1,36 +1,26 @@
-"""What nanoexit writes opens in transformers and peft, and what they write opens here."""
+"""Adapters and models, ours opened by transformers and peft, theirs opened here."""
 
+import json
 import subprocess
 import sys
 
+import make_golden
+import numpy as np
 import pytest
 import torch
-from conftest import random_model, scramble
-from test_weights import HUB, old_config, tensors_of, write
+from conftest import random_model, with_exits
+from make_golden import ADAPTERS
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_parity import built
+from test_weights import IDS, load, old_config, tensors_of, write
 
-from nanoexit.adapters import load_adapter, save_adapter
-from nanoexit.config import ROOT, LoRAConfig
-from nanoexit.exits import attach
-from nanoexit.generate import generate
+from nanoexit.adapters import adapter_base, load_adapter, read_facts, save_adapter
+from nanoexit.config import ROOT, UserError
 from nanoexit.tokenizer import Tokenizer
-from nanoexit.weights import load_model
 
-transformers = pytest.importorskip("transformers")
-IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
-MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def theirs(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
-
-
-def ours(folder):
-    return load_model(str(folder), "cpu", "float32")
-
-
-def close(a, b) -> None:
-    a, b = (x.detach() for x in (a, b))
-    assert a.shape == b.shape and (a - b).abs().max() < 1e-4
+GOLDEN = json.loads((make_golden.GOLDEN / "peft.json").read_text())
+ROWS = torch.from_numpy(make_golden.token_ids())[None]
 
 
 @pytest.fixture
@@ -39,73 +29,207 @@ def base(tmp_path, family):
     return write(tmp_path / "base", old_config(family), tensors_of(random_model(family)))
 
 
-def student(base, targets):
-    """The model with adapters that are not zero, and heads."""
-    model = ours(base)
-    attach(model, (1, 3), "linear", LoRAConfig(r=3, alpha=6, targets=targets))
-    scramble(((n, p) for n, p in model.named_parameters() if "lora_B" in n), 1)
-    return model
+@pytest.fixture
+def small(tmp_path):
+    """The base of the golden adapters."""
+    return built(tmp_path, {**make_golden.SMALL, **make_golden.CONFIGS["qwen2-tied"]}, 3)
 
 
-@pytest.mark.parametrize("targets", [MLP[:4], MLP])
-def test_our_adapter_opens_in_peft(tmp_path, base, targets):
-    """Bug: a name, the scale or the targets in adapter/ are not those of PEFT. Policy full is what the plain forward runs."""
+def edited(folder, name="adapter_config.json", **keys):
+    """The same folder with keys of a JSON file changed; None stands for null."""
+    content = json.loads((folder / name).read_text()) | keys
+    (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def last_rows(model) -> np.ndarray:
+    return model(ROWS)[0, -2:].detach().numpy()
+
+
+def theirs(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+
+
+def close(a, b) -> None:
+    assert a.shape == b.shape
+    assert (a.detach() - b.detach()).abs().max() < 1e-4
+
+
+# --- peft ->  us ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_of_every_form_compute_what_peft_computes(tmp_path, small, name):
+    """Catches: a form of target, rank, alpha or layer that is passed over or misread, dropout that
+    is on after loading; and a form that is lost when the adapter is saved again.
+    """
+    load_adapter(small, make_golden.write_adapter(tmp_path / "peft", GOLDEN[name]))
+    logits = last_rows(small)
+    assert np.abs(logits - GOLDEN[name]["logits"]).max() < 1e-4
+    save_adapter(small, tmp_path / "ours")
+    load_adapter(small, tmp_path / "ours")
+    assert np.abs(last_rows(small) - logits).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_of_peft_as_it_is_installed(tmp_path, small, name):
+    """Catches: goldens of another peft; and what we saved read otherwise by peft."""
     peft = pytest.importorskip("peft")
-    model = student(base, targets)
-    save_adapter(model, tmp_path / "adapter")
-    other = peft.PeftModel.from_pretrained(theirs(base), str(tmp_path / "adapter")).eval()
-    close(other(IDS).logits, model(IDS))
-    assert (model(IDS) - ours(base)(IDS)).abs().max() > 1e-2
+    model, _ = make_golden.peft_adapter(ADAPTERS[name], tmp_path / "peft")
+    load_adapter(small, tmp_path / "peft")
+    close(small(ROWS), model(ROWS).logits)
+    save_adapter(small, tmp_path / "ours")
+    plain = make_golden.transformers_model(make_golden.CONFIGS["qwen2-tied"], 3)
+    close(small(ROWS), peft.PeftModel.from_pretrained(plain, tmp_path / "ours")(ROWS).logits)
 
 
-@pytest.mark.parametrize("targets", [MLP[:4], MLP])
-def test_a_peft_adapter_opens_here(tmp_path, base, targets):
-    """Bug: an adapter trained with peft (three steps here) is refused or computes something else."""
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    model = peft.get_peft_model(theirs(base), peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(3):
-        model(IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval().save_pretrained(str(tmp_path / "peft"))
-    here = ours(base)
-    load_adapter(here, tmp_path / "peft")
-    close(here(IDS), model(IDS).logits)
+NAN, INF = float("nan"), float("inf")
+REFUSED = {
+    "peft_type": ["IA3", None],
+    "bias": ["all", "lora_only", 0, False],
+    "use_dora": [True, 0, 1],
+    "modules_to_save": [["lm_head"], 0, False],
+    "target_modules": [
+        ["lm_head", "q_proj"],
+        ["embed_tokens"],
+        ".*",
+        ["x"],
+        5,
+        None,
+        "(",
+        "(a+)+$",
+    ],
+    "r": [None, 0, -1, 2.5, NAN, 10**9, True, "4"],
+    "lora_alpha": [None, -1, NAN, INF, 1e30, "16", True],
+    "lora_dropout": [None, -0.1, 1.0, NAN, "0"],
+    "rank_pattern": [4, [1]],
+    "alpha_pattern": [{"(": 4}],
+    "layers_to_transform": [-1, "all", False],
+    "init_lora_weights": ["pissa"],
+    "layers_pattern": ["blocks"],
+    "use_rslora": [1],
+    "fan_in_fan_out": [True],
+    "lora_bias": [True],
+    "layer_replication": [[[0, 2]]],
+    "trainable_token_indices": [[1], 0],
+    "a_future_option": [0, 1.0, "default", True],
+}
 
 
-def test_merged_export_opens_in_transformers(tmp_path):
-    """Bug: export --merge leaves the adapter out, forgets a file, or ties what is not tied."""
-    model = student(ROOT / "data" / "tiny", MLP)
+@pytest.mark.parametrize("key, value", [(k, v) for k in REFUSED for v in REFUSED[k]], ids=str)
+def test_options_of_peft_that_are_refused(tmp_path, small, key, value):
+    """Catches: an option that changes what an adapter computes passed over, also at 0 or false."""
+    folder = make_golden.write_adapter(tmp_path / "peft", GOLDEN["plain"])
+    with pytest.raises(UserError, match=key.strip()):
+        load_adapter(small, edited(folder, **{key.strip(): value}))
+    assert small.model.layers[0].self_attn.q_proj.adapter is None
+
+
+def test_names_of_tensors(tmp_path, small):
+    """Catches: an adapter's name in its tensors refused; an extra or misshapen tensor, or NaN,
+    passed over; a pickle read.
+    """
+    folder = make_golden.write_adapter(tmp_path / "peft", GOLDEN["plain"])
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({n.replace(".weight", ".default.weight"): t for n, t in tensors.items()}, path)
+    load_adapter(small, folder)
+    assert np.abs(last_rows(small) - GOLDEN["plain"]["logits"]).max() < 1e-4
+    name = sorted(tensors)[0]
+    for change, word in (
+        ({name: tensors[name][:2]}, "expected"),
+        ({name: tensors[name] * float("inf")}, "not finite"),
+        ({"base_model.model.lm_head.weight": torch.ones(2)}, "lm_head.weight is unexpected"),
+    ):
+        save_file(tensors | change, path)
+        with pytest.raises(UserError, match=word):
+            load_adapter(small, folder)
+    save_file({n: t for n, t in tensors.items() if ".layers.2." not in n}, path)
+    with pytest.raises(UserError, match=r"layers\.2.*missing"):
+        load_adapter(small, folder)
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(UserError, match=r"adapter_model\.bin: a pickle"):
+        load_adapter(small, folder)
+
+
+# --- us -> us, and what belongs to what -------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("opened", [".", "adapter"])
+def test_adapter_round_trip(tmp_path, base, head, opened):
+    """Catches: an adapter, a scale, a head or the cap lost between save and load."""
+    model = with_exits(load(base), head=head, cap=3)
     save_adapter(model, tmp_path / "run" / "adapter")
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "export.py"), str(tmp_path / "run"), str(tmp_path / "out"), "--merge"],
-                          capture_output=True, text=True)
+    again = load(base)
+    load_adapter(again, tmp_path / "run" / opened)
+    assert torch.equal(again(IDS), model(IDS))
+    assert (again.cap, again.exits.layers, again.exits.kind) == (3, (1, 2, 4), head)
+    pairs = zip(model.exits.parameters(), again.exits.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not again.exits.training
+    with safe_open(tmp_path / "run" / "adapter" / "exit_heads.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["layers"]) == [1, 2, 4]
+        assert "sigmoid" in file.metadata()["use"]
+
+
+def test_the_base_of_an_adapter(tmp_path, small):
+    """Catches: an equal copy refused as a base, or other weights accepted; the revision lost."""
+    with_exits(small, (1,))
+    small.name, small.revision = "someone/tiny", "1" * 40
+    save_adapter(small, tmp_path / "run" / "adapter")
+    assert adapter_base(tmp_path / "run") == ("someone/tiny", "1" * 40)
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["revision"] == "1" * 40
+    copy = load(tmp_path)  # where `small` was built
+    load_adapter(copy, tmp_path / "run")
+    copy.content = "sha256:other"
+    with pytest.raises(UserError, match=r"was trained on someone/tiny .*, this model is"):
+        load_adapter(copy, tmp_path / "run")
+    (tmp_path / "run" / "adapter" / "nanoexit.json").unlink()
+    assert adapter_base(tmp_path / "run") == ("someone/tiny", "1" * 40)
+    with pytest.raises(UserError, match="no adapter there"):
+        adapter_base(tmp_path)
+
+
+EDITS = {"exit_layers": [["1"], 1, [0], [3], [2]], "head": ["tree", 1], "cap": [0, 9, "2"]}
+EDITS |= {"full_depth": [9], "base_model": [5], "revision": [5], "content": ["sha256:0", 1]}
+
+
+@pytest.mark.parametrize("key, value", [(k, v) for k in EDITS for v in EDITS[k]], ids=str)
+def test_an_edited_nanoexit_json(tmp_path, small, key, value):
+    """Catches: a traceback, or heads put where they were not trained."""
+    save_adapter(with_exits(small, (1,)), tmp_path / "run")
+    with pytest.raises(UserError):
+        load_adapter(small, edited(tmp_path / "run", "nanoexit.json", **{key: value}))
+
+
+# --- us -> them -------------------------------------------------------------------------------
+
+
+def test_merged_export_opens_in_transformers(tmp_path, tiny):
+    """Catches: export --merge that leaves the adapter out, forgets a file, ties what is not."""
+    transformers = pytest.importorskip("transformers")
+    model = with_exits(load(tiny))
+    save_adapter(model, tmp_path / "run" / "adapter")
+    command = [sys.executable, str(ROOT / "scripts" / "export.py"), str(tmp_path / "run")]
+    command += [str(tmp_path / "out"), "--merge"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     close(theirs(tmp_path / "out")(IDS).logits, model(IDS))
     assert transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out")).chat_template
-    assert (tmp_path / "out" / "adapter" / "exit_heads.safetensors").is_file()
+    assert read_facts(tmp_path / "out")["exit_layers"] == [1, 2, 4]
 
 
 def test_tiny_opens_in_transformers(tiny):
-    """Bug: the tiny model of the repository is a model for us alone."""
-    close(theirs(tiny)(IDS).logits, ours(tiny)(IDS))
-    text = transformers.AutoTokenizer.from_pretrained(str(tiny))
+    """Catches: a tiny model that is a model for us alone."""
+    transformers = pytest.importorskip("transformers")
+    close(theirs(tiny)(IDS).logits, load(tiny)(IDS))
+    text, ours = transformers.AutoTokenizer.from_pretrained(str(tiny)), Tokenizer(tiny)
     chat = [{"role": "user", "content": "7 +3 *9"}]
     rendered = text.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert rendered == Tokenizer(tiny).render(chat)
-    assert text(rendered, add_special_tokens=False)["input_ids"] == Tokenizer(tiny).prompt_ids("7 +3 *9")
-    for written in ("<bos> 7 +3 *9 . . . . = <think> 0 0 </think> 0 <eos>", "7+3*9"):  # for a Qwen2 AutoTokenizer would split as Qwen2 does
-        assert text.encode(written, add_special_tokens=False) == Tokenizer(tiny).encode(written)
-
-
-@pytest.mark.skipif(not HUB.is_dir(), reason="the real checkpoint is not here")
-def test_a_real_checkpoint_tells_the_same_story():
-    """Bug: anything at all between the files and the text."""
-    folder = HUB / "raincandy-u" / "TinyStories-656K"
-    model, ids = ours(folder), Tokenizer(folder).prompt_ids("Once upon a time")
-    other = theirs(folder)
-    close(other(torch.tensor([ids])).logits, model(torch.tensor([ids])))
-    story = generate(model, [ids], policy="full", max_new_tokens=60, temperature=0)[0].tokens
-    want = other.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)[0, len(ids):].tolist()
-    assert story == want and len(story) == 60
+    assert rendered == ours.render(chat)
+    for written in (rendered, "<bos> 7 +3 *9 . . . . = <think> 0 0 </think> 0 <eos>", "7+3*9"):
+        assert text.encode(written, add_special_tokens=False) == ours.encode(written)

@@ -1,203 +1,232 @@
-"""Chat templates, special tokens and text pieces, on tokenizers made on the spot."""
+"""Ids, special tokens, templates and text pieces, on tokenizers made on the spot."""
 
-import datetime
 import json
 import random
-from pathlib import Path
 
+import make_golden
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from make_golden import BOS, CHAT, LAYOUTS, PLAIN, TEXTS, byte_fallback, byte_level
 
-from nanoexit.config import ROOT
-from nanoexit.errors import UserError
-from nanoexit.tokenizer import Tokenizer, stop_ids
+from nanoexit.config import UserError
+from nanoexit.tokenizer import TemplateProcess, Tokenizer, find_model
 
-HUB = ROOT.parent / "shared" / "hub"
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] + "
-          "'<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
-          "{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 2 < 3 & \"é\"? "}]
+GOLDEN = json.loads((make_golden.GOLDEN / "tokenizers.json").read_text())
 
 
-def make(folder: Path, tokenizer_config: dict | None = None, adds_bos: bool = False, **files: dict) -> Tokenizer:
-    """A byte-level tokenizer: 256 bytes, a few merges, special tokens. `files`: other JSON files of the folder, by stem."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("h", "e"), ("l", "l"), ("Ġ", "w"), ("Ã", "©")]
-    vocab = {c: i for i, c in enumerate(letters + [a + b for a, b in merges])}
-    t = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    t.add_special_tokens(SPECIAL)
-    if adds_bos:
-        t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", t.token_to_id("<s>"))])
-    folder.mkdir(parents=True, exist_ok=True)
-    t.save(str(folder / "tokenizer.json"))
-    for name, content in {"tokenizer_config": tokenizer_config or {}, **files}.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return Tokenizer(folder)
+def made(folder, tokenizer=None, **files) -> Tokenizer:
+    files = {"config": {}, "tokenizer_config": PLAIN} | files
+    return Tokenizer(make_golden.write_tokenizer(folder, tokenizer or byte_level(), files))
 
 
-def render(folder: Path, template: str, **more) -> str:
-    return make(folder, {"chat_template": template, "bos_token": "<s>", "eos_token": "</s>"}).render(CHAT, **more)
+def render(folder, template: str, **variables) -> str:
+    config = PLAIN | {"chat_template": template}
+    return made(folder, tokenizer_config=config).render(CHAT, **variables)
 
 
-# --- templates -------------------------------------------------------------------------------------------------------
-
-EXPECTED = {
-    CHATML: '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n 2 < 3 & "é"? <|im_end|>\n<|im_start|>assistant\n',
-    LLAMA3: '<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n'
-            '2 < 3 & "é"?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n',
-    "{%- for m in messages %}\n  {%- if m.role == 'system' %}{% continue %}{% endif %}\n  {{ m.content | tojson }}\n{% break %}{% endfor %}\n":
-        '  " 2 < 3 & \\"é\\"? "\n',
-    "{{ strftime_now('%Y') }}": str(datetime.date.today().year),
-    "{% if tools %}tools{% endif %}{% if tools is defined and tools is not none %}more{% endif %}{{ bos_token }}{{ eos_token }}": "<s></s>",
-    "{% generation %}x{% endgeneration %}": "x",
-    "{{ {'a': [1]} | tojson(indent=2) }}": '{\n  "a": [\n    1\n  ]\n}',
-}
+# --- as transformers reads them ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("template", EXPECTED)
-def test_templates_in_the_wild(tmp_path, template):
-    """Bug: a helper, block trimming, or escaping differs from what template writers rely on."""
-    assert render(tmp_path, template) == EXPECTED[template]
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_read_as_transformers_reads_them(tmp_path, name):
+    """Catches: a place of special tokens, a stored truncation, a flag or a template passed over."""
+    tokenizer, files = LAYOUTS[name]
+    ours = Tokenizer(make_golden.write_tokenizer(tmp_path, tokenizer, files))
+    theirs = GOLDEN["layouts"][name]
+    rows = [ours.encode(text) for text in TEXTS]
+    assert rows == theirs["ids"]
+    assert [ours.decode(row) for row in rows] == theirs["texts"]
+    assert [ours.decode(row, skip_special=True) for row in rows] == theirs["words"]
+    assert (ours.bos_id, ours.stop_ids) == (theirs["bos"], {theirs["eos"]})
+    assert ours.has_template == bool(theirs["chats"])
+    if ours.has_template:
+        options = [{}, {"enable_thinking": False}][: len(theirs["chats"])]
+        assert [ours.render(CHAT, **variables) for variables in options] == theirs["chats"]
+        chat = ours.prompt_ids(CHAT[1]["content"], CHAT[0]["content"])
+        assert chat == ours.encode(theirs["chats"][0])  # no second BOS
+    else:
+        assert [ours.prompt_ids(text) for text in TEXTS] == theirs["prompts"]
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA3, *list(EXPECTED)[2:3]])
-@pytest.mark.parametrize("prompt", [True, False])
-def test_templates_equal_transformers(tmp_path, template, prompt):
-    """Bug: a rendering of ours that is not the one the model was trained on."""
-    transformers = pytest.importorskip("transformers")
-    ours = render(tmp_path, template, add_generation_prompt=prompt)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>", eos_token="</s>")
-    assert ours == theirs.apply_chat_template(CHAT, chat_template=template, tokenize=False, add_generation_prompt=prompt)
+@pytest.mark.parametrize("case", range(18))
+def test_bos_as_transformers_puts_it(tmp_path, case):
+    """Catches: tokenizer_config.json overruling the post-processor of tokenizer.json."""
+    ours = Tokenizer(make_golden.write_bos(tmp_path, *BOS[case]))
+    assert (ours.prompt_ids("he")[0] == ours.bos_id) == GOLDEN["bos"][case]
 
 
-@pytest.mark.skipif(not HUB.is_dir(), reason="the public tokenizer files are not here")
-def test_deepseek_template(tmp_path):
-    """Bug: the distill's template gets no BOS, two, or no <think>; its bos_token is an object."""
-    config = json.loads((HUB / "deepseek-ai" / "DeepSeek-R1-Distill-Qwen-1.5B" / "tokenizer_config.json").read_text())
-    want = "<｜begin▁of▁sentence｜>Be brief.<｜User｜> 2 < 3 & \"é\"? <｜Assistant｜><think>\n"
-    assert make(tmp_path, config).render(CHAT) == want
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token=config["bos_token"]["content"])
-    assert theirs.apply_chat_template(CHAT, chat_template=config["chat_template"], tokenize=False, add_generation_prompt=True) == want
+def test_the_golden_file_is_up_to_date():
+    """Catches: goldens of another transformers, or of layouts that have changed."""
+    pytest.importorskip("transformers", minversion="5")
+    assert json.loads(json.dumps(make_golden.transformers_tokenizers())) == GOLDEN
 
 
-def test_where_a_template_stands(tmp_path):
-    """Bug: one of the three places is not read, or the file does not win."""
-    assert make(tmp_path / "a", {"chat_template": "string"}).render(CHAT) == "string"
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    assert make(tmp_path / "b", {"chat_template": named}).render(CHAT) == "plain"
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "chat_template.jinja").write_text("file")
-    assert make(tmp_path / "c", {"chat_template": "string"}).render(CHAT) == "file"
-    with pytest.raises(UserError, match="tool_use"):
-        make(tmp_path / "d", {"chat_template": named[:1]})
-
-
-@pytest.mark.parametrize("template", [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__class__ }}", "{{ raise_exception.__globals__['json'] }}",
-    "{{ strftime_now.__globals__ }}", "{{ cycler.__init__.__globals__.os.system('true') }}", "{{ self.__init__.__globals__ }}",
-    "{{ ''|attr('__class__')|attr('__mro__') }}", "{{ messages.append(1) }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
-    "{{ '{0.__class__.__mro__[0].__subclasses__}'.format('').upper() }}", "{{ raise_exception('no') }}", "{{ messages[7]['role'] }}",
-    "{{ 1 / 0 }}", "{{ range(10**9) | list }}", "{% for %}", "{{ 'x' + 1 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-])
-def test_a_hostile_or_broken_template(tmp_path, template):
-    """Bug: a template from a stranger reaches Python's insides, or fails in a traceback."""
-    with pytest.raises(UserError, match="chat template") as caught:
-        text = render(tmp_path, template)
-        assert "__subclasses__" not in text and "built-in" not in text.lower(), text
-        if text == "":  # rendered to nothing: what it reached for was not there
-            raise UserError("chat template: nothing came of it")
-    assert "\n" not in " ".join(str(caught.value).split())
-
-
-@pytest.mark.parametrize("template", [5, {"default": "x"}, [1], [{"name": "default"}]])
-def test_a_template_of_another_kind(tmp_path, template):
-    """Bug: chat_template that is no text ends in a traceback."""
-    with pytest.raises(UserError, match="chat_template"):
-        make(tmp_path, {"chat_template": template})
-
-
-# --- prompts and stops -----------------------------------------------------------------------------------------------
-
-
-def test_one_bos(tmp_path):
-    """Bug: the template's BOS and the tokenizer's own both stand before the prompt."""
-    tok = make(tmp_path, {"chat_template": LLAMA3, "bos_token": "<s>", "add_bos_token": True}, adds_bos=True)
-    assert tok.prompt_ids("hello").count(tok.bos_id) == 1
-    assert tok.prompt_ids("hello")[0] == tok.bos_id
-
-
-@pytest.mark.parametrize("said, own, begins", [(True, False, True), (False, True, False), (None, True, True), (None, False, False)])
-def test_a_plain_prompt_begins_as_told(tmp_path, said, own, begins):
-    """Bug: without a template, BOS is put or left out against the model's word."""
-    config = {"bos_token": "<s>"} | ({} if said is None else {"add_bos_token": said})
-    tok = make(tmp_path, config, adds_bos=own)
-    assert not tok.has_template
-    assert tok.prompt_ids("hello") == ([tok.bos_id] if begins else []) + tok.encode("hello")
-    assert tok.decode(tok.prompt_ids("hello", "Be brief."), skip_special=True) == "Be brief.\n\nhello"
+def test_plain_prompts(tmp_path):
+    """Catches: a system text lost without a template; variables that nothing reads."""
+    ours = made(tmp_path, byte_level(bos=True))
+    assert ours.prompt_ids("x", "Be brief.") == [ours.bos_id, *ours.encode("Be brief.\n\nx")]
+    with pytest.raises(UserError, match="no chat template"):
+        ours.prompt_ids("x", enable_thinking=False)
 
 
 def test_stop_ids(tmp_path):
-    """Bug: a list, generation_config.json, or an end token written as an object is passed over."""
-    eos = {"__type": "AddedToken", "content": "</s>"}
-    tok = make(tmp_path, {"eos_token": eos}, config={"eos_token_id": 3}, generation_config={"eos_token_id": [5, 6]})
-    own = tok._tokenizer.token_to_id("</s>")
-    assert stop_ids(tmp_path) == {5, 6} and tok.stop_ids == {5, 6, own}
-    tok = make(tmp_path, {"eos_token": "</s>"}, config={"eos_token_id": 3}, generation_config={})
-    assert stop_ids(tmp_path) == {3} and tok.stop_ids == {3, own}
-    assert make(tmp_path / "none").stop_ids == frozenset()
+    """Catches: generation_config.json or the tokenizer's own end token passed over."""
+    both = {"config": {"eos_token_id": 3}, "generation_config": {"eos_token_id": [5, 6]}}
+    assert made(tmp_path / "a", **both).stop_ids == {5, 6, 261}
+    assert made(tmp_path / "b", config={"eos_token_id": 3}).stop_ids == {3, 261}
+    assert made(tmp_path / "c", tokenizer_config={}).stop_ids == frozenset()
 
 
-@pytest.mark.parametrize("eos", ["2", {"id": 2}, ["a"], 2.5])
-def test_stop_ids_of_another_kind(tmp_path, eos):
-    """Bug: an end token id that is no number is taken, and no text ever ends."""
-    make(tmp_path, config={"eos_token_id": eos})
-    with pytest.raises(UserError, match="eos_token_id"):
-        stop_ids(tmp_path)
+@pytest.mark.parametrize("eos", ["2", {"id": 2}, ["a"], 2.5, -1, 999, True, [None]])
+def test_stop_ids_that_are_none(tmp_path, eos):
+    """Catches: an end token that no model can write, so that no text ever ends."""
+    with pytest.raises(UserError, match=r"config\.json: eos_token_id"):
+        made(tmp_path, config={"eos_token_id": eos, "vocab_size": 266}).stop_ids  # noqa: B018
 
 
-@pytest.mark.parametrize("name, content", [("tokenizer.json", "{"), ("tokenizer.json", None), ("tokenizer_config.json", "[1]"), ("tokenizer_config.json", "{")])
+@pytest.mark.parametrize("config", [PLAIN | {"pad_token": "<more>"}, PLAIN])
+def test_ids_beyond_the_embedding(tmp_path, config):
+    """Catches: an index error in the middle of a run. Six special tokens follow 260 others."""
+    rows = {"vocab_size": 266 if "pad_token" in config else 259}
+    word = "<more>.*266" if "pad_token" in config else "259"
+    with pytest.raises(UserError, match=word):
+        made(tmp_path, config=rows, tokenizer_config=config)
+
+
+BROKEN = {"tokenizer.json": ["{", None, "version https://git-lfs.github.com/spec/v1\noid 0"]}
+BROKEN["added_tokens.json"] = ['{"<x>": "a"}']
+BROKEN["tokenizer_config.json"] = """[1]
+{"eos_token": {"lstrip": false}}
+{"eos_token": {"content": 5}}
+{"added_tokens_decoder": {"x": {"content": "a"}}}
+{"added_tokens_decoder": [1]}
+{"extra_special_tokens": 5}
+{"chat_template": 5}
+{"chat_template": [{"name": "other", "template": "x"}]}
+{"chat_template": [{"name": "default"}]}""".splitlines()
+
+
+@pytest.mark.parametrize("name, content", [(n, c) for n in BROKEN for c in BROKEN[n]])
 def test_broken_files(tmp_path, name, content):
-    """Bug: a missing or broken file ends in a traceback."""
-    make(tmp_path)
-    (tmp_path / name).unlink()
+    """Catches: a traceback, or a default taken for what a broken file says."""
+    made(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=name):
+    word = "git-lfs pointer" if content and "git-lfs" in content else "token"
+    with pytest.raises(UserError, match=word):
         Tokenizer(tmp_path)
 
 
-# --- pieces ----------------------------------------------------------------------------------------------------------
+def test_an_incomplete_snapshot(tmp_path):
+    """Catches: a link without its blob, reported as a file that never was."""
+    folder = tmp_path / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").symlink_to(tmp_path / "blobs" / "gone")
+    with pytest.raises(UserError, match="incomplete snapshot"):
+        Tokenizer(folder)
 
 
-@pytest.mark.parametrize("text", ["hello wow", "é", "naïve café — 你好 👩‍🚀!", "<s>he\n\tll</s>", "", "🎉🎉", "\ufffd ok \ufffd"])
-def test_pieces_join_to_the_text(tmp_path, text):
-    """Bug: a character split over tokens is shown broken, twice or not at all."""
-    tok = make(tmp_path)
-    ids = tok.encode(text)
-    pieces = tok.pieces(ids)
-    assert len(pieces) == len(ids) and "".join(pieces) == tok.decode(ids) == text
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pieces)
+# --- templates --------------------------------------------------------------------------------
+
+RENDERED = {
+    "{%- for m in messages %}\n  {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
+    "  {{ m.content | tojson }}\n{% break %}{% endfor %}\n": '  " 2 < 3 & \\"é\\"? "\n',
+    "{{ bos_token }}{% if tools is none and documents is none %}x{% endif %}": "<s>x",
+    "{% generation %}{% set x = 1 %}y{% endgeneration %}{{ x is defined }}": "yFalse",
+    "{{ {'a': [1]} | tojson(indent=2) }}{{ strftime_now('%Y')|length }}": '{\n  "a": [\n    1\n  ]\n}'
+    "4",
+    "{% set ns = namespace(n=0) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}": "1",
+}
+HOSTILE = r"""{{ messages.__class__.__mro__ }}
+{{ raise_exception.__globals__['json'] }}
+{{ cycler.__init__.__globals__.os.system('true') }}
+{{ (''|attr('__class__')).__mro__ }}
+{{ messages.append(1) }}
+{% include '/etc/passwd' %}
+{% import 'os' as os %}
+{{ '{0.__class__.__mro__}'.format('') }}
+{{ raise_exception('no\x1b[31m') }}
+{{ messages[7]['role'] }}
+{{ range(10**9) | list }}
+{{ 'x' * 10**10 }}
+{{ 'x'|center(10**10) }}
+{{ [0] * 10**9 }}
+{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}
+{{ 'x' * 2**25 }}
+{{ '\ud800' }}
+{% for %}""".splitlines()
 
 
-def test_pieces_of_any_ids(tmp_path):
-    """Bug: bytes that form no character, as a model may well sample them, lose or double text."""
-    tok, draw = make(tmp_path), random.Random(0)
-    for _ in range(200):
-        ids = [draw.randrange(260 + len(SPECIAL)) for _ in range(draw.randrange(1, 25))]
-        pieces = tok.pieces(ids)
-        assert len(pieces) == len(ids) and "".join(pieces) == tok.decode(ids)
+@pytest.mark.parametrize("template", RENDERED)
+def test_helpers_of_templates_in_the_wild(tmp_path, template):
+    """Catches: a helper, block trimming or escaping other than what template writers rely on."""
+    assert render(tmp_path, template) == RENDERED[template]
 
 
-@pytest.mark.skipif(not HUB.is_dir(), reason="the real tokenizer is not here")
-def test_pieces_of_a_real_tokenizer():
-    """Bug: the same for a tokenizer of the sentencepiece kind, whose decoder strips the first space."""
-    tok = Tokenizer(HUB / "raincandy-u" / "TinyStories-656K")
-    ids = tok.encode("Once upon a time, there was a café. She said: \"Hello!\"\n\nThe end.")
-    assert "".join(tok.pieces(ids)) == tok.decode(ids)
+@pytest.mark.parametrize("template", [*HOSTILE, "{{" + "[" * 20000])
+def test_a_hostile_or_broken_template(tmp_path, template):
+    """Catches: a foreign template that reaches Python, fills memory, or ends in a traceback."""
+    with pytest.raises(UserError, match="the chat template failed") as caught:
+        assert "built-in" not in render(tmp_path, template)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("work", ["", "{{ ('%' ~ messages[0] ~ '000000000d')|format(1) }}"])
+def test_templates_are_stopped_and_started_again(work):
+    """Catches: a template that never ends; a process that stays dead, or keeps what was set."""
+    loop = "{% for a in range(99999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+    template = f"{{% if messages %}}{work or loop}{{% endif %}}{{{{ x }}}}{{% set x = 1 %}}"
+    process = TemplateProcess(template, "here", seconds=0.3)
+    with pytest.raises(UserError, match=r"stopped after 0\.3 s"):
+        process.render([1], {}, {})
+    assert process.render([], {}, {}) == process.render([], {}, {}) == ""
+
+
+def test_variables_of_templates(tmp_path):
+    """Catches: a misspelled variable that silently changes nothing."""
+    template = "{{ enable_thinking }}{{ bos_token }}"
+    assert render(tmp_path, template, enable_thinking=[1], bos_token="B") == "[1]B"
+    for wrong in ({"enable_thinkin": 1}, {"messages": []}, {"enable_thinking": {1}}):
+        with pytest.raises(UserError, match=r"read 'enable_thinkin'; did|'messages'|JSON"):
+            render(tmp_path, template, **wrong)
+
+
+def test_the_environment_is_not_there(monkeypatch):
+    """Catches: a secret of the environment within reach of a template's process."""
+    monkeypatch.setenv("HF_TOKEN", "planted")
+    process = TemplateProcess("x", "here")
+    process.render([], {}, {})
+    environment = make_golden.Path(f"/proc/{process._process.pid}/environ")
+    assert not environment.exists() or b"planted" not in environment.read_bytes()
+
+
+# --- pieces -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level(), byte_fallback()])
+def test_pieces_join_to_the_text(tmp_path, tokenizer):
+    """Catches: a character split over tokens that is shown broken, twice, late or not at all."""
+    ours = made(tmp_path, tokenizer)
+    for text in ("hello wow", "naïve — 你好 👩‍🚀🎉🎉!", "he\n\tll</s>", "", "\ufffd ok \ufffd"):
+        ids = ours.encode(text)
+        pieces = ours.pieces(ids)
+        assert len(pieces) == len(ids)
+        assert "".join(pieces) == ours.decode(ids) == text
+        assert all(len(piece) < 5 or piece in ("</s>",) for piece in pieces)
+    draw = random.Random(0)
+    for _ in range(300):
+        ids = [draw.randrange(275) for _ in range(draw.randrange(1, 25))]
+        pieces = ours.pieces(ids)
+        assert len(pieces) == len(ids)
+        assert "".join(pieces) == ours.decode(ids)
+
+
+def test_texts_and_names_that_cannot_be(tmp_path):
+    """Catches: a traceback for a prompt whose bytes were no text; a revision silently ignored; a
+    search on the hub for what cannot be an id.
+    """
+    with pytest.raises(UserError, match="surrogate"):
+        made(tmp_path).encode("a\udcff")
+    for name, revision in (("no/such/folder", None), ("/no", None), (str(tmp_path), "v1")):
+        with pytest.raises(UserError, match="not an id on the hub"):
+            find_model(name, revision)
