@@ -74,22 +74,19 @@ def attach(
     The base's weights are frozen and stay untouched. Raises UserError for a depth outside 1..L-1,
     a repeated depth, an unknown kind of head, or a cap outside 1..L.
     """
-    L = model.full_depth
-    for depth in exit_layers:
-        if not 1 <= depth < L:
-            raise UserError(
-                f"exits.layers: {depth} is not between 1 and {L - 1}: the model has {L} blocks"
-            )
-    if len(set(exit_layers)) < len(exit_layers):
-        raise UserError(f"exits.layers: expected different depths, found {list(exit_layers)}")
+    L, layers = model.full_depth, list(exit_layers)
+    if not set(layers) <= {*range(1, L)} or len(set(layers)) < len(layers):
+        raise UserError(
+            f"exits.layers: expected different depths from 1 to {L - 1}, found {layers}"
+        )
     if head not in ("linear", "mlp"):
         raise UserError(f"exits.head: {head!r} is not one of linear, mlp")
     check_cap(model, cap)
     detach(model)
     model.requires_grad_(False)
     model.cap = cap
-    if exit_layers:
-        heads = ExitHeads(model.shape.width, sorted(exit_layers), head, seed)
+    if layers:
+        heads = ExitHeads(model.shape.width, sorted(layers), head, seed)
         model.exits = heads.to(model.device).train(model.training)
     if lora is not None:
         attach_lora(model, lora, seed)

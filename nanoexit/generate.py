@@ -119,17 +119,18 @@ def _check(
     model: Transformer, prompts: Sequence, most: int, temperature: float, s: Sampling
 ) -> None:
     """Raise UserError for a prompt or a setting that cannot be used."""
-    whole = {
-        "max_new_tokens": (most, 1),
-        "top_k": (s.top_k, 0),
-        "batch_size": (s.batch_size or 1, 1),
-    }
-    for name, (value, low) in whole.items():
+    size = 1 if s.batch_size is None else s.batch_size
+    for name, value, low in (
+        ("max_new_tokens", most, 1),
+        ("top_k", s.top_k, 0),
+        ("batch_size", size, 1),
+    ):
         if type(value) is not int or value < low:
             raise UserError(f"{name}: expected a whole number from {low}, found {value!r}")
-    for name, number, high in (("temperature", temperature, 1e6), ("top_p", s.top_p, 1.0)):
-        if not 0 <= number <= high:
-            raise UserError(f"{name}: expected a number from 0 to {high:g}, found {number!r}")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature: expected a number from 0, found {temperature!r}")
+    if not 0 < s.top_p <= 1:
+        raise UserError(f"top_p: expected a number above 0, up to 1, found {s.top_p!r}")
     longest, vocab = model.shape.max_positions, model.shape.vocab
     for row, prompt in enumerate(prompts):
         if not len(prompt):
@@ -137,16 +138,12 @@ def _check(
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise UserError(f"prompt {row} has a token outside 0..{vocab - 1}")
         if len(prompt) + most > longest:
-            raise UserError(
-                f"prompt {row} has {len(prompt)} tokens, and up to {most} more follow: the model "
-                f"has {longest} positions; shorten it or lower generation.max_new_tokens"
-            )
+            found = f"{len(prompt)} tokens, and up to {most} more follow"
+            raise UserError(f"prompt {row} has {found}: the model has {longest} positions")
 
 
 class _Decoder:
-    """The rows in progress. A slot is a place in batch and cache; a free one idles until
-    refilled.
-    """
+    """The rows in progress. A slot is a place in batch and cache; a free one idles."""
 
     def __init__(self, model, policy, prompts, max_new_tokens, temperature, seed, settings):
         self.model, self.policy, self.settings = model, policy, settings
@@ -169,24 +166,23 @@ class _Decoder:
     # --- rows come and go ---------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Fill free slots, a few at a time: one prefill serves them. Or shrink a batch half
-        empty.
-        """
-        free = self.size - len(self.rows)
-        if not self.waiting:
-            self._shrink()
-        elif free >= max(1, self.size // 4):
-            new = [
-                self._new_row(self.waiting.popleft()) for _ in range(min(free, len(self.waiting)))
-            ]
+        """Fill free slots, a few at a time: one prefill serves them. Later, shrink the batch."""
+        taken = [slot for slot, row in enumerate(self.slots) if row is not None]
+        free = self.size - len(taken)
+        if self.waiting and free >= max(1, self.size // 4):
+            numbers = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+            new = [self._new_row(number) for number in numbers]
             cache = self._prefill([row.prompt[:-1] for row in new])
             if self.cache is None:
                 self.cache, self.slots = cache, list(new)
                 return
-            slots = [slot for slot, row in enumerate(self.slots) if row is None][: len(new)]
+            slots = [slot for slot in range(len(self.slots)) if slot not in taken][: len(new)]
             self.cache.admit(torch.tensor(slots, device=self.model.device), cache)
             for slot, row in zip(slots, new):
                 self.slots[slot] = row
+        elif not self.waiting and len(taken) <= len(self.slots) // 2:
+            self.cache.select(torch.tensor(taken, device=self.model.device))
+            self.slots = [self.slots[slot] for slot in taken]
 
     def _new_row(self, number: int) -> Row:
         stream = self.settings.streams[number] if self.settings.streams else number
@@ -212,12 +208,6 @@ class _Decoder:
             cache.select(torch.tensor(rows, device=model.device))
         return cache
 
-    def _shrink(self) -> None:
-        keep = [slot for slot, row in enumerate(self.slots) if row is not None]
-        if self.cache is not None and len(keep) <= len(self.slots) // 2:
-            self.cache.select(torch.tensor(keep, device=self.model.device))
-            self.slots = [self.slots[slot] for slot in keep]
-
     # --- one step -----------------------------------------------------------------------------
 
     def step(self) -> None:
@@ -238,9 +228,8 @@ class _Decoder:
             at = [slot for slot, row in enumerate(self.slots) if row is not None]
         run, exit_logprobs = self._run(ids, positions, alive, u[:, 1:])
         logits = self.engine.readout(run.hidden[at, 0]).float()  # [n, V]
-        tokens = sample(
-            logits, u[at, 0], self.temperature, self.settings.top_p, self.settings.top_k
-        )
+        top_p, top_k = self.settings.top_p, self.settings.top_k
+        tokens = sample(logits, u[at, 0], self.temperature, top_p, top_k)
         for i, row in enumerate(rows):
             if len(row.out.tokens) < len(row.forced):
                 tokens[i] = row.forced[len(row.out.tokens)]
@@ -258,8 +247,7 @@ class _Decoder:
         if policy.name == "kl" and u.shape[1]:
             policy = Prescribed(self._foresee(ids, positions, alive, u))
         ask = Ask(self.model, policy, len(ids), u)
-        stop = ask if ask.layers else None
-        run = self.engine.run(ids, positions, self.cache, stop, alive)
+        run = self.engine.run(ids, positions, self.cache, ask, alive)
         return run, ask.logprobs(run.depths[:, 0])
 
     def _foresee(self, ids: Tensor, positions: Tensor, alive: Tensor | None, u: Tensor) -> Tensor:
