@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,15 +55,8 @@ def respond(
     temperature = g.temperature if temperature is None else temperature
     ids = [prompt_ids(tokenizer, prompt, config) for prompt in prompts]
     with progress(len(ids), show) as bar:
-        settings = Sampling(
-            g.top_p,
-            g.top_k,
-            batch_size=batch_size,
-            forced=forced,
-            streams=streams,
-            on_finish=lambda *_: bar.update(),
-            fast=g.fast,
-        )
+        tick = lambda *_: bar.update()  # noqa: E731
+        settings = Sampling(g.top_p, g.top_k, None, batch_size, forced, streams, tick, g.fast)
         written = generate(model, ids, policy, g.max_new_tokens, temperature, seed, settings)
     return [read_response(tokenizer, *row) for row in zip(prompts, ids, written)]
 
@@ -76,16 +70,11 @@ def read_response(
     return Response(prompt, list(ids), generation, text, task_of(prompt).verify(prompt, text))
 
 
-def aligned(model: Transformer, responses: Sequence[Response]) -> Aligned:
-    """The input that re-scores these responses, at the depths where they were written."""
-    prompts = [r.prompt_ids for r in responses]
-    tokens = [r.generation.tokens for r in responses]
-    depths = [r.generation.depths for r in responses]
-    return align(prompts, tokens, depths, model.full_depth, model.device)
-
-
 def rescore(model: Transformer, responses: Sequence[Response]) -> tuple[Aligned, Score]:
-    a = aligned(model, responses)
+    """The forward that re-scores these responses, at the depths where they were written."""
+    prompts, written = [r.prompt_ids for r in responses], [r.generation for r in responses]
+    tokens, depths = [g.tokens for g in written], [g.depths for g in written]
+    a = align(prompts, tokens, depths, model.full_depth, model.device)
     return a, score(model, a.ids, a.depths, a.prompt_lens)
 
 
@@ -121,37 +110,32 @@ def show_response(
     model: Transformer, tokenizer: Tokenizer, response: Response, variant: str
 ) -> dict:
     """One line of samples.jsonl: every token with its depth, exit chances and alternatives."""
-    g, prompt = response.generation, response.prompt
+    g, prompt, layers = response.generation, response.prompt, exit_depths(model)
     a, scored = rescore(model, [response])
-    shown = scored.hidden[0, a.at]
-    top = model.readout(shown).float().softmax(-1).topk(min(5, model.shape.vocab), -1)
-    chances: list[list[float]] = [[]] * len(g.tokens)
-    if scored.head_logits is not None:
-        chances = scored.head_logits[0, a.at].sigmoid().tolist()
-    pieces, layers = tokenizer.pieces(g.tokens), exit_depths(model)
+    p = model.readout(scored.hidden[0, a.at]).float().softmax(-1)
+    top = p.topk(min(5, model.shape.vocab), -1)
+    chances = None if scored.head_logits is None else scored.head_logits[0, a.at].sigmoid().tolist()
+    pieces = tokenizer.pieces(g.tokens)
     tokens = []
-    for i, (piece, depth, kind) in enumerate(zip(pieces, g.depths, token_kinds(pieces, response))):
-        likely = zip(top.indices[i].tolist(), top.values[i].tolist())
-        asked = zip(layers, chances[i])
-        tokens.append(
-            {
-                "text": piece,
-                "depth": depth,
-                "kind": kind,
-                "exit_probs": [round(p, 4) if depth >= d else None for d, p in asked],
-                "top": [[tokenizer.pieces([t])[0], round(p, 4)] for t, p in likely],
-            }
-        )
+    for i, kind in enumerate(token_kinds(pieces, response)):
+        depth, likely = g.depths[i], zip(top.indices[i].tolist(), top.values[i].tolist())
+        asked = [] if chances is None else zip(layers, chances[i])
+        probs = [round(p, 4) if depth >= d else None for d, p in asked]
+        others = [[tokenizer.pieces([t])[0], round(p, 4)] for t, p in likely]
+        shown = {
+            "text": pieces[i],
+            "depth": depth,
+            "kind": kind,
+            "exit_probs": probs,
+            "top": others,
+        }
+        tokens.append(shown)
     correct = None if prompt.checker == "none" else response.verdict.correct
-    about: dict[str, object] = {
-        "id": prompt.id,
-        "prompt": prompt.prompt,
-        "answer": prompt.answer,
-        "variant": variant,
+    return {
+        **{"id": prompt.id, "prompt": prompt.prompt, "answer": prompt.answer, "variant": variant},
+        **{"text": response.text, "correct": correct, "finish": g.finish, "tokens": tokens},
+        **{"full_depth": model.full_depth, "exit_layers": list(layers), "cap": model.cap},
     }
-    about |= {"text": response.text, "correct": correct, "finish": g.finish}
-    about |= {"full_depth": model.full_depth, "exit_layers": list(layers), "cap": model.cap}
-    return {**about, "tokens": tokens}
 
 
 def token_kinds(pieces: Sequence[str], response: Response) -> list[str]:
@@ -210,9 +194,7 @@ def write_traces(
     """One trace a prompt, written by the base at full depth. tick(1) is called as rows finish."""
     g, seed = config.generation, stream("traces", config.run.seed, chunk)
     ids = [prompt_ids(tokenizer, prompt, config) for prompt in prompts]
-    settings = Sampling(
-        g.top_p, g.top_k, batch_size=g.batch_size, on_finish=lambda *_: tick(1), fast=g.fast
-    )
+    settings = Sampling(g.top_p, g.top_k, None, g.batch_size, (), (), lambda *_: tick(1), g.fast)
     with as_base(model):
         written = generate(model, ids, "full", g.max_new_tokens, g.temperature, seed, settings)
     return [
@@ -242,18 +224,12 @@ def traces_folder(
 ) -> Path:
     """The folder of the traces of these prompts, named by a hash of all that they depend on."""
     base = Path(config.data.traces or Path(config.run.dir) / "traces")
-    g = config.generation
     ids = [[job.id, *prompt_ids(tokenizer, job, config)] for job in jobs]
-    origin = {
-        "model": model.content,
-        "prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
-        "chunk": config.teacher.chunk,
-        "seed": config.run.seed,
-        "max_new_tokens": g.max_new_tokens,
-        "temperature": g.temperature,
-        "top_p": g.top_p,
-        "top_k": g.top_k,
-    }
+    origin: dict[str, Any] = {"model": model.content, "seed": config.run.seed}
+    origin["prompts"] = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    origin["chunk"] = config.teacher.chunk
+    for key in ("max_new_tokens", "temperature", "top_p", "top_k"):
+        origin[key] = getattr(config.generation, key)
     folder = base / hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
     if is_main() and not (folder / "origin.json").is_file():
         if base.is_dir() and any(base.iterdir()):
