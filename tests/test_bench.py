@@ -1,76 +1,157 @@
-"""The bench says which way round a ratio is, and ends in a line of JSON that its table reads. Speed itself is never tested."""
+"""The bench says which way round a ratio is, and ends in a line of JSON that its table reads.
+
+Speed itself is never tested. Works run in this process, on a model of a few weights.
+"""
 
 import json
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanoexit.config import ROOT
-from nanoexit.generate import generate
+from nanoexit.config import ROOT, UserError
+from nanoexit.generate import Sampling, generate
 from nanoexit.weights import load_model
 
 sys.path.append(str(ROOT / "scripts"))
 
 import bench
+import bench_alone
+import bench_measure
 
 
-def run(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "scripts" / "bench.py", *map(str, arguments)], check=False, capture_output=True, text=True)
+@pytest.fixture
+def model(tmp_path) -> Path:
+    sizes = {"hidden_size": 48, "num_hidden_layers": 4, "intermediate_size": 48}
+    bench_measure.snapshot(tmp_path / "small", "tiny", torch.float32, **sizes)
+    return tmp_path / "small"
+
+
+def run(capsys, *arguments) -> str:
+    """-> the last line of the output."""
+    bench.main([*map(str, arguments), "--threads=1", "--device=cpu"])
+    return capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_ratio_says_how_many_times_faster():
-    """Catches: slow and fast exchanged; rounds that are not paired; a mean where a median is meant."""
-    ratio, spread = bench.Times({"slow": [2.0, 4.0, 60.0], "fast": [1.0, 1.0, 20.0]}).ratio("slow", "fast")
-    assert ratio == 3.0 and spread == [2.5, 3.5]
+    """Catches: slow and fast exchanged; rounds that are not paired; a mean instead of a median."""
+    times = bench.Times({"slow": [2.0, 4.0, 60.0], "fast": [1.0, 1.0, 20.0]})
+    assert times.ratio("slow", "fast") == (3.0, [2.5, 3.5])
+    calls: list[str] = []
+    variants = {name: lambda name=name: calls.append(name) for name in "ab"}
+    bench_measure.in_turn(variants, 3, torch.device("cpu"))
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab", "once unmeasured, then in turn"
 
 
 def test_mixed_depths_are_equally_likely():
-    """Catches: a chance that forgets who has left before."""
-    policy, u = bench.Mixed((2, 4, 6)), torch.rand(4000, 3, generator=torch.Generator().manual_seed(0))
+    """Catches: a chance that forgets which tokens have exited before."""
+    policy, u = (
+        bench.Mixed((2, 4, 6)),
+        torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)),
+    )
     left, counts = torch.ones(4000, dtype=torch.bool), []
-    for column, depth in enumerate(policy.layers):
-        gone = policy.exits(depth, None, None, u[:, column], None) & left
+    for column, depth in enumerate(policy.depths):
+        gone = policy.exits(None, depth, None, None, u[:, column], None) & left
         counts.append(int(gone.sum()))
         left &= ~gone
-    assert all(abs(n - 1000) < 120 for n in [*counts, int(left.sum())]) and policy.mean(8) == 5.0
+    assert all(abs(n - 1000) < 120 for n in [*counts, int(left.sum())])
 
 
-@pytest.mark.parametrize("work, keys", [("decode", {"nanoexit_tokens_per_s"}), ("exits", {"times_faster_than_full_depth"}), ("train", {"tokens_per_s"}), ("growth", {"values"})])
-def test_the_last_line_is_json_and_the_table_reads_it(tmp_path, work, keys):
+@pytest.mark.parametrize("work", ["decode", "exits", "rollout", "train"])
+def test_the_last_line_is_json_and_the_table_reads_it(model, tmp_path, capsys, work):
     """Catches: a work that no longer runs, a line without what the table needs."""
-    saved = tmp_path / "bench.jsonl"
-    done = run(work, "--new", 2, "--rounds", 2, "--batch", 2, "--length", 8, "--longest", 64, "--threads", 1, "--save", saved, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in saved.read_text().splitlines()]
-    assert json.loads(done.stdout.splitlines()[-1]) == lines[-1]
-    assert {"work", "shape", "dtype", "batch", "ratio", "spread", "against", "hardware"} | keys <= set(lines[0])
-    table = run("table", saved).stdout
-    assert all(f"| {line['work']} | tiny, float32, 2 |" in table for line in lines)
+    sizes = ("--new=3", "--rounds=2", "--batch=2", "--length=8", f"--model={model}")
+    last = run(capsys, work, *sizes, f"--save={tmp_path / 'cpu.jsonl'}")
+    lines = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
+    assert json.loads(last) == lines[-1]
+    needed = {
+        "work",
+        "shape",
+        "dtype",
+        "batch",
+        "lengths",
+        "ratio",
+        "spread",
+        "against",
+        "hardware",
+    }
+    assert all(needed <= set(line) for line in lines)
+    run(capsys, "table", f"--out={tmp_path}")
+    table = (tmp_path / "README.md").read_text()
+    assert all(f"| {line['work']} | small, float32, 2 | " in table for line in lines)
 
 
-@pytest.mark.parametrize("arguments, words", [(["decode", "--rounds", 1], "--rounds: expected at least 2, found 1"), (["table", "no.jsonl"], "no.jsonl: expected a file"),
-                                              (["rollout", "--batch", 1], "--batch: a rollout"),
-                                              (["decode", "--model", "/no/such"], "/no/such")])
-def test_bad_input_is_one_line(arguments, words):
-    done = run(*arguments)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+def test_the_table_in_the_repository_is_that_of_its_lines(tmp_path):
+    """Catches: lines that were measured again under a table of older ones."""
+    for path in [*(ROOT / "data/bench").glob("*.jsonl"), *(ROOT / "data/bench").glob("*.svg")]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    written = bench_measure.write_table(tmp_path).read_text(encoding="utf-8")
+    assert written == (ROOT / "data/bench/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
+def test_memory_is_measured_at_its_peak(model, capsys):
+    """Catches: what was freed before the end left out, what was held before counted."""
+    held = torch.ones(2**22)  # 16 MiB
+    size, seconds = bench_measure.peak(lambda: torch.ones(2**23).sum() + held[0], held.device)
+    assert 0.9 < size / 2**25 < 1.1 and seconds > 0
+    for work, way in (("load", "nanoexit"), ("growth", "decode:16"), ("growth", "step:16")):
+        flags = (f"--model={model}", "--longest=16", f"--way={way}")
+        size, seconds = json.loads(run(capsys, work, *flags))
+        assert size > 0 and seconds > 0, way
+    sizes = []
+    for way in ("whole", "chunked"):
+        args = bench.command_line(["memory", f"--way={way}", "--threads=1", "--chunk=16"])
+        sizes.append(bench_alone.memory_alone(args, vocab=4000, tokens=512)[0])
+    assert sizes[1] < sizes[0] / 4
+
+
+def test_growth_is_told_by_its_last_doubling(tmp_path, capsys):
+    """Catches: the shorter length over the longer, a drawing in another unit than its axis says."""
+    args = bench.command_line(["growth", f"--out={tmp_path}"])
+    args.name = "tiny"
+    bench_alone.draw_growth(
+        args, "step-time", "student step", {8: [2, 2], 16: [4, 4], 32: [12, 12]}
+    )
+    out = capsys.readouterr().out
+    assert "2 times that at 8 at 16, 6 times that at 8 at 32" in out
+    assert json.loads(out.splitlines()[-1])["ratio"] == 3.0
+    assert "times that at 8" in (tmp_path / "step-time.svg").read_text()
+
+
+MISTAKES = {
+    "decode --rounds=1": "--rounds: expected at least 2, found 1",
+    "table --out=/no/such": r"/no/such: no \*.jsonl",
+    "rollout --batch=1": "--batch: a rollout",
+    "train --peer=llama.cpp": "--peer llama.cpp",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_bad_input_is_refused(arguments):
+    """Catches: a mistake found after minutes of work, or by a traceback."""
+    with pytest.raises(UserError, match=MISTAKES[arguments]):
+        bench.main(arguments.split())
 
 
 @pytest.mark.parametrize("kind, kv_heads", [("llama", 2), ("qwen2", 1)])
 def test_llama_cpp_decodes_the_same_model(tmp_path, kind, kv_heads):
-    """Catches: a peer that runs other weights than ours: maps exchanged, heads rotated the other way, biases lost."""
+    """Catches: a peer of other weights than ours: maps exchanged, heads turned the other way."""
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
-    import llama_peer
-    shape = {"model_type": kind, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
-             "num_key_value_heads": kv_heads, "max_position_embeddings": 512, "tie_word_embeddings": kind == "llama"}
-    bench.snapshot(tmp_path, shape, torch.float32)
-    weights = load_file(tmp_path / "model.safetensors")
-    save_file({name: w * 8 if "proj" in name else w for name, w in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"})
-    model, prompts = load_model(str(tmp_path), "cpu", "float32"), [[3, 7, 11, 2], [5, 1, 30, 22], [9, 4, 17, 8]]
-    ours = [g.tokens for g in generate(model, prompts, "full", 12, temperature=0, stop_ids=())]
+    import bench_llama
+
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    sizes |= {"model_type": kind, "num_attention_heads": 2, "num_key_value_heads": kv_heads}
+    tied = kind == "llama"
+    bench_measure.snapshot(tmp_path, "tiny", torch.float32, **sizes, tie_word_embeddings=tied)
+    path = tmp_path / "model.safetensors"
+    weights = {name: w * 8 if "proj" in name else w for name, w in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+    model, ids = load_model(str(tmp_path), "cpu", "float32"), [[3, 7, 11, 2], [5, 1, 30, 22]]
+    settings = Sampling(stop_ids=())
+    ours = [g.tokens for g in generate(model, ids, "full", 12, 0, settings=settings)]
     assert len({token for row in ours for token in row}) > 3
-    assert llama_peer.Peer(str(tmp_path), "float32", 3, 16, 1).decode(prompts, 12) == ours
+    assert bench_llama.Llama(str(tmp_path), "float32", 2, 16, 1).decode(ids, 12) == ours

@@ -1,5 +1,6 @@
 """Where there is a GPU: what is captured and replayed is what the plain forward computes."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_model, with_exits
@@ -8,10 +9,6 @@ from nanoexit.generate import Sampling, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PROMPTS = [[3, 7, 11], [5, 1, 30, 22, 9, 4, 17], [8, 8], [2, 39, 14, 6, 25], [1, 2, 3]]
-
-
-def close(ours: list[float], theirs: list[float], atol: float) -> bool:
-    return torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=atol)
 
 
 @pytest.mark.parametrize("policy", ["full", "head", "fixed:2", "kl:1"])
@@ -26,18 +23,7 @@ def test_graphs_write_what_is_written_without(family, policy, batch_size):
         ways.append(generate(model, PROMPTS, policy, 12, 1.0, 5, settings))
     for a, b in zip(*ways):
         assert (a.tokens, a.depths) == (b.tokens, b.depths)
-        assert close(a.token_logprobs, b.token_logprobs, 1e-3)
-
-
-def test_a_long_text_crosses_the_captured_span(family):
-    """Catches: positions beyond the first 256 that are not read."""
-    model = with_exits(random_model(family)).cuda()
-    ways = [
-        generate(model, PROMPTS[:2], "head", 300, 0, settings=Sampling(stop_ids=[], fast=fast))
-        for fast in (True, False)
-    ]
-    same = [sum(x == y for x, y in zip(a.tokens, b.tokens)) for a, b in zip(*ways)]
-    assert min(same) > 290, same
+        assert np.allclose(a.token_logprobs, b.token_logprobs, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,4 +34,5 @@ def test_the_gpu_writes_what_the_cpu_writes(family, dtype):
     settings = Sampling(stop_ids=[], forced=[[17] * 8, [4] * 8])
     ways = (generate(m, PROMPTS[:2], "full", 8, seed=1, settings=settings) for m in (here, there))
     for a, b in zip(*ways):
-        assert close(a.token_logprobs, b.token_logprobs, 1e-3 if dtype == torch.float32 else 0.5)
+        atol = 1e-3 if dtype == torch.float32 else 0.5
+        assert np.allclose(a.token_logprobs, b.token_logprobs, atol=atol)

@@ -16,22 +16,16 @@ CPU = torch.device("cpu")
 
 def test_a_path_costs_what_its_heads_said():
     """Catches: heads that act independently; a head beyond the exit that is read; a depth without a
-    head that has a finite likelihood. 1/2, 1/2 * 1/3, and 1/2 * 2/3 is left."""
+    head that is possible; a cap at which the sum is not one. 1/2, 1/2 * 1/3; 1/2 * 2/3 is left."""
     z = torch.tensor([[HALF, THIRD]] * 4)
     z[0, 1] = torch.nan  # beyond the exit at 2
     logp = path_logprob(z, torch.tensor([2, 5, 8, 4]), [2, 5], 8)
     assert torch.allclose(logp[:3].exp(), torch.tensor([1 / 2, 1 / 6, 1 / 3]))
-    assert logp[3] == -math.inf
+    assert logp[3] == -math.inf == path_logprob(z, torch.tensor(8), [2], 5)[0]
+    assert path_logprob(z[:, :1], torch.tensor(5), [2], 5).exp().tolist() == [0.5] * 4
     z = torch.tensor([[-200.0, 200.0]] * 3)
     extreme = path_logprob(z, torch.tensor([2, 5, 8]), [2, 5], 8)
     assert extreme.tolist() == pytest.approx([-200, 0, -200])
-
-
-def test_what_is_left_goes_to_the_cap():
-    """Catches: a cap at which the likelihoods do not add up to one."""
-    z = torch.tensor([[HALF]] * 2)
-    assert path_logprob(z, torch.tensor([2, 4]), [2], 4).exp().tolist() == pytest.approx([0.5, 0.5])
-    assert path_logprob(z, torch.tensor([2, 8]), [2], 4)[1] == -math.inf
 
 
 def test_the_target_is_1_without_divergence():
