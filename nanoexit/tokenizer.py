@@ -257,18 +257,21 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict, folder: Path) -> dict[str, str]:
     """Add the tokens that tokenizer.json lacks, in the order of transformers 5; -> named ones."""
-    declared = config.get("added_tokens_decoder")
+    declared, added = config.get("added_tokens_decoder"), {}
     if declared is None:
         config |= read_object(folder / "special_tokens_map.json")
-        declared = {i: text for text, i in read_object(folder / "added_tokens.json").items()}
+        added = read_object(folder / "added_tokens.json")
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    named = {k: v for k, v in config.items() if k.endswith("_token") and isinstance(v, (str, dict))}
+    named = {
+        k: v for k, v in config.items() if k.endswith("_token") and v not in (None, True, False)
+    }
     try:
         named |= extra if isinstance(extra, dict) else {}
         special = [_added(value) for value in (*named.values(), *extra)]
         names = {token.content for token in special}
+        declared = {i: text for text, i in added.items()} if declared is None else declared
         tokens = [_added(declared[i], names) for i in sorted(declared, key=int)]
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
         where = f"{folder}: a special token of tokenizer_config.json or special_tokens_map.json"
         raise UserError(f"{where} is malformed: {printable(str(error))}") from None
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
