@@ -135,6 +135,7 @@ class Live:
     mask: Tensor  # [B, 1, width, S]
 
 
+@functools.lru_cache(maxsize=8)
 def rope_frequencies(shape: Shape, device: torch.device) -> Tensor:
     """[head_dim / 2] float32, radians a position; Llama 3 slows the low ones by `factor`."""
     even = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device)
@@ -147,12 +148,9 @@ def rope_frequencies(shape: Shape, device: torch.device) -> Tensor:
     return keep * freq + (1 - keep) * freq / factor
 
 
-_frequencies = functools.lru_cache(maxsize=8)(rope_frequencies)
-
-
 def rotations(shape: Shape, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Positions [...] -> cos and sin [..., 1, head_dim / 2], the same for all heads."""
-    angles = positions[..., None, None].float() * _frequencies(shape, positions.device)
+    angles = positions[..., None, None].float() * rope_frequencies(shape, positions.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -389,9 +387,6 @@ def _live(alive: Tensor, places: Places, cache: Cache | None) -> Live:
     B, T = alive.shape
     S = T if cache is None else cache.span
     index = alive.view(-1).nonzero().view(-1)
-    if T == 1:
-        mask = _look_back(places.positions, S) if places.mask is None else places.mask
-        return Live(index, index, min(1, len(index)), mask)
     width = int(alive.sum(1).max())
     rank = (alive.cumsum(1) - 1).view(-1)[index]  # of the token within its row
     slots = index.div(T, rounding_mode="floor") * width + rank
