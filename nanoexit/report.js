@@ -21,7 +21,7 @@ async function load() {
   data = JSON.parse(await new Response(stream).text());
   const byPrompt = new Map();
   for (const [index, sample] of data.responses.entries()) {
-    for (const key of ["words", "heads", "top", "chances"]) sample[key] = data[key][index];
+    for (const key of ["prompt", "words", "depths", "kinds", "heads", "top", "chances"]) sample[key] = data[key][index];
     const { id, prompt, answer } = sample;
     if (!byPrompt.has(prompt)) byPrompt.set(prompt, { id, prompt, answer, samples: [] });
     byPrompt.get(prompt).samples.push(sample);

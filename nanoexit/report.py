@@ -32,21 +32,13 @@ BUDGET = 2_050_000  # bytes of compressed responses
 FILES = ("samples.jsonl", "metrics.jsonl", "summary.json", "evaluation.json")
 DEEPEST = 1000  # of any model
 BASE = ("policy", "prompts", "accuracy", "max_depth", "tokens")  # one base where these are equal
-PARTS = {"text": ["words"], "exit chances": ["heads"], "likeliest tokens": ["top", "chances"]}
-SHARES = (
-    "accuracy",
-    "written",
-    "share of answers",
-    "reasoning kept",
-    "share of tokens",
-)  # axes from 0 to 1
-DEPTHS = (
-    "cap",
-    "depth",
-    "mean depth",
-    "max depth",
-    "opaque serial depth",
-)  # axes from 0 to full depth
+PARTS = {
+    "text": ["prompt", "words", "depths", "kinds"],
+    "exit chances": ["heads"],
+    "likeliest tokens": ["top", "chances"],
+}
+SHARES = "accuracy, written, target exit, student exit, reasoning kept, share of answers, exits"
+DEPTHS = "cap, depth, mean depth, max depth, opaque serial depth"  # axes of these end at full depth
 SECONDS = ("evaluation_seconds", "training_seconds")
 CURVES = (  # title, key of a row of evaluation.json, horizontal axis, vertical axis
     ("Accuracy under a cap", "capped_accuracy", "cap", "accuracy"),
@@ -54,7 +46,8 @@ CURVES = (  # title, key of a row of evaluation.json, horizontal axis, vertical 
     ("Same answer, depth free", "same_answer", "reasoning kept", "share of answers"),
     ("Same answer, capped", "same_answer_capped", "reasoning kept", "share of answers"),
     ("A written value is changed", "changed_value", "", "share of answers"),
-    ("Exit histogram", "exit_histogram", "depth", "share of tokens"),
+    ("A written value is changed, capped", "changed_value_capped", "", "share of answers"),
+    ("Share of tokens that exit at a depth", "exit_histogram", "depth", "exits"),
     ("Depth along the response", "depth_by_position", "token", "mean depth"),
     ("Opaque serial depth by group", "max_depth_by_group", "", "opaque serial depth"),
     ("Depth by kind of token", "depth_by_kind", "", "mean depth"),
@@ -219,7 +212,8 @@ def _fit(responses: list[dict], budget: int = BUDGET) -> tuple[list[dict], list[
 
 def _figures(runs: Sequence[Run], rows: Sequence[dict], points: Sequence[dict], full: int) -> str:
     """The figures of the page as HTML, under two headings."""
-    ranges = dict.fromkeys(SHARES, (0, 1)) | dict.fromkeys(DEPTHS, (0, full))
+    ranges = dict.fromkeys(SHARES.split(", "), (0, 1))
+    ranges |= dict.fromkeys(DEPTHS.split(", "), (0, full))
     policies: dict[str, list] = defaultdict(list)
     for row in points:
         kind = f"{row['variant']} ({str(row['policy']).partition(':')[0]})"

@@ -99,7 +99,7 @@ def test_the_data_keeps_every_number(tmp_path):
     for at, sample in enumerate([samples[0], samples[2], samples[1]]):
         for i, token in enumerate(sample["tokens"]):
             assert data["words"][at][i] == token["text"]
-            assert data["responses"][at]["depths"][i] == token["depth"]
+            assert data["depths"][at][i] == token["depth"]
             assert data["heads"][at][i] == pytest.approx(token["exit_probs"], abs=6e-4)
             found = [*zip(data["top"][at][i], data["chances"][at][i])]
             assert found == [(text, pytest.approx(p, abs=6e-4)) for text, p in token["top"]]
@@ -137,7 +137,7 @@ def test_a_base_of_three_runs_is_shown_once(tmp_path):
     head = [name for name in data["table"][0][0] if "script" not in name]
     assert head[:4] == ["", "base (full)", "first · student (head)", "second · student (head)"]
     assert head[4:] == ["third · base (full)", "third · student (head)"]
-    labels = [r["label"] for r in data["responses"] if r["prompt"] == ASKED]
+    labels = [r["label"] for r, asked in zip(data["responses"], data["prompt"]) if asked == ASKED]
     assert labels[:3] == ["base", "first · student", "first · rollout · step 3"]
     assert labels[3:5] == ["second · student", "second · rollout · step 3"]
     for name in ("first", "second", "first · student", "second · student (head)"):
