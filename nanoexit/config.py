@@ -102,7 +102,7 @@ class SFTConfig:
     micro_batch: int = knob(64, "traces in one forward; smaller needs less memory", low=1)
     lr: float = knob(1e-4, "peak learning rate of AdamW: warm-up, then a half cosine", 0, 10)
     targets: str = knob("student", "whose early readouts set targets", choices=["student", "base"])
-    broad: float = knob(0.25, "share of rows that draw their exits uniformly", low=0, high=1)
+    broad: float = knob(0.1, "share of rows that draw their exits uniformly", low=0, high=1)
     save_every: int = knob(50, "steps between checkpoints", low=1)
 
 

@@ -1,16 +1,20 @@
 """SFT: the student learns to write the teacher's text while spending less depth.
 
-One forward a step. Exits are drawn as it runs: by the student's own heads, as in generation, and
-uniformly over the exit depths in some rows, so that every early readout keeps learning. At each
-head that a token reaches, the residual there gives an early readout Q_d, and with P the teacher's
-distribution the head's target is the chance 2 (1 - sigmoid(s KL(P || Q_d))). The loss is
+One forward a step. Exits are drawn as it runs: by the student's own heads, as in generation, and in
+a share `sft.broad` of the rows uniformly over the exit depths, so that every early readout keeps
+learning. At each head that a token reaches, the residual there gives an early readout Q_d. With P
+the teacher's distribution, p the head's chance to exit and s = teacher.kl_strength, the loss is
 
-    KL(P || student's readout at its exit), mean over response tokens,
-  + the cross-entropy of every head that was reached against its target, mean over response tokens.
+    KL(P || student's readout at its exit)
+  + 0.1 * sum over heads reached of [ s KL(P || Q_d) p + p log p + (2 - p) log(2 - p) ],
 
-`sft.broad` is the share of rows that draw uniformly. `sft.targets: base` is the rule of the
-original instead: Q_d is the readout of the *base*, exits are drawn from the targets. On a model
-whose early readouts were never trained these targets are 0.
+mean over response tokens. The bracket is least at p = 2 (1 - sigmoid(s KL)), the target chance of
+the original. Where the residual does not tell which tokens an exit would spoil, it is least at the
+target of their *mean* KL, while cross-entropy against the targets averages the targets and exits
+too often. The KL in it is clamped at 2 nats.
+
+`sft.targets: base` takes the *base's* readout for Q_d, as the original does. On a model whose early
+readouts were never trained these targets are 0, and the heads learn never to exit.
 
 Simplified against the original: 1. the teacher's residuals are recomputed each step from frozen
 weights, not stored; 2. the early readout uses the final norm, in targets, training and generation
@@ -51,113 +55,105 @@ from nanoexit.training import (
     update,
 )
 
+EXIT_WEIGHT, MOST_KL = 0.1, 2.0
+
 
 class Draw(Policy):
-    """Draws exits while a training step runs, and keeps what each head saw.
+    """Draws exits while a training step runs, and keeps what exiting at each head would lose."""
 
-    uniform [N]: tokens that exit at each depth alike; others follow their heads, or chance [N, E]
-    where it is given. free [N]: tokens that may exit.
-    """
+    def __init__(
+        self,
+        model: Transformer,
+        a: Aligned,
+        teacher: Tensor,
+        uniform: Tensor,
+        chunk: int,
+        base_kl: Tensor | None = None,
+    ):
+        """teacher [n, D]: residuals at a.at. uniform [n]: readouts that ignore their heads.
 
-    def __init__(self, free: Tensor, uniform: Tensor, chance: Tensor | None = None):
+        base_kl [n, E]: use these divergences instead of the student's own.
+        """
         super().__init__("draw")
-        self.free, self.uniform, self.chance = free, uniform, chance
-        self.depths: tuple[int, ...] = ()
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}  # depth -> residuals [n, D], places [n]
+        self.teacher, self.uniform, self.chunk, self.base_kl = teacher, uniform, chunk, base_kl
+        self.depths = exit_depths(model)
+        self.slot = torch.full((a.ids.numel(),), -1, device=a.ids.device)  # readout of a place
+        self.slot[a.at] = torch.arange(len(a.at), device=a.ids.device)
+        self.kl = torch.zeros(len(a.at), len(self.depths), device=a.ids.device)
+        self.reached = torch.zeros_like(self.kl, dtype=torch.bool)
 
     def layers(self, model: Transformer) -> tuple[int, ...]:
-        self.depths = exit_depths(model)
         return self.depths
 
     def exits(self, ask: Ask, depth: int, h: Tensor, z: Any, u: Tensor, at: Tensor) -> Tensor:
-        self.seen[depth] = h.detach(), at
-        column = self.depths.index(depth)
-        chance = z.detach().sigmoid() if self.chance is None else self.chance[at, column]
+        column, slot = self.depths.index(depth), self.slot[at]
+        asked = slot >= 0  # prompt tokens before the first readout do not exit
+        k = slot[asked]
+        if self.base_kl is None:
+            early = h[asked].detach()
+            self.kl[k, column] = readout_kl(ask.model, self.teacher[k], early, self.chunk)
+        else:
+            self.kl[k, column] = self.base_kl[k, column]
+        self.reached[k, column] = True
         left = len(self.depths) + 1 - column  # depths still to choose from
-        chance = torch.where(self.uniform[at], 1 / left, chance)
-        return (u < chance) & self.free[at]
+        chance = torch.where(self.uniform[slot], 1 / left, z.detach().sigmoid())
+        return asked & (u < chance)
+
+
+def exit_loss(z: Tensor, kl: Tensor, strength: float) -> Tensor:
+    """Log-odds z of exiting, nats that it loses -> s KL p + p log p + (2 - p) log(2 - p)."""
+    p = z.sigmoid()
+    entropy = p * F.logsigmoid(z) + (2 - p) * (2 - p).log()
+    return strength * kl.clamp(max=MOST_KL) * p + entropy
 
 
 def student_losses(
-    model: Transformer, a: Aligned, teacher: Tensor, draw: Draw, noise: Tensor, config: Config
+    model: Transformer, a: Aligned, draw: Draw, noise: Tensor, strength: float
 ) -> dict[str, Tensor]:
     """One forward with drawn exits -> sums over its readouts: kl, exit, depth; by head [E]:
-    reached, target, chance. teacher [n, D]: the teacher's residuals at a.at.
+    reached, target, chance.
     """
     scored = run_and_score(model, a.ids, draw, a.depths > 0, a.prompt_lens, noise)
     student = scored.hidden.flatten(0, 1)[a.at]
-    kl = readout_kl(model, teacher, student, config.model.logits_chunk)
-    target, reached = exit_targets(model, a, teacher, draw, config)
     assert scored.head_logits is not None
-    z = scored.head_logits.flatten(0, 1)[a.at]  # [n, E]
-    cross = F.binary_cross_entropy_with_logits(z, target, reduction="none")
+    z, reached = scored.head_logits.flatten(0, 1)[a.at], draw.reached  # [n, E]
     return {
-        "kl": kl.sum(),
-        "exit": (cross * reached).sum(),
+        "kl": readout_kl(model, draw.teacher, student, draw.chunk).sum(),
+        "exit": (exit_loss(z, draw.kl, strength) * reached).sum(),
         "depth": scored.depths.flatten()[a.at].sum(),
         "reached": reached.sum(0),
-        "target": (target * reached).sum(0),
+        "target": (target_chance(draw.kl, strength) * reached).sum(0),
         "chance": (z.detach().sigmoid() * reached).sum(0),
     }
 
 
 @torch.no_grad()
-def exit_targets(
-    model: Transformer, a: Aligned, teacher: Tensor, draw: Draw, config: Config
-) -> tuple[Tensor, Tensor]:
-    """-> the target of each head at each readout [n, E], 0 where not reached; reached [n, E]."""
-    order = torch.full((a.ids.numel(),), -1, device=a.ids.device)
-    order[a.at] = torch.arange(len(a.at), device=a.ids.device)
-    targets = teacher.new_zeros(len(a.at), len(draw.depths), dtype=torch.float32)
-    reached = torch.zeros_like(targets, dtype=torch.bool)
-    for column, depth in enumerate(draw.depths):
-        if depth not in draw.seen:
-            continue
-        h, at = draw.seen[depth]
-        rows = order[at]
-        h, rows = h[rows >= 0], rows[rows >= 0]
-        reached[rows, column] = True
-        if draw.chance is not None:
-            targets[rows, column] = draw.chance[a.at[rows], column]
-        else:
-            kl = readout_kl(model, teacher[rows], h, config.model.logits_chunk)
-            targets[rows, column] = target_chance(kl, config.teacher.kl_strength)
-    return targets, reached
-
-
-@torch.no_grad()
 def teacher_pass(model: Transformer, a: Aligned, config: Config) -> tuple[Tensor, Tensor | None]:
-    """-> the teacher's residuals at the readouts [n, D]; with sft.targets=base, chances [B*T, E].
-    """
-    depths = exit_depths(model)
+    """-> the teacher's residuals at the readouts [n, D]; with sft.targets=base, base_kl [n, E]."""
+    depths, chunk = exit_depths(model), config.model.logits_chunk
     watch = Watch(depths if config.sft.targets == "base" else ())
     with as_base(model):
         teacher = model.run(a.ids, stop=watch).hidden.flatten(0, 1)[a.at]
     if config.sft.targets != "base":
         return teacher, None
-    chance = torch.zeros(a.ids.numel(), len(depths), device=a.ids.device)
-    for column, depth in enumerate(depths):
-        kl = readout_kl(model, teacher, watch.seen[depth][a.at], config.model.logits_chunk)
-        chance[a.at, column] = target_chance(kl, config.teacher.kl_strength)
-    return teacher, chance
+    kl = [readout_kl(model, teacher, watch.seen[depth][a.at], chunk) for depth in depths]
+    return teacher, torch.stack(kl, -1)
 
 
 def draw_noise(
     a: Aligned, places: Sequence[int], exits: int, config: Config, step: int
 ) -> tuple[Tensor, Tensor]:
-    """-> noise [B*T, E] for exits, and which tokens [B*T] draw uniformly.
+    """-> noise [B*T, E] for exits; which readouts [n] draw uniformly.
 
     A row's draws depend on its place in the step alone, however rows are split up.
     """
-    share = config.sft.broad if config.sft.targets == "student" else 0.0
-    noise = torch.ones(*a.ids.shape, exits)
-    uniform = torch.zeros(a.ids.shape, dtype=torch.bool)
-    for row, (place, n, m) in enumerate(zip(places, a.prompt_lens, a.counts)):
-        rng = np.random.default_rng(stream("exits", config.run.seed, step, place))
-        uniform[row] = rng.random() < share
-        drawn = rng.random((n + m - 1, exits), dtype=np.float32)
-        noise[row, : n + m - 1] = torch.from_numpy(drawn)
-    return noise.flatten(0, 1).to(a.ids.device), uniform.flatten().to(a.ids.device)
+    noise, device = torch.ones(a.ids.numel(), exits), a.ids.device
+    seeds = (stream("exits", config.run.seed, step, place) for place in places)
+    rngs = [np.random.default_rng(seed) for seed in seeds]
+    broad = torch.tensor([rng.random() < config.sft.broad for rng in rngs])
+    drawn = [rng.random((count, exits), dtype=np.float32) for rng, count in zip(rngs, a.counts)]
+    noise[a.at.cpu()] = torch.from_numpy(np.concatenate(drawn))
+    return noise.to(device), broad.to(device)[a.rows]
 
 
 def step_losses(model: Transformer, traces: Sequence[Trace], config: Config, step: int) -> dict:
@@ -171,20 +167,21 @@ def step_losses(model: Transformer, traces: Sequence[Trace], config: Config, ste
         batch = [traces[i] for i in piece]
         prompts, responses = [t.prompt_ids for t in batch], [t.tokens for t in batch]
         a = align(prompts, responses, None, model.full_depth, model.device)
-        teacher, chance = teacher_pass(model, a, config)
+        teacher, base_kl = teacher_pass(model, a, config)
         noise, uniform = draw_noise(a, piece, exits, config, step)
-        draw = Draw(torch.zeros_like(uniform).index_fill(0, a.at, True), uniform, chance)
+        draw = Draw(model, a, teacher, uniform, config.model.logits_chunk, base_kl)
         seed_torch("dropout", config.run.seed, step, piece[0])
-        losses = student_losses(model, a, teacher, draw, noise, config)
-        ((losses["kl"] + losses["exit"]) / tokens).backward()
+        losses = student_losses(model, a, draw, noise, config.teacher.kl_strength)
+        ((losses["kl"] + EXIT_WEIGHT * losses["exit"]) / tokens).backward()
         sums = {name: value + losses[name].detach() for name, value in sums.items()}
     sums = {name: total(value) for name, value in sums.items()}
     reached = sums["reached"].clamp(min=1)
+    kl, exit_loss_mean, depth = ((sums[name] / tokens).item() for name in ("kl", "exit", "depth"))
     return {
-        "loss": ((sums["kl"] + sums["exit"]) / tokens).item(),
-        "kl": (sums["kl"] / tokens).item(),
-        "exit_loss": (sums["exit"] / tokens).item(),
-        "mean_depth": (sums["depth"] / tokens).item(),
+        "loss": kl + EXIT_WEIGHT * exit_loss_mean,
+        "kl": kl,
+        "exit_loss": exit_loss_mean,
+        "mean_depth": depth,
         "target_exit": (sums["target"] / reached).tolist(),
         "student_exit": (sums["chance"] / reached).tolist(),
     }

@@ -275,35 +275,51 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, targets):
     assert all(torch.allclose(g, grads_b[n], atol=1e-5) for n, g in grads_a.items())
 
 
+def drawn(tmp_path, *overrides: str):
+    """A step's traces, aligned, with the exits that SFT draws."""
+    config = load_config(TINY, [f"run.dir={tmp_path}", "data.count=10", *overrides])
+    model, tokenizer = load_student(config)
+    traces = make_traces(model, tokenizer, config)
+    a = sft.align([t.prompt_ids for t in traces], [t.tokens for t in traces], None, 8, model.device)
+    teacher, base_kl = sft.teacher_pass(model, a, config)
+    noise, uniform = sft.draw_noise(a, range(len(traces)), 7, config, 0)
+    return model, config, a, sft.Draw(model, a, teacher, uniform, 64, base_kl), noise
+
+
 def test_exits_are_drawn_at_readouts_only(tmp_path):
     """Catches: prompt tokens that exit while training; a first readout that may not exit."""
-    overrides = [f"run.dir={tmp_path}", "data.count=10", "sft.broad=1"]
-    config = load_config(TINY, overrides)
-    model, tokenizer = load_student(config)
-    traces = make_traces(model, tokenizer, config)
-    a = sft.align([t.prompt_ids for t in traces], [t.tokens for t in traces], None, 8, model.device)
-    noise, uniform = sft.draw_noise(a, range(len(traces)), 7, config, 0)
-    free = torch.zeros_like(uniform).index_fill(0, a.at, True)
-    draw = sft.Draw(free, uniform)
+    model, _, a, draw, noise = drawn(tmp_path, "sft.broad=1")
     scored = sft.run_and_score(model, a.ids, draw, a.depths > 0, a.prompt_lens, noise)
     depths = scored.depths.flatten()
-    assert set(depths[~free & (a.depths.flatten() > 0)].tolist()) == {8}
+    before = (draw.slot < 0) & (a.depths.flatten() > 0)
+    assert set(depths[before].tolist()) == {8}
     first = [row * a.ids.shape[1] + n - 1 for row, n in enumerate(a.prompt_lens)]
     assert len(set(depths[first].tolist())) > 2 and len(set(depths[a.at].tolist())) == 8
+    layers = torch.arange(1, 8)
+    assert torch.equal(draw.reached, depths[a.at][:, None] >= layers)
+    assert (draw.kl[~draw.reached] == 0).all() and draw.kl.max() > 0.5
 
 
-def test_the_base_rule_draws_from_the_base(tmp_path):
+def test_the_base_rule_looks_at_the_base(tmp_path):
     """Catches: targets of the original's rule that change while the student learns."""
-    config = load_config(TINY, [f"run.dir={tmp_path}", "data.count=10", "sft.targets=base"])
-    model, tokenizer = load_student(config)
-    traces = make_traces(model, tokenizer, config)
-    a = sft.align([t.prompt_ids for t in traces], [t.tokens for t in traces], None, 8, model.device)
-    before = sft.teacher_pass(model, a, config)[1]
+    model, config, a, draw, _ = drawn(tmp_path, "sft.targets=base")
     for name, p in trained(model).items():
         if "lora_B" in name:
             p.data.normal_()
-    assert torch.equal(sft.teacher_pass(model, a, config)[1], before)
-    assert before.max() > 0.5 and before.flatten(0)[: 7 * (a.prompt_lens[0] - 1)].max() == 0
+    assert draw.base_kl is not None and draw.base_kl.shape == (len(a.at), 7)
+    assert torch.equal(sft.teacher_pass(model, a, config)[1], draw.base_kl)
+
+
+def test_the_exit_loss_is_least_at_the_target():
+    """Catches: a head that learns another chance than 2 (1 - sigmoid(s KL)), or, of two tokens
+    that it cannot tell apart, not that of their mean KL."""
+    z = torch.linspace(-12, 12, 240001)
+    for kl in (0.0, 0.05, 0.3, 1.0):
+        p = z[sft.exit_loss(z, torch.tensor(kl), 4.0).argmin()].sigmoid()
+        assert p.item() == pytest.approx(sft.target_chance(torch.tensor(kl), 4.0).item(), abs=1e-3)
+    both = sft.exit_loss(z, torch.tensor(0.0), 4.0) + sft.exit_loss(z, torch.tensor(0.6), 4.0)
+    mean = sft.target_chance(torch.tensor(0.3), 4.0).item()
+    assert z[both.argmin()].sigmoid().item() == pytest.approx(mean, abs=1e-3)
 
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path):
