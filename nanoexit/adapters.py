@@ -161,8 +161,8 @@ def load_adapter(model: Transformer, folder: str | Path) -> None:
     config = read_object(path / "adapter_config.json")
     for key, own in (("content", model.content), ("full_depth", model.full_depth)):
         if own and facts.get(key, own) != own:
-            base = f"{facts.get('base_model')} ({key} {facts[key]})"
-            this = f"this model is {model.name} ({key} {own})"
+            base = f"{facts.get('base_model')} ({key} {str(facts[key])[:19]})"
+            this = f"this model is {model.name} ({key} {str(own)[:19]})"
             raise UserError(printable(f"{path}: was trained on {base}, {this}"))
     maps = dict(linear_maps(model))
     plan = _plan(config, list(maps), path / "adapter_config.json") if config else {}
@@ -187,7 +187,8 @@ def _copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
     if pickle.exists() and not path.exists():
         raise UserError(f"{pickle}: a pickle is not read: save it with safe_serialization=True")
     with open_weights(path) as file:
-        stored = {re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", n): n for n in file.keys()}  # noqa: SIM118
+        plain = re.compile(r"(lora_[AB])\.[^.]+\.weight$")
+        stored = {plain.sub(r"\1.weight", name): name for name in file.keys()}  # noqa: SIM118
         compare_names(stored, wanted, path)
         for name, parameter in wanted.items():
             tensor = read_tensor(file, stored[name], path, tuple(parameter.shape))

@@ -43,14 +43,10 @@ FAILURES = (  # of a download: the first kind that fits, and what to do
     (hub.GatedRepoError, "gated: accept its terms on its page there, then set HF_TOKEN"),
     (hub.RepositoryNotFoundError, "none of that name, or private: check the spelling or HF_TOKEN"),
     (hub.RevisionNotFoundError, "it has no such revision: check model.revision"),
-    (
-        getattr(hub, "IncompleteSnapshotError", ()),
-        "the cache has an incomplete snapshot: go online",
-    ),
+    (getattr(hub, "IncompleteSnapshotError", ()), "an incomplete snapshot in the cache: go online"),
     (hub.LocalEntryNotFoundError, "cannot be reached, and not in the cache: check the connection"),
     (hub.EntryNotFoundError, "no such file there"),
-    (hub.HfHubHTTPError, "an error of the server: try later, or set HF_TOKEN to read it"),
-    (hub.HFValidationError, "not a valid id: check the spelling"),
+    (hub.HfHubHTTPError, "refused by the server: try later, or set HF_TOKEN"),
     (Exception, "the download broke off: run the same command again to continue it"),
 )
 
@@ -70,9 +66,8 @@ def find_model(
     if not HUB_ID.fullmatch(name):
         problem = "a folder has no revisions" if revision else "no such folder"
         raise UserError(f"{show(name)}: {problem}, and not an id on the hub (OWNER/NAME)")
-    options: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": ["*/*"]}
-    get = functools.partial(snapshot_download, name, revision=revision, **options)
-    path = fetch(f"{name}: no such folder;", get)
+    get = functools.partial(snapshot_download, allow_patterns=[*files], ignore_patterns=["*/*"])
+    path = fetch(f"{name}: no such folder;", functools.partial(get, name, revision=revision))
     return path, path.name
 
 
@@ -150,11 +145,8 @@ class Tokenizer:
                     f"{folder}: {token}, but the embedding has {rows} rows (vocab_size)"
                 )
         template = _read_template(folder, config)
-        self._template = None if template is None else TemplateProcess(template, str(folder))
-
-    @property
-    def has_template(self) -> bool:
-        return self._template is not None
+        self.has_template = template is not None
+        self._template = TemplateProcess(template or "", str(folder))
 
     @property
     def content(self) -> str:
@@ -209,7 +201,7 @@ class Tokenizer:
         variables: what else the template reads, such as enable_thinking. Raises UserError where
         the template fails, or does not read a variable.
         """
-        if self._template is None:
+        if not self.has_template:
             raise UserError(f"{self.folder}: this model has no chat template")
         known = {**self.named, "add_generation_prompt": True, "tools": None, "documents": None}
         return self._template.render(list(messages), known, variables)
@@ -323,10 +315,7 @@ class TemplateProcess:
 
     def render(self, messages: list, known: dict[str, Any], variables: dict[str, Any]) -> str:
         """known: what a template may read. variables: what this one has to read."""
-        try:
-            reply = self._ask(json.dumps({**known, **variables, "messages": messages}))
-        except TypeError as error:
-            raise UserError(f"template variables {show(variables)}: {error}") from None
+        reply = self._ask(json.dumps({**known, **variables, "messages": messages}, default=str))
         if "error" in reply:
             problem = printable(" ".join(reply["error"].split()))
             raise UserError(f"{self.where}: the chat template failed: {problem}")
@@ -341,7 +330,7 @@ class TemplateProcess:
         process = self._process
         if process is None:
             process = self._process = _start_worker()
-            weakref.finalize(self, process.__exit__, None, None, None)
+            weakref.finalize(self, _end_worker, process)
             line = f"{json.dumps(self.setup)}\n{line}"
         assert process.stdin is not None and process.stdout is not None
         try:
@@ -350,7 +339,7 @@ class TemplateProcess:
             return json.loads(process.stdout.readline())
         except BaseException as error:
             self._process = None
-            process.kill()
+            _end_worker(process)
             if not isinstance(error, (OSError, ValueError)):
                 raise
             limits = "stopped after {seconds} s of computing or {memory} bytes of memory"
@@ -367,6 +356,11 @@ def _start_worker() -> subprocess.Popen:
     options |= dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
     command = [sys.executable, "-I", "-c", program, json.dumps(sys.path)]
     return subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
+
+
+def _end_worker(process: subprocess.Popen) -> None:
+    process.kill()
+    process.communicate()  # closes the pipes and waits
 
 
 WORKER_IMPORTS = """
@@ -388,7 +382,7 @@ class GenerationTag(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body, lineno=line)
 
 
-def serve_templates():
+def serve_templates() -> None:
     """Read a setup, then variables, a JSON line each; answer each with a JSON line of text."""
 
     def raise_exception(message):

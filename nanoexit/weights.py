@@ -128,7 +128,7 @@ def _refuse(c: dict[str, Any], s: Shape, where: Path) -> None:
         (quantized, f"quantization_config: {show(quantized.get('quant_method'))}"),
         (c["hidden_act"] not in ("silu", "swish"), f"hidden_act {show(c['hidden_act'])}"),
         (odd, f"layer_types: {show(odd)}"),
-        (short, f"sliding_window {window}, active in a model of {s.max_positions} positions,"),
+        (short, f"sliding_window {window} with layers that slide, {s.max_positions} positions,"),
         (s.heads % s.kv_heads, f"num_key_value_heads {s.kv_heads} for {s.heads} heads"),
         (s.width % s.heads and not c.get("head_dim"), f"hidden_size {s.width} for {s.heads} heads"),
         (s.head_dim % 2, f"head_dim {s.head_dim}, odd,"),

@@ -83,7 +83,11 @@ CHATML = (
 )
 LLAMA3_CHAT = (
     "{{ bos_token }}{% for m in messages %}{% set text = m['role'] + ':' + m['content'] | trim %}\n"
-    "{{ text }}{{ eos_token }}{% generation %}{% endgeneration %}{% endfor %}"
+    "{{ text }}{{ eos_token }}{% generation %}{% set x = 1 %}y{% endgeneration %}{% endfor %}"
+    "{% for m in messages %}\n  {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
+    "  {{ m | tojson(indent=2) }}{{ x is defined }}\n{% break %}{% endfor %}\n"
+    "{% set ns = namespace(n=0) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ pad_token }}"
+    "{{ strftime_now('%Y') | length }}{{ documents is none }}{{ dict(a=1).items() | list }}"
 )
 PLAIN = {"bos_token": "<s>", "eos_token": "</s>"}
 TURNS = PLAIN | {"eos_token": "<|im_end|>", "chat_template": CHATML}
@@ -266,6 +270,8 @@ def peft_goldens() -> dict:
             model, shapes = peft_adapter(options, Path(folder))
             config = json.loads((Path(folder) / "adapter_config.json").read_text())
         config = {k: v for k, v in config.items() if k in (*KEPT, *options)}
+        if isinstance(config["target_modules"], list):
+            config["target_modules"].sort()  # peft writes a set
         found[name] = {"config": config, "shapes": shapes, "logits": logits_of(model)[-2:]}
     return found
 

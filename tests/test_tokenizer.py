@@ -128,15 +128,6 @@ def test_an_incomplete_snapshot(tmp_path):
 
 # --- templates --------------------------------------------------------------------------------
 
-RENDERED = {
-    "{%- for m in messages %}\n  {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
-    "  {{ m.content | tojson }}\n{% break %}{% endfor %}\n": '  " 2 < 3 & \\"é\\"? "\n',
-    "{{ bos_token }}{% if tools is none and documents is none %}x{% endif %}": "<s>x",
-    "{% generation %}{% set x = 1 %}y{% endgeneration %}{{ x is defined }}": "yFalse",
-    "{{ {'a': [1]} | tojson(indent=2) }}{{ strftime_now('%Y')|length }}": '{\n  "a": [\n    1\n  ]\n}'
-    "4",
-    "{% set ns = namespace(n=0) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}": "1",
-}
 HOSTILE = r"""{{ messages.__class__.__mro__ }}
 {{ raise_exception.__globals__['json'] }}
 {{ cycler.__init__.__globals__.os.system('true') }}
@@ -155,12 +146,6 @@ HOSTILE = r"""{{ messages.__class__.__mro__ }}
 {{ 'x' * 2**25 }}
 {{ '\ud800' }}
 {% for %}""".splitlines()
-
-
-@pytest.mark.parametrize("template", RENDERED)
-def test_helpers_of_templates_in_the_wild(tmp_path, template):
-    """Catches: a helper, block trimming or escaping other than what template writers rely on."""
-    assert render(tmp_path, template) == RENDERED[template]
 
 
 @pytest.mark.parametrize("template", [*HOSTILE, "{{" + "[" * 20000])
@@ -186,8 +171,8 @@ def test_variables_of_templates(tmp_path):
     """Catches: a misspelled variable that silently changes nothing."""
     template = "{{ enable_thinking }}{{ bos_token }}"
     assert render(tmp_path, template, enable_thinking=[1], bos_token="B") == "[1]B"
-    for wrong in ({"enable_thinkin": 1}, {"messages": []}, {"enable_thinking": {1}}):
-        with pytest.raises(UserError, match=r"read 'enable_thinkin'; did|'messages'|JSON"):
+    for wrong in ({"enable_thinkin": 1}, {"messages": []}):
+        with pytest.raises(UserError, match=r"read 'enable_thinkin'; did|'messages'"):
             render(tmp_path, template, **wrong)
 
 
