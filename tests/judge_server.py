@@ -90,12 +90,11 @@ class Handler(BaseHTTPRequestHandler):
             message = {"role": "assistant", "content": REPLIES.get(fault, good)}
             end = "length" if fault == "length" else "stop"
             choices = [{"finish_reason": end, "message": message}]
-            reply = json.dumps({"choices": choices, "usage": {"total_tokens": 100}})
-            self.send(200, BODIES.get(fault, reply))
+            self.send(200, BODIES.get(fault, json.dumps({"choices": choices})))
 
     def send(self, status: int, body: str):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) + 9 * (body == BODIES["cut"])))
-        self.send_header("Retry-After" if status == 429 else "Location", "1")
+        self.send_header("Location", "/")
         self.end_headers()
         self.wfile.write(body.encode())
