@@ -1,18 +1,14 @@
 """Prompts, tasks and verifiers: what is asked, what is a right answer, which steps are written.
 
 A `Task` verifies responses. It may also make prompts, list the steps of a full reasoning, and
-change one written value. To add one, write a class here and name it in `TASKS`. A verifier never
-guesses: what it cannot read is wrong. Answers are compared in a canonical form, so 72.0 is 72.
-
-Prompts come from a task, or from a JSONL or CSV file. One hash of its text decides whether a prompt
-is held out, another its place: a split never moves, and its first prompts are a fair draw.
+change one written value. A verifier never guesses: what it cannot read is wrong. Answers are
+compared in a canonical form, so 72.0 is 72. A hash of its text decides whether a prompt is held
+out, another its place: a split never moves, and its first prompts are a fair draw.
 """
 
 import csv
-import hashlib
 import io
 import itertools
-import json
 import operator
 import re
 import unicodedata
@@ -22,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from fractions import Fraction
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +52,7 @@ class Verdict:
     well_formed: bool = True  # one end of the reasoning, and an answer after it
     steps: list[bool] = field(default_factory=list)  # each expected step: written, true, in order?
     claimed: int = 0  # how many steps are written, true or not
+    lenient: bool = False  # correct, or the last number of the response is the right one
 
     @property
     def written(self) -> float | None:
@@ -78,8 +76,6 @@ class Response:
     text: str
     verdict: Verdict
 
-
-# --- answers in free text ---------------------------------------------------------------------
 
 SPELLINGS = (  # (pattern, replacement), in this order; no symbol that means something is lost
     ("[−‐‑‒–]", "-"),
@@ -105,7 +101,6 @@ FIRST = re.compile(  # a number, then no letter, operator, range, second number 
     [ \t]*[-+]?\$?\.?\d|[ \t]*(?:hundred|[mb]illion|thousand|trillion|dozen|and\sa)\b|-\w)""",
     re.VERBOSE,
 )
-SMALL = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
@@ -133,38 +128,24 @@ def canonical(text: str) -> str | None:
     return number(WHOLE.fullmatch(text)) or text or None
 
 
-# --- tasks ------------------------------------------------------------------------------------
-
-
 class Task:
     """What all tasks share. By itself: the checkers `none`, and `exact`, for an answer word for
     word: after the last `Answer:`, or all of the conclusion."""
 
     opening = "<think>"
-    longest = 0  # operations of the longest prompt made on the spot; 0: it makes none
     words: Sequence[str] = ()  # of its prompts and steps, for a tokenizer of whole words
 
     def __init__(self, name: str, expects: str = "", closing: str = "</think>", mark: str = "(?!)"):
         self.name, self.expects = name, expects  # the answer of a prompt; empty: none is right
         self.closing, self.mark = closing, mark  # what asks for the answer; where one is stated
 
-    def make(self, rng: np.random.Generator, operations: int) -> Prompt:
-        """A random prompt of that many operations."""
-        raise NotImplementedError
-
-    def prompts(self, rng: np.random.Generator, low: int, high: int) -> Iterator[Prompt]:
-        """Endless prompts of `low` to `high` operations, in proportion to their number."""
-        lengths = np.arange(low, high + 1)
-        for i in itertools.count():
-            made = self.make(rng, int(rng.choice(lengths, p=lengths / lengths.sum())))
-            yield replace(made, id=f"{self.name}-{i}")
-
     def split(self, response: str) -> Split:
         """At the first </think>, else at the task's mark. A <think> left open never ends."""
         thinks = "think>" in response
-        found = re.search("</think>" if thinks else self.mark, response)
-        start, end = found.span() if found else [len(response) * thinks] * 2
-        return Split(response[:start], response[start:end], response[end:])
+        parts = re.split("(</think>)" if thinks else f"({self.mark})", response, maxsplit=1)
+        if len(parts) == 1:
+            return Split(response, "", "") if thinks else Split("", "", response)
+        return Split(*parts)
 
     def answer(self, prompt: Prompt, response: str) -> str | None:
         """What a whole response concludes, in canonical form; None where nothing is stated."""
@@ -188,15 +169,21 @@ class Task:
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Verify the decoded text of a response, its end-of-text token left out."""
-        marker, said = self.split(response).marker, self.answer(prompt, response)
+        part, said, target = (
+            self.split(response),
+            self.answer(prompt, response),
+            self.target(prompt),
+        )
+        last = self.reached(prompt, response) if self.name == "gsm8k" else said
         expected = self.claims(" ".join(self.steps(prompt)))
-        claims = self.claims(self.split(response).reasoning)
+        claims = self.claims(part.reasoning)
         steps = [False] * len(expected)
         for at, _, n in SequenceMatcher(None, expected, claims, False).get_matching_blocks():
             steps[at : at + n] = [True] * n
-        correct = said is not None and said == self.target(prompt)
-        formed = said is not None and response.count(marker or "\0") == 1
-        return Verdict(correct, formed, steps, len(claims))
+        correct = target is not None and said == target
+        lenient = correct or (target is not None and last == target)
+        formed = said is not None and response.count(part.marker or "\0") == 1
+        return Verdict(correct, formed, steps, len(claims), lenient)
 
     def claims(self, text: str) -> list[str]:
         """The steps that a text writes, each in one spelling; [] where the task lists none."""
@@ -215,16 +202,13 @@ class Task:
         return f"{self.written(prompt, n)} {self.closing} {self.target(prompt)}"
 
     def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
-        """The response up to one written value, which is changed, where it is known what follows
-        from that; else None."""
+        """The response up to one changed value; None where it is not known what follows from it."""
         return None
 
 
 class GSM8K(Task):
-    """The number after `####` (Cobbe et al. 2021), or in \\boxed{} where there is no `####`.
-
-    Several of them have to agree. What follows a further question does not count.
-    """
+    """The number after `####` (Cobbe et al. 2021), else in \\boxed{}. Several of them have to agree;
+    what follows a further question does not count."""
 
     def target(self, prompt: Prompt) -> str | None:
         return self.first((prompt.answer or "").rpartition("####")[2])
@@ -232,36 +216,33 @@ class GSM8K(Task):
     def first(self, text: str) -> str | None:
         """The number that a text begins with."""
         text = re.sub("[€£¥]", "$", re.sub("<<[^<>]*>>", "", normal(text))).lower()
-        small = rf"\b({'|'.join(SMALL)})\b"
-        return number(FIRST.match(re.sub(small, lambda m: str(SMALL.index(m[0])), text)))
+        return number(FIRST.match(text))
 
     def read(self, text: str) -> str | None:
-        text = text if "####" in text else text.replace("\\boxed", "####\\boxed")
-        values: list[str] = []
-        for piece in text.split("####")[1:]:
-            values += filter(None, [self.first(piece)])
-            if values and re.search(r"\?|\bQuestion\b|\bQ:", piece):
-                break
-        return values[0] if len({*values}) == 1 else None
+        stated = text if "####" in text else text.replace("\\boxed", "####\\boxed")
+        before_question = re.split(r"\?|\bQuestion\b|\bQ:", stated.partition("####")[2])[0]
+        values = {self.first(piece) for piece in before_question.split("####")} - {None}
+        return values.pop() if len(values) == 1 else None
 
     def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
         """For right answers to prompts worked out by calculator marks, such as <<48/2=24>>, of two
         operands each: the first place of an intermediate result that the question does not name."""
         part, stay, answer = self.split(response), self.target(prompt), prompt.answer or ""
-        figure = r"(\d*\.?\d+)"
-        marks = re.findall(rf"<<{figure}([-+*/]){figure}={figure}>>", answer)
-        whole = 1 < len(marks) == answer.count("<<") and stay == self.answer(prompt, response)
-        value = marks[int(rng.integers(len(marks) - 1))][-1] if whole and part.marker else ""
-        found = re.search(rf"(?<![\w.,]){value}(?!\w|[.,]\d)", part.reasoning)
-        if not found or not value.isdigit() or re.search(rf"\b{value}\b", prompt.prompt):
+        marks = re.findall(r"<<(\d+)([-+*/])(\d+)=(\d+)>>", answer)
+        if not 1 < len(marks) == answer.count("<<") or stay != self.answer(prompt, response):
             return None
-        new = {value: str(int(value) + int(rng.integers(1, 10)))}
-        text = part.reasoning[: found.start()] + new[value]
+        value = marks[int(rng.integers(len(marks) - 1))][-1]
+        found = re.search(rf"(?<![\w.,]){value}(?!\w|[.,]\d)", part.reasoning)
+        if not found or re.search(rf"\b{value}\b", prompt.prompt):
+            return None
+        new = {value: Fraction(value) + int(rng.integers(1, 10))}
+        text = f"{part.reasoning[: found.start()]}{new[value]}"
         for a, sign, b, result in marks:
-            left, right = Fraction(new.get(a, a)), Fraction(new.get(b, b))
-            if {a, b} & new.keys() and right:
-                new[result] = str(SIGNS[sign](left, right))
-        return Change(text, stay, new.get(marks[-1][-1]))
+            left, right = new.get(a, Fraction(a)), new.get(b, Fraction(b))
+            if (a in new or b in new) and right:
+                new[result] = SIGNS[sign](left, right)
+        follow = new.get(marks[-1][-1])
+        return Change(text, stay, follow and str(follow))
 
 
 class Chains(Task):
@@ -271,10 +252,9 @@ class Chains(Task):
     `clock` adds and multiplies, and keeps the last digit: `5 *9 +7` has the values 5 and 2. Its
     chains of any length are one of 40 maps. The letters of `permute` agree with each of these maps
     in three digits at most and do not compose to anything shorter. A written step restates its
-    operation: `5 *9 5 +7 2`. The control, `clock-values`, writes the values alone.
-    """
+    operation: `5 *9 5 +7 2`. The control, `clock-values`, writes the values alone."""
 
-    longest = 6
+    longest = 6  # operations
 
     def __init__(self, name: str, table: dict[str, str], restate: bool = True):
         super().__init__(name, f"a chain of a digit and {', '.join(table)}, and its value if any")
@@ -293,8 +273,16 @@ class Chains(Task):
         digits = itertools.accumulate(self.parse(chain), lambda v, name: self.table[name][int(v)])
         return [*digits][1:]
 
+    def prompts(self, rng: np.random.Generator) -> Iterator[Prompt]:
+        """Endless prompts, of each number of operations in proportion to it."""
+        lengths = np.arange(1, self.longest + 1)
+        for i in itertools.count():
+            operations = int(rng.choice(lengths, p=lengths / lengths.sum()))
+            yield replace(self.make(rng, operations), id=f"{self.name}-{i}")
+
     def make(self, rng: np.random.Generator, operations: int) -> Prompt:
-        drawn = [self.operations[i] for i in rng.integers(len(self.table), size=operations)]
+        """A random prompt of that many operations."""
+        drawn = rng.choice(self.operations, operations)
         chain = " ".join([str(rng.integers(10)), *drawn])
         group = f"{operations} step{'s' * (operations > 1)}"
         return Prompt(chain, chain, self.values(chain)[-1], checker=self.name, group=group)
@@ -338,7 +326,7 @@ TASKS: dict[str, Task] = {
     "clock-values": Chains("clock-values", CLOCK, restate=False),
     "permute": Chains("permute", dict(zip("abcdefghijkl", DRAWN.split()))),
     "gsm8k": GSM8K("gsm8k", "a number, alone or after ####", "####", r"####(?=\W*(?:boxed\W)?\d)"),
-    "exact": Task("exact", "an answer", "Answer:", r"(?is)answer\s*:(?!.*answer\s*:)"),
+    "exact": Task("exact", "an answer", "Answer:", r"(?is:answer\s*:(?!.*answer\s*:))"),
     "none": Task("none"),
 }
 
@@ -348,45 +336,34 @@ def task_of(prompt: Prompt) -> Task:
     return TASKS[prompt.checker]
 
 
-# --- prompts ----------------------------------------------------------------------------------
-
-
 def load_prompts(
     data: DataConfig, split: str, count: int | None = None, seed: int = 0
 ) -> list[Prompt]:
-    """The `train` or `held_out` prompts, at most `count`, in a fair order. Prompts made on the spot
-    (`clock`, or `clock:2-6`) depend on `seed` and are 8192 by default.
-
-    Raises UserError for any fault of the file, with its line, and where the split is empty.
-    """
-    held_out = split == "held_out"
-    share = data.held_out if held_out else 1 - data.held_out
-    name, *limits = re.split(r":(\d)-(\d)$", data.prompts)
-    task = TASKS.get(name, TASKS["none"])
-    low, high = map(int, limits[:2] or (1, task.longest))
+    """The `train` or `held_out` prompts, at most `count`, in a fair order. Those that a task makes
+    depend on `seed` and are 8192 by default. UserError for any fault, and for an empty split."""
+    task, held_out = TASKS.get(data.prompts), split == "held_out"
     source: Iterable[Prompt]
-    if 1 <= low <= high <= task.longest:
-        if data.checker not in ("auto", name):
-            raise UserError(f"data.checker: expected auto or {name}, found {show(data.checker)}")
+    if isinstance(task, Chains):
+        if data.checker not in ("auto", task.name):
+            found = show(data.checker)
+            raise UserError(f"data.checker: expected auto or {task.name}, found {found}")
         count = count or 8192
-        rng = np.random.default_rng([seed, zlib.crc32(split.encode())])
-        draws = int((100 + 20 * count) / share) if share else 0
-        made = itertools.islice(task.prompts(rng, low, high), draws)
-        source = (replace(prompt, system=data.system) for prompt in made)
+        made = task.prompts(np.random.default_rng([seed, zlib.crc32(split.encode())]))
+        source = itertools.islice(made, 10_000 + 250 * count)
     else:
-        source = sorted(read_prompts(data), key=lambda p: digest([replace(p, id="")]))
+        source = sorted(read_prompts(data), key=lambda p: sha256(p.prompt.encode()).digest())
     wanted = (p for p in source if is_held_out(p.prompt, data.held_out) == held_out)
-    prompts = list(itertools.islice(wanted, count))
+    prompts = [replace(p, system=p.system or data.system) for p in itertools.islice(wanted, count)]
     if not prompts:
-        empty = f"{data.prompts} has no {split.replace('_', '-')} prompts"
-        raise UserError(f"data.prompts: {empty} at data.held_out = {data.held_out}")
+        share = f"data.held_out = {data.held_out}"
+        raise UserError(f"data.prompts: {data.prompts} has no {split} prompts at {share}")
     return prompts
 
 
-def check_prompts(data: DataConfig, splits: Sequence[str] = ("train", "held_out")) -> None:
+def check_prompts(data: DataConfig) -> None:
     """Read all prompts, before any work. Raises UserError as `load_prompts` does."""
-    for split in splits:
-        load_prompts(data, split, 1)
+    load_prompts(data, "train", 1)
+    load_prompts(data, "held_out", 1)
 
 
 def is_held_out(prompt: str, share: float = 0.1) -> bool:
@@ -394,79 +371,63 @@ def is_held_out(prompt: str, share: float = 0.1) -> bool:
     return zlib.crc32(prompt.encode("utf-8")) % 10000 < share * 10000
 
 
-def digest(prompts: Sequence[Prompt]) -> str:
-    """What traces of these prompts belong to: their ids, texts and system messages, in order."""
-    content = [[p.id, p.prompt, p.system] for p in prompts]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
 def read_prompts(data: DataConfig) -> list[Prompt]:
     """Every prompt of a JSONL or CSV file, or of a hub dataset's file (hub:ID/FILE), in order."""
     if data.prompts.startswith("hub:"):
         path = find_dataset_file(data.prompts)
     else:
-        path = find_file(data.prompts, "data.prompts: no task made on the spot, and")
+        path = find_file(data.prompts, "data.prompts: no task, and")
+    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else read_json_lines(path)
     prompts: dict[str, Prompt] = {}
-    for line, row in _csv_rows(path) if path.suffix.lower() == ".csv" else read_json_lines(path):
-        prompt = _prompt(row, f"{path}:{line}", f"{path.stem}-{line}", data)
-        if prompt.id in prompts:
+    for line, row in rows:
+        prompt = _prompt(row, f"{path}:{line}", data.checker)
+        if prompts.setdefault(prompt.id, prompt) is not prompt:
             raise UserError(f"{path}:{line}: expected every id once, found {show(prompt.id)} again")
-        prompts[prompt.id] = prompt
     return [*prompts.values()]
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line where it starts, row) of every row that is not blank; names in lower case."""
+    """(line where it ends, row) of every row that is not blank."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 0
     try:
-        names = [name.strip().lower() for name in next(reader, [])]
+        names = [name.strip().lower() for name in reader.fieldnames or []]
         if len({*names}) < len(names):
             raise UserError(f"{path}:1: expected every column once, found {show(names)}")
-        line = reader.line_num
-        for cells in reader:
-            if cells and len(cells) != len(names):
-                found = f"found {len(cells)}"
-                raise UserError(f"{path}:{line + 1}: expected {len(names)} cells, {found}")
-            if cells:
-                yield line + 1, dict(zip(names, cells))
+        for row in reader:
             line = reader.line_num
+            if None in [*row, *row.values()]:  # as DictReader marks cells and columns left over
+                raise UserError(f"{path}:{line}: expected {len(names)} cells, as in line 1")
+            yield line, row
     except csv.Error as error:
         raise UserError(f"{path}:{line + 1}: not CSV: {error}; is a quote left open?") from None
 
 
-def _prompt(row: dict, where: str, default_id: str, data: DataConfig) -> Prompt:
-    """A row as a prompt; `where` is its file and line."""
+def _prompt(row: dict, where: str, checker: str) -> Prompt:
+    """A row as a prompt; `where` is its file and line, and its id if it has none."""
     row = {key.strip().lower(): value for key, value in row.items()}
-    turns = row.get("messages") or row.get("prompt")
-    if isinstance(turns, list):
-        roles = [turn.get("role") if isinstance(turn, dict) else turn for turn in turns]
-        if roles not in (["user"], ["system", "user"]):
-            expected = "expected a user turn, after a system turn or none"
-            raise UserError(f"{where}: messages: {expected}, found {show(roles)}")
-        row |= dict(zip(("prompt", "system"), [turn.get("content") for turn in turns[::-1]]))
-    names = ("id", "prompt", "story", "question", "answer", "system", "checker", "group")
-    id, text, *story, answer, system, checker, group = [_text(row, n, where) for n in names]
-    text = text or "\n\n".join(filter(None, story))
+    names = ("id", "prompt", "question", "answer", "system", "checker", "group")
+    id, prompt, question, answer, system, own, group = [_text(row, n, where) for n in names]
+    text = prompt or question
     if not text:
         keys = show(", ".join(row))
-        raise UserError(f"{where}: expected prompt, question or messages, found the keys {keys}")
+        raise UserError(f"{where}: expected prompt or question, found the keys {keys}")
     guess = "gsm8k" if re.search(r"####[^\n]*\s*$", answer or "") else "exact" if answer else "none"
-    name = (checker if data.checker == "auto" else data.checker) or guess
+    name = (own if checker == "auto" else checker) or guess
     if name not in TASKS:
         raise UserError(f"{where}: checker {show(name)}: expected one of {', '.join(TASKS)}")
-    system = system or data.system
-    prompt = Prompt(id or default_id, text, answer, system, name, group or "", where)
-    if TASKS[name].expects and TASKS[name].target(prompt) is None:
+    task = TASKS[name]
+    made = Prompt(id or Path(where).name, text, answer, system, name, group or "", where)
+    if task.expects and task.target(made) is None:
         found = f"{show(text)} with the answer {show(answer)}"
-        raise UserError(f"{where}: checker {name}: expected {TASKS[name].expects}, found {found}")
-    return prompt
+        raise UserError(f"{where}: checker {name}: expected {task.expects}, found {found}")
+    return made
 
 
 def _text(row: dict, name: str, where: str) -> str | None:
     """A field as text; None where it is missing or blank."""
-    value = row.get(name, "")
+    value = row.get(name)
     text = "" if value is None else str(value) if type(value) in (int, float) else value
     if not isinstance(text, str) or re.search("[\0\ud800-\udfff]", text):
         expected = "expected text without NUL and surrogates"

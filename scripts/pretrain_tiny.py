@@ -272,7 +272,7 @@ def losses(
 def evaluate(model: Transformer, config: PretrainConfig, words: Words, count: int = 2000) -> dict:
     """Held-out chains: sampled accuracy; greedy in the head, by operations; shares of styles."""
     task, rng = words.task, np.random.default_rng([config.seed, 2])
-    source = task.prompts(rng, 1, task.longest)
+    source = task.prompts(rng)
     prompts: list[Prompt] = []
     while len(prompts) < count:
         prompt = next(source)

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from nanoexit.config import ROOT, DataConfig, UserError
-from nanoexit.tasks import check_prompts, digest, is_held_out, load_prompts, read_prompts, task_of
+from nanoexit.tasks import check_prompts, is_held_out, load_prompts, read_prompts, task_of
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import make_prompts
@@ -42,24 +42,14 @@ def test_columns(tmp_path):
     """Catches: a column that is silently not read; ids and lines off by one; a large field cut."""
     rows = [{"Question": "1+1?", " answer ": "so\n#### 2"}, {"prompt": "hi", "id": 0, "group": 3}]
     a, b = read(tmp_path / "a.jsonl", rows)
-    assert (a.prompt, a.id, a.checker, a.group) == ("1+1?", "a-1", "gsm8k", "")
+    assert (a.prompt, a.id, a.checker, a.group) == ("1+1?", "a.jsonl:1", "gsm8k", "")
     assert (b.prompt, b.id, b.checker, b.group, b.where[-2:]) == ("hi", "0", "none", "3", ":2")
-    text = f'story, Question,answer\nA box.,"Where,\nnow?",in\n\nB.,{"x" * 200_000},"a ""b"""\n'
-    c, d = read(tmp_path / "b.csv", text, system="be brief")
-    assert (c.prompt, c.answer, c.id, c.checker) == ("A box.\n\nWhere,\nnow?", "in", "b-2", "exact")
-    assert (len(d.prompt), d.answer, d.id, d.system) == (200_004, 'a "b"', "b-5", "be brief")
-
-
-def test_chat_rows(tmp_path):
-    """Catches: a conversation of which one turn is asked and the rest is dropped."""
-    system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "u"}
-    for key in ("messages", "prompt"):
-        rows = [{key: [system, user], "answer": "4"}, {key: [user]}]
-        a, b = read(tmp_path / "a.jsonl", rows, system="own")
-        assert (a.system, a.prompt, a.answer, b.system, b.prompt) == ("s", "u", "4", "own", "u")
-    for turns in ([user, user], [system], [user, system], [user, {"role": "assistant"}], ["u"]):
-        with pytest.raises(UserError, match=r"a.jsonl:1: messages: expected a user turn"):
-            read(tmp_path / "a.jsonl", [{"messages": turns}])
+    text = f'system, Question,answer\ns,"Where,\nnow?",in\n\n,{"x" * 200_000},"a ""b"""\n'
+    c, d = read(tmp_path / "b.csv", text)
+    assert (c.prompt, c.answer, c.id, c.checker) == ("Where,\nnow?", "in", "b.csv:3", "exact")
+    assert (len(d.prompt), d.answer, d.id) == (200_000, 'a "b"', "b.csv:5")
+    loaded = load_prompts(DataConfig(prompts=str(tmp_path / "b.csv"), system="own"), "train")
+    assert {p.system for p in loaded} <= {"s", "own"}
 
 
 ANSWERS = {
@@ -78,7 +68,9 @@ def test_the_checker_is_guessed(tmp_path):
 
 
 FAULTS = r"""
-jsonl | {"prompt": "a"}¶{"promt": "b"} | 2: expected prompt, question or messages, found the keys 'p
+jsonl | {"prompt": "a"}¶{"promt": "b"} | 2: expected prompt or question, found the keys 'promt'
+jsonl | {"messages": [{"role": "user"}]} | 1: expected prompt or question, found the keys 'messages'
+jsonl | {"prompt": [{"role": "user"}]} | 1: prompt: expected text
 jsonl | {"prompt": "a"}¶{ | 2 is not JSON
 jsonl | [1] | 1: expected a JSON object
 jsonl | {"prompt": "<e9>"} | 1: not UTF-8: byte 0xe9
@@ -90,9 +82,9 @@ jsonl | {"prompt": "a", "answer": false} | 1: answer: expected text
 jsonl | {"prompt": 5.0, "system": {}} | 1: system: expected text
 csv | prompt,answer¶a,1¶"b,2¶c,3¶ | 3: not CSV: unexpected end of data; is a quote left open?
 csv | prompt, Prompt¶a,b | 1: expected every column once
-csv | prompt,answer¶a,1¶b,2,3 | 3: expected 2 cells, found 3
-csv | prompt,answer¶b | 2: expected 2 cells, found 1
-csv | prompt;answer¶a;1 | 2: expected prompt, question or messages, found the keys 'prompt;answer'
+csv | prompt,answer¶a,1¶b,2,3 | 3: expected 2 cells
+csv | prompt,answer¶b | 2: expected 2 cells
+csv | prompt;answer¶a;1 | 2: expected prompt or question, found the keys 'prompt;answer'
 jsonl | {"prompt": "a", "id": 1}¶{"prompt": "b", "id": "1"} | 2: expected every id once, found '1'
 jsonl | {"prompt": "a", "checker": "gsm"} | 1: checker 'gsm': expected one of clock
 jsonl | {"prompt": "a", "answer": "#### 1,2"} | 1: checker gsm8k: expected a number
@@ -116,7 +108,7 @@ def test_any_file_is_read_or_refused(tmp_path):
     """Catches: a traceback for content that no list of examples foresaw."""
     hypothesis = pytest.importorskip("hypothesis")
     words = [*'{}[]:,"\\\n\r7;', '"prompt"', "prompt,answer\n", '{"prompt": "a", ', '"answer": ']
-    words += ['"messages": [', '{"role": "user", ', '"content": "x"}', "####", "\0", "\ufeff", "é"]
+    words += ["####", "\0", "\ufeff", "é"]
     texts = hypothesis.strategies.lists(hypothesis.strategies.sampled_from(words)).map("".join)
 
     @hypothesis.given(texts, hypothesis.strategies.sampled_from(["utf-8", "utf-16", "latin-1"]))
@@ -132,11 +124,10 @@ def test_any_file_is_read_or_refused(tmp_path):
 
 
 MISTAKES = [
-    ({"prompts": "clock:0-3"}, "clock:0-3: no such file"),
-    ({"prompts": "permute:4-2"}, "permute:4-2: no such file"),
+    ({"prompts": "clok"}, "clok: no such file"),
     ({"checker": "exact"}, "data.checker: expected auto or clock, found 'exact'"),
-    ({"held_out": 0.0}, "clock has no held-out prompts at data.held_out = 0"),
-    ({"prompts": str(FILE), "held_out": 0.0}, "has no held-out prompts"),
+    ({"held_out": 0.0}, "clock has no held_out prompts at data.held_out = 0"),
+    ({"prompts": str(FILE), "held_out": 0.0}, "has no held_out prompts"),
     ({"prompts": str(FILE), "checker": "clok"}, ":1: checker 'clok': expected one of"),
 ]
 
@@ -149,7 +140,7 @@ def test_mistakes_are_named_before_any_work(knobs, says):
     check_prompts(DataConfig())
 
 
-@pytest.mark.parametrize("prompts", ["clock", "permute:2-4", str(FILE)])
+@pytest.mark.parametrize("prompts", ["clock", "permute", str(FILE)])
 def test_training_never_sees_a_held_out_prompt(prompts):
     """Catches: a split that leaks, moves with the seed, or differs between a task and a file."""
     data = DataConfig(prompts=prompts, system="s")
@@ -159,21 +150,19 @@ def test_training_never_sees_a_held_out_prompt(prompts):
     assert not any(is_held_out(p.prompt) for p in train)
     assert len({p.id for p in train}) == len(train)
     again = load_prompts(data, "train", 900, seed=2)
-    assert (digest(train) == digest(again)) == (prompts == str(FILE))
+    assert (train == again) == (prompts == str(FILE))
 
 
 def test_the_first_prompts_are_a_fair_draw(tmp_path):
     """Catches: a short run on a file sorted by kind that sees one kind alone; an order that follows
-    the order of the file; traces that are kept after a prompt has changed."""
+    the order of the file."""
     data, other = DataConfig(prompts=str(FILE)), DataConfig(prompts=str(tmp_path / "b.jsonl"))
     for split, count in (("train", 60), ("held_out", 20)):
         counts = Counter(p.group for p in load_prompts(data, split, count))
         assert len(counts) == 4 and max(counts.values()) <= count / 2
     whole = load_prompts(data, "train")
     read(tmp_path / "b.jsonl", ROWS[::-1])
-    assert digest(load_prompts(other, "train")) == digest(whole)
-    read(tmp_path / "b.jsonl", [ROWS[0] | {"prompt": "new"}, *ROWS[1:]])
-    assert digest(load_prompts(other, "train")) != digest(whole)
+    assert [p.id for p in load_prompts(other, "train")] == [p.id for p in whole]
 
 
 # --- data/reasoning.jsonl ---------------------------------------------------------------------

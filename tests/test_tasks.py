@@ -20,11 +20,11 @@ gsm8k 72 == @<think>no</think>#### 72|@<think>#### 71</think>#### 72|７２|٧٢
 gsm8k 72 != @<think>#### 72</think>I do not know|@<think>#### 72|71¶#### 72|72¶#### 71
 gsm8k 72 != <<48+24=72>>71 ;; gsm8k 1234 != 1,234,5|1,23|123,4|1,2345|0,001,234
 gsm8k 1234 == 1,234|1,234.|1 234|1<2009>234|1<202f>234|1<00a0>234|1{,}234 != 12,34|1,2,3,4|1.234
-gsm8k 1 == 1|one|1.00|3/3|1e0 != 1/2|1e3|1,234|1{,}234|1\,234|1 234|1/0|1.5|1:30|1st
+gsm8k 1 == 1|1.00|3/3|1e0 != 1/2|1e3|1,234|1{,}234|1\,234|1 234|1/0|1.5|1:30|1st
 gsm8k 1234567 == 1,234,567 dollars|1 234 567|@####1234567 != 1,234567|1234,567
 gsm8k 500 == 500|5e2|0500 != 0,500|0.500|500,00|1.500,00|.500 ;; gsm8k 3 != 3 times 4|3 dozen
-gsm8k -3 == -3|<2212>3|- 3|–3|-3.0|-three != 3|+3|1-3|0-3 ;; gsm8k -5 == -$5|$-5|-5.00 != $5|5
-gsm8k 3 == 3|+3|three|**Three** eggs != <2212>3|- 3|-three|three hundred|three or four|3 million|3k
+gsm8k -3 == -3|<2212>3|- 3|–3|-3.0 != 3|+3|1-3|0-3 ;; gsm8k -5 == -$5|$-5|-5.00 != $5|5
+gsm8k 3 == 3|+3|**3** eggs != <2212>3|- 3|three|3 hundred|3 or 4|3 million|3k
 gsm8k 5 == $5|€5|5€|+$5 != -$5|.5|5½|5 1/2|5 and a half|#5|5-10 ;; gsm8k .5 == 0.5|2/4 != 5
 gsm8k 0.5 == .5|0.5|0.50|1/2|½|\frac{1}{2}|5e-1 != 5|0,5|1/20|2 ;; gsm8k 1/2 == 0.5|1/2 != 1|2|12
 gsm8k 25 == 25|$25 != $.25|0.25|2.5 ;; gsm8k 2 == 2|4/2 != 2^10|2**10|2*3|2 x 3|2²|1/2|2 by 4|2(3)
@@ -178,12 +178,24 @@ def test_operations():
 
 
 def test_made_prompts_favour_the_long():
-    """Catches: lengths out of proportion; ids that repeat; limits that are not kept."""
-    source = TASKS["clock"].prompts(np.random.default_rng(0), 2, 4)
-    prompts = [next(source) for _ in range(1800)]
-    counts = Counter(p.group for p in prompts)
-    assert [round(counts[f"{k} steps"] / 200) for k in (2, 3, 4)] == [2, 3, 4]
-    assert len({p.id for p in prompts}) == 1800 and len(counts) == 3
+    """Catches: lengths out of proportion; ids that repeat."""
+    source = TASKS["clock"].prompts(np.random.default_rng(0))
+    prompts = [next(source) for _ in range(4200)]
+    counts = Counter(p.group[0] for p in prompts)
+    assert [round(counts[k] / 200) for k in "123456"] == [1, 2, 3, 4, 5, 6]
+    assert len({p.id for p in prompts}) == 4200
+
+
+@pytest.mark.parametrize("checker, reply, correct, lenient", [
+    ("gsm8k", "#### 72", True, True), ("gsm8k", "#### 72 clips.\n\nQ: 5?", True, True),
+    ("gsm8k", "so it is $72.", False, True), ("gsm8k", "72 or 71", False, False),
+    ("gsm8k", "", False, False), ("exact", "it is 72", False, False), ("exact", "72", True, True),
+])  # fmt: skip
+def test_a_lenient_reading_takes_the_last_number(checker, reply, correct, lenient):
+    """Catches: leniency where a task has a strict reading alone; a right answer that is not."""
+    prompt = Prompt("x", "?", "72", checker=checker)
+    found = task_of(prompt).verify(prompt, reply)
+    assert (found.correct, found.lenient) == (correct, lenient)
 
 
 def test_a_changed_number_in_free_text():
