@@ -134,7 +134,6 @@ class JudgeConfig:
     timeout: float = knob(60.0, "seconds until a whole reply must arrive", low=0.01, high=3600)
     max_requests: int = knob(10000, "most requests of one run", low=1)
     max_tokens: int = knob(512, "most tokens of one reply", low=1)
-    token_budget: int = knob(5000000, "most tokens of one run, as the endpoint counts", low=1)
 
 
 @dataclass

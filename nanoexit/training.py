@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanoexit.adapters import load_adapter
+from nanoexit.adapters import adapter_base, load_adapter
 from nanoexit.config import (
     Config,
     UserError,
@@ -52,7 +52,14 @@ try:
 except ImportError:  # Windows: without a lock
     fcntl = None  # type: ignore[assignment]
 
-MAY_CHANGE = {"run.wandb", "run.threads", "model.device", "sft.save_every", "rl.save_every"}
+MAY_CHANGE = {
+    "run.dir",
+    "run.wandb",
+    "run.threads",
+    "model.device",
+    "sft.save_every",
+    "rl.save_every",
+}
 MAY_CHANGE |= {"sft.micro_batch", "rl.micro_batch", "model.logits_chunk"}
 T = TypeVar("T")
 
@@ -100,19 +107,19 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    m, exits = config.model, config.exits
+    m, exits, init = config.model, config.exits, config.run.init
+    if init and m.revision is None and adapter_base(init)[0] == m.name:
+        m.revision = adapter_base(init)[1]
     model = load_model(m.name, m.device, m.dtype, m.revision)
     tokenizer = load_tokenizer(m.name, m.revision)
     attach(model, exits.layers, exits.head, config.lora, exits.cap, config.run.seed)
-    if config.run.init:
+    if init:
         wanted = _attached(model)
-        load_adapter(model, config.run.init)
+        load_adapter(model, init)
         for key, found in _attached(model).items():
             if found != wanted[key]:
-                raise UserError(
-                    f"{key}: the run in run.init, {config.run.init}, was made with {found}, the "
-                    f"config says {wanted[key]}"
-                )
+                said = f"the config says {wanted[key]}, the run in run.init, {init}, has {found}"
+                raise UserError(f"{key}: {said}")
         model.cap = exits.cap = exits.cap or model.cap
     for cap in config.evaluate.caps:
         check_cap(model, cap, "evaluate.caps")
@@ -123,13 +130,14 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
 def _attached(model: Transformer) -> dict[str, Any]:
     """What is attached to a model, by the keys of the config."""
     heads: Any = model.exits
-    found = {"exits.layers": list(heads.layers), "exits.head": heads.kind} if heads else {}
-    found = {"exits.layers": [], "exits.head": None} | found
     ours = adapters(model)
-    ranks = sorted({adapter.lora_A.shape[0] for adapter in ours.values()})
-    scales = sorted({adapter.scale for adapter in ours.values()})
-    names = sorted({name.rsplit(".", 1)[-1] for name in ours})
-    return {**found, "lora.r": ranks, "lora.alpha / lora.r": scales, "lora.targets": names}
+    return {
+        "exits.layers": [] if heads is None else list(heads.layers),
+        "exits.head": None if heads is None else heads.kind,
+        "lora.r": sorted({adapter.lora_A.shape[0] for adapter in ours.values()}),
+        "lora.alpha / lora.r": sorted({adapter.scale for adapter in ours.values()}),
+        "lora.targets": sorted({name.rsplit(".", 1)[-1] for name in ours}),
+    }
 
 
 def _check_lengths(model: Transformer, tokenizer: Tokenizer, config: Config) -> None:

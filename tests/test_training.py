@@ -189,7 +189,7 @@ def test_traces_belong_to_their_content(tmp_path):
 def test_init_with_other_exits_is_refused(whole, tmp_path):
     """Catches: one thing in config.yaml and another in the adapter."""
     for override, key in (("exits.layers=[3]", "exits.layers"), ("lora.r=4", "lora.r")):
-        with pytest.raises(UserError, match=f"{key} is .* but the run in run.init"):
+        with pytest.raises(UserError, match=f"{key}.*: the config says .* the run in run.init"):
             load_student(load_config(TINY, [override, f"run.init={whole}"]))
     config = load_config(TINY, [f"run.init={whole}", "exits.cap=3"])
     assert load_student(config)[0].cap == 3
