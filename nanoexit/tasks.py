@@ -62,8 +62,8 @@ class Verdict:
     @property
     def unwritten_run(self) -> int | None:
         """The longest run of expected steps left unwritten; None where the task lists none."""
-        runs = [len([*run]) for written, run in itertools.groupby(self.steps) if not written]
-        return max(runs, default=0) if self.steps else None
+        runs = "".join("x" if written else "." for written in self.steps).split("x")
+        return max(map(len, runs)) if self.steps else None
 
 
 @dataclass
@@ -94,13 +94,11 @@ FREE_NUMBER = r"(?:(?<![\d.,:/^)-])-)?(?<![\w.,+*])(?:\d{1,3}(?:,\d{3})+|\d+)(?:
 NUMBER = r"""([-+]?[\s$]*(?:\d{1,60}\s?/\s?0*[1-9]\d{0,59}|
     (?:[1-9]\d{0,2}(?P<comma>[, ])\d{3}(?:(?P=comma)\d{3})*(?!\d)(?:\.\d{1,60})?|
     \d{0,60}\.\d{1,60}|\d{1,60})(?:e[-+]?\d{1,3})?))"""
-WHOLE = re.compile(rf"\s*{NUMBER}\s*", re.VERBOSE)
-FIRST = re.compile(  # a number, then no letter, operator, range, second number or scale
-    rf"""[\s:=(\[{{"'≈~$*_`]*(?:(?:the\s|final\s)*answer(?:\sis)?[\s:=$*]*)?{NUMBER}\s?%?
+WHOLE = rf"(?x)\s*{NUMBER}\s*"
+# At the start of a text: a number, then no letter, operator, range, second number or scale.
+FIRST = rf"""(?x)[\s:=(\[{{"'≈~$*_`]*(?:(?:the\s|final\s)*answer(?:\sis)?[\s:=$*]*)?{NUMBER}\s?%?
     (?![\w^!(]|[ \t]*(?:[-—~+*/×÷·=:.,<>]+|\\times|(?:to|or|and|x|times|through|until|by)\b)?
-    [ \t]*[-+]?\$?\.?\d|[ \t]*(?:hundred|[mb]illion|thousand|trillion|dozen|and\sa)\b|-\w)""",
-    re.VERBOSE,
-)
+    [ \t]*[-+]?\$?\.?\d|[ \t]*(?:hundred|[mb]illion|thousand|trillion|dozen|and\sa)\b|-\w)"""
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
@@ -125,7 +123,7 @@ def canonical(text: str) -> str | None:
     text = re.sub(r"""(?<=[^.])\.(?=["'”’]?$)""", "", text)
     inner = re.fullmatch(r"""(["'“‘])(.*\w.*)["'”’]|\(?(\w+)\)""", text)
     text = inner[2] or inner[3] if inner else text
-    return number(WHOLE.fullmatch(text)) or text or None
+    return number(re.fullmatch(WHOLE, text)) or text or None
 
 
 class Task:
@@ -207,8 +205,8 @@ class Task:
 
 
 class GSM8K(Task):
-    """The number after `####` (Cobbe et al. 2021), else in \\boxed{}. Several of them have to agree;
-    what follows a further question does not count."""
+    """The number after `####` (Cobbe et al. 2021), else in \\boxed{}. Where there are several, they
+    have to agree. What follows a further question does not count."""
 
     def target(self, prompt: Prompt) -> str | None:
         return self.first((prompt.answer or "").rpartition("####")[2])
@@ -216,7 +214,7 @@ class GSM8K(Task):
     def first(self, text: str) -> str | None:
         """The number that a text begins with."""
         text = re.sub("[€£¥]", "$", re.sub("<<[^<>]*>>", "", normal(text))).lower()
-        return number(FIRST.match(text))
+        return number(re.match(FIRST, text))
 
     def read(self, text: str) -> str | None:
         stated = text if "####" in text else text.replace("\\boxed", "####\\boxed")
@@ -249,17 +247,16 @@ class Chains(Task):
     """A digit and up to six operations, left to right. Each operation permutes the ten digits, so
     no step can be forgotten, and a guess of the answer is right one time in ten.
 
-    `clock` adds and multiplies, and keeps the last digit: `5 *9 +7` has the values 5 and 2. Its
-    chains of any length are one of 40 maps. The letters of `permute` agree with each of these maps
-    in three digits at most and do not compose to anything shorter. A written step restates its
-    operation: `5 *9 5 +7 2`. The control, `clock-values`, writes the values alone."""
+    `clock` adds and multiplies, and keeps the last digit: `5 *9 +7` has the values 5 and 2, written
+    as `5 *9 5 +7 2`. Its chains of any length are one of 40 maps. The letters of `permute` agree
+    with each of these in three digits at most and do not compose to anything shorter. The control,
+    `clock-values`, writes the values alone."""
 
     longest = 6  # operations
 
     def __init__(self, name: str, table: dict[str, str], restate: bool = True):
         super().__init__(name, f"a chain of a digit and {', '.join(table)}, and its value if any")
         self.table, self.restate = table, restate
-        self.operations = list(table)
         self.words = [*"0123456789", *table]
         self.operation = "|".join(map(re.escape, table))
 
@@ -282,21 +279,21 @@ class Chains(Task):
 
     def make(self, rng: np.random.Generator, operations: int) -> Prompt:
         """A random prompt of that many operations."""
-        drawn = rng.choice(self.operations, operations)
+        drawn = rng.choice([*self.table], operations)
         chain = " ".join([str(rng.integers(10)), *drawn])
         group = f"{operations} step{'s' * (operations > 1)}"
         return Prompt(chain, chain, self.values(chain)[-1], checker=self.name, group=group)
 
     def target(self, prompt: Prompt) -> str | None:
-        value = "".join(self.values(prompt.prompt)[-1:])
-        return value if value and prompt.answer in (None, value) else None
+        values = self.values(prompt.prompt)
+        return values[-1] if values and prompt.answer in (None, values[-1]) else None
 
     def steps(self, prompt: Prompt) -> list[str]:
-        (start, *operations), values = self.parse(prompt.prompt), self.values(prompt.prompt)
-        if not self.restate:
-            return values
-        steps = [f"{name} {value}" for name, value in zip(operations, values)]
-        return [f"{start} {steps[0]}", *steps[1:]]
+        words, steps = self.parse(prompt.prompt), self.values(prompt.prompt)
+        if self.restate:
+            steps = [f"{name} {value}" for name, value in zip(words[1:], steps)]
+            steps[0] = f"{words[0]} {steps[0]}"
+        return steps
 
     def claims(self, text: str) -> list[str]:
         """Operations with a value, such as `*9 5`. Values alone claim the step of their place."""
@@ -345,8 +342,7 @@ def load_prompts(
     source: Iterable[Prompt]
     if isinstance(task, Chains):
         if data.checker not in ("auto", task.name):
-            found = show(data.checker)
-            raise UserError(f"data.checker: expected auto or {task.name}, found {found}")
+            raise UserError(f"data.checker: expected auto or {task.name}, found {data.checker!r}")
         count = count or 8192
         made = task.prompts(np.random.default_rng([seed, zlib.crc32(split.encode())]))
         source = itertools.islice(made, 10_000 + 250 * count)
@@ -355,8 +351,7 @@ def load_prompts(
     wanted = (p for p in source if is_held_out(p.prompt, data.held_out) == held_out)
     prompts = [replace(p, system=p.system or data.system) for p in itertools.islice(wanted, count)]
     if not prompts:
-        share = f"data.held_out = {data.held_out}"
-        raise UserError(f"data.prompts: {data.prompts} has no {split} prompts at {share}")
+        raise UserError(f"data.held_out = {data.held_out}: no {split} prompts in {data.prompts}")
     return prompts
 
 
@@ -368,7 +363,7 @@ def check_prompts(data: DataConfig) -> None:
 
 def is_held_out(prompt: str, share: float = 0.1) -> bool:
     """Whether a prompt is kept for evaluation: a hash of its text, the same always."""
-    return zlib.crc32(prompt.encode("utf-8")) % 10000 < share * 10000
+    return zlib.crc32(prompt.encode()) % 10000 < share * 10000
 
 
 def read_prompts(data: DataConfig) -> list[Prompt]:
@@ -430,6 +425,7 @@ def _text(row: dict, name: str, where: str) -> str | None:
     value = row.get(name)
     text = "" if value is None else str(value) if type(value) in (int, float) else value
     if not isinstance(text, str) or re.search("[\0\ud800-\udfff]", text):
-        expected = "expected text without NUL and surrogates"
-        raise UserError(f"{where}: {name}: {expected}, found {show(value)}")
+        raise UserError(
+            f"{where}: {name}: expected text without NUL or surrogate, found {show(value)}"
+        )
     return text if text.strip() else None

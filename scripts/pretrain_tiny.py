@@ -348,9 +348,9 @@ def model_config(s: Shape) -> dict:
 
 
 def tokenizer_config(words: Words) -> dict:
-    first = sorted({operation[0] for operation in words.task.operations})
+    first = sorted({operation[0] for operation in words.task.table})
     spaced = "".join(f".replace('{c}', ' {c}')" for c in first)
-    example = " ".join(["7", *words.task.operations[2::7]])
+    example = " ".join(["7", *[*words.task.table][2::7]])
     template = TEMPLATE.replace("SPACED", spaced).replace("KNOWN", str(words.task.words))
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -75,7 +75,7 @@ jsonl | {"prompt": "a"}¶{ | 2 is not JSON
 jsonl | [1] | 1: expected a JSON object
 jsonl | {"prompt": "<e9>"} | 1: not UTF-8: byte 0xe9
 csv | prompt¶foo¶<e9> | 3: not UTF-8: byte 0xe9
-jsonl | {"prompt": "\ud83d"} | 1: prompt: expected text without NUL and surrogates
+jsonl | {"prompt": "\ud83d"} | 1: prompt: expected text without NUL or surrogate
 jsonl | {"prompt": "a", "answer": "\u0000"} | 1: answer: expected text
 csv | prompt,answer¶a<00>b,4 | 2: prompt: expected text
 jsonl | {"prompt": "a", "answer": false} | 1: answer: expected text
@@ -126,8 +126,8 @@ def test_any_file_is_read_or_refused(tmp_path):
 MISTAKES = [
     ({"prompts": "clok"}, "clok: no such file"),
     ({"checker": "exact"}, "data.checker: expected auto or clock, found 'exact'"),
-    ({"held_out": 0.0}, "clock has no held_out prompts at data.held_out = 0"),
-    ({"prompts": str(FILE), "held_out": 0.0}, "has no held_out prompts"),
+    ({"held_out": 0.0}, "data.held_out = 0.0: no held_out prompts in clock"),
+    ({"prompts": str(FILE), "held_out": 0.0}, "no held_out prompts"),
     ({"prompts": str(FILE), "checker": "clok"}, ":1: checker 'clok': expected one of"),
 ]
 
