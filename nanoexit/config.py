@@ -111,7 +111,7 @@ class RLConfig:
     steps: int = knob(60, "optimizer steps, each on one fresh batch of rollouts", low=1)
     prompts: int = knob(16, "prompts a step, over all processes", low=1)
     rollouts: int = knob(16, "rollouts a prompt", low=2)
-    lr: float = knob(1e-3, "learning rate of AdamW (constant)", low=0, high=10)
+    lr: float = knob(1e-3, "peak learning rate of AdamW, as in SFT", low=0, high=10)
     micro_batch: int = knob(256, "rollouts in one forward; smaller needs less memory", low=1)
     kl_weight: float = knob(0.0, "beta: cost of a nat of KL to the teacher, mean a token", low=0)
     depth_weight: float = knob(1.0, "lambda: cost of depth, in units of L", low=0)

@@ -39,6 +39,7 @@ from nanoexit.training import (
     Metrics,
     barrier,
     batch_at,
+    cosine_share,
     is_main,
     load_checkpoint,
     make_optimizer,
@@ -172,7 +173,8 @@ def train(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path
             seed_torch("dropout", seed, step)
             accumulate(model, rollouts, config, rl.prompts * rl.rollouts)
             row = figures(rollouts, config)
-            metrics.write(step + 1, **row, grad_norm=update(optimizer, rl.lr))
+            norm = update(optimizer, rl.lr * cosine_share(step, rl.steps))
+            metrics.write(step + 1, **row, grad_norm=norm)
             if is_main():
                 kept = rollouts[: rl.keep_samples]
                 samples += [show_rollout(model, tokenizer, r, step + 1) for r in kept]
