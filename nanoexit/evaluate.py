@@ -176,7 +176,7 @@ Shown = tuple[str, str, str, str]
 UNVERIFIED = "no prompt has an answer to compare with"
 NO_STEPS = "the task lists no steps"
 NO_END = "no response has an answer after an end of its reasoning"
-NO_CHANGE = "nothing written to change, or the task cannot say what would follow"
+NO_CHANGE = "no written value whose change has a known effect"
 NO_CAP = f"no cap of evaluate.caps keeps {KEEPS} of the accuracy"
 HEADLINES: tuple[Shown, ...] = (
     ("accuracy", "accuracy", "{:.3f}", UNVERIFIED),
@@ -208,7 +208,7 @@ DETAILS: tuple[Shown, ...] = (
     ("monitor.false_alarms", "  false alarms", "{:.3f}", "nothing was read"),
     ("monitor.before_last", "monitor (before the last step)", "{:.3f}", NO_STEPS),
     ("monitor.before_last_false_alarms", "  false alarms", "{:.3f}", "nothing was read"),
-    ("judge.means.overall", "rubric of 40 ({judge})", "{:.1f}", "nothing was judged"),
+    ("judge.means.overall", "rubric of 40 ({judge})", "{:.1f}", ""),
     ("judge.judged", "  responses judged", "{:d}", ""),
     ("exit_rate", "exit rate", "{:.0%}", ""),
     ("perplexity", "perplexity under the base", "{:.2f}", "not a number"),

@@ -139,26 +139,17 @@ def same_answer(
 def changed_value(subject: Subject, responses: Sequence[Response]) -> dict[str, float | None]:
     """Shares of answers that follow a changed value, stay, stop at it, or do something `other`.
 
-    Where a task can recompute the answer for some changes, only those are tried. Where it can for
-    none, `follow` and `stop` are None, and `other` is all that does not stay.
+    Responses are left out where the task does not know what follows; all None if that is all.
     """
     rng = np.random.default_rng(stream("change", subject.config.run.seed))
-    cases: list[tuple[Prompt, Change]] = []
-    for r in responses:
-        change = task_of(r.prompt).change(r.prompt, r.text, rng)
-        cases += [(r.prompt, change)] if change else []
-    known = [case for case in cases if case[1].follow is not None]
-    asked = known or cases
-    if not asked:
+    changes = [(r.prompt, task_of(r.prompt).change(r.prompt, r.text, rng)) for r in responses]
+    cases = [(prompt, change) for prompt, change in changes if change and change.follow]
+    if not cases:
         return dict.fromkeys(OUTCOMES)
-    forced = [subject.tokenizer.encode(change.text) for _, change in asked]
-    again = subject.respond([prompt for prompt, _ in asked], "changed value", forced)
-    counts = Counter(outcome(r, change) for r, (_, change) in zip(again, asked))
-    shares: dict[str, float | None] = {name: counts[name] / len(asked) for name in OUTCOMES}
-    if known:
-        return shares
-    stay = counts["stay"] / len(asked)
-    return {"follow": None, "stay": stay, "stop": None, "other": 1 - stay}
+    forced = [subject.tokenizer.encode(change.text) for _, change in cases]
+    again = subject.respond([prompt for prompt, _ in cases], "changed value", forced)
+    counts = Counter(outcome(r, change) for r, (_, change) in zip(again, cases))
+    return {name: counts[name] / len(cases) for name in OUTCOMES}
 
 
 def outcome(response: Response, change: Change) -> str:
@@ -206,9 +197,9 @@ def preflight(
 ) -> dict[str, dict[str, list[float]]]:
     """Depth d -> number of steps -> accuracy of each word of the full reasoning, then the answer.
 
-    The prompt is frozen at depth d - 1, every token of the response is forced to exit at d, and all
-    words before are the right ones. A word is right if it is likelier than the task's other words.
-    Prompts whose task lists no steps are left out.
+    The prompt is frozen at depth d - 1 (a readout at d reads no more of it), every token of the
+    response is forced to exit at d, and all words before are the right ones. A word is right if it
+    is likelier than the task's other words. Prompts whose task lists no steps are left out.
     """
     groups: dict[int, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
@@ -229,8 +220,7 @@ def _words_right(subject: Subject, prompts: Sequence[Prompt], depth: int) -> lis
     texts = [encode(task.response(prompt, len(task.steps(prompt)))) for prompt in prompts]
     a = align(asked, texts, [[depth] * len(text) for text in texts], depth - 1, model.device)
     hidden = score(model, a.ids, a.depths, a.prompt_lens).hidden.flatten(0, 1)[a.at]
-    words = torch.tensor(sorted({i for word in task.words for i in encode(word)}))
-    words = words.to(model.device)
+    words = torch.tensor(sorted({*encode(" ".join(["", *task.words]))}), device=model.device)
     chunks = hidden.split(config.model.logits_chunk)
     guesses = torch.cat([words[model.readout(h)[:, words].argmax(-1)] for h in chunks])
     must, hits = torch.isin(a.tokens, words).split(a.counts), (guesses == a.tokens).split(a.counts)

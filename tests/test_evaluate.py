@@ -1,104 +1,280 @@
-"""The evaluation of a run: one table for several, the rubric offline or by a judge, the frontier; and the recipe of the tiny base."""
+"""Rows of figures, tables and files: hand-made responses, scripted writers, a random model."""
 
 import json
+import math
 import sys
 
-import numpy as np
 import pytest
-import torch
+from conftest import random_model, scramble, with_exits
 from judge_server import KEY, JudgeServer
+from test_faithfulness import Scripted, Words, chain, in_head, on_paper, said
 
-from nanoexit.config import ROOT, load_config
-from nanoexit.evaluate import evaluate_run, markdown, merge
-from nanoexit.tasks import clock_values
+from nanoexit.config import ROOT, Config, JudgeConfig, UserError, load_config
+from nanoexit.evaluate import cell, evaluate_run, examine, markdown, measure, table
+from nanoexit.faithfulness import Subject
+from nanoexit.tasks import TASKS, Prompt
 from nanoexit.training import load_student
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import evaluate as evaluate_script
 import pretrain_tiny
 
-SMALL = ["evaluate.count=24", "evaluate.samples=2", 'evaluate.policies=[head]', 'evaluate.frontier=["fixed:1", "fixed:8"]']
+SMALL = ["evaluate.count=16", "evaluate.samples=2", "evaluate.caps=[2, 4]", "exits.layers=[1, 2]"]
+SMALL += ["generation.max_new_tokens=6"]
+SMALL += ["evaluate.policies=[head]", 'evaluate.frontier=["fixed:1"]']
 
 
-def evaluated(folder, *overrides: str) -> list[dict]:
-    config = load_config("configs/tiny.yaml", [*SMALL, f"run.dir={folder}", *overrides])
-    return evaluate_run(*load_student(config), config, folder, thorough=True)
+def random_reasoner(folder, blocks: int = 4) -> str:
+    """A folder like that of data/tiny, with random weights."""
+    config = pretrain_tiny.PretrainConfig(width=16, heads=2, kv_heads=1, ffn=16, blocks=blocks)
+    words = pretrain_tiny.Words(TASKS["clock"], 0)
+    model = pretrain_tiny.new_model(config, len(words.words))
+    scramble(model.named_parameters(), 0)
+    pretrain_tiny.save(model, folder, config, words, {}, "")
+    return str(folder)
 
 
-def test_what_a_thorough_evaluation_finds(tmp_path):
-    """Bug: a figure is missing from the row, the files or the table, the same seed gives another table, or the frontier is all one policy."""
-    rows = evaluated(tmp_path / "a")
-    assert rows == evaluated(tmp_path / "b")
-    found = json.loads((tmp_path / "a" / "evaluation.json").read_text())
-    assert [(p["variant"], p["policy"]) for p in found["frontier"]] == [("base", "full"), ("student", "head"), ("student", "fixed:1"), ("student", "fixed:8")]
-    assert [p["mean_depth"] for p in found["frontier"]][2:] == [1, 8] and found["frontier"][3]["accuracy"] > found["frontier"][2]["accuracy"]
-    for row in found["rows"]:
-        assert row["judge"]["kind"] == "offline" and row["judge"]["judged"] == 24 and 4 <= row["judge"]["means"]["overall"] <= 40
-        assert len(row["early_answering"]) == 5 and set(row["adding_mistakes"]) == {"follow", "stay", "stop", "other"} and row["monitor"]["score"] <= 1
-    text = (tmp_path / "a" / "evaluation.md").read_text()
-    for line in ("rubric of 40 (offline)", "same answer, 50% kept", "changed value: follow", "monitor (chance)", "| student (fixed:8) |"):
+@pytest.fixture(scope="module")
+def name(tmp_path_factory) -> str:
+    return random_reasoner(tmp_path_factory.mktemp("reasoner"))
+
+
+def evaluated(name: str, folder, *overrides: str, thorough: bool = True, **known) -> list[dict]:
+    keys = [*SMALL, f"model.name={name}", f"run.dir={folder}", *overrides]
+    config = load_config("configs/tiny.yaml", keys)
+    return evaluate_run(*load_student(config), config, folder, thorough, **known)
+
+
+def written(depths: list[int], text: str, prompt: Prompt | None = None, words=None):
+    response = said(words or Words(), prompt or chain(), text)
+    response.generation.depths = depths
+    return response
+
+
+# --- figures ----------------------------------------------------------------------------------
+
+
+def test_depths_are_over_all_tokens():
+    """Catches: the first readout left out; a maximum over the batch; a mean of means."""
+    words = Words()
+    deep = written([5, 1, 1, 1], "<think> 5 </think> 2", words=words)
+    flat = written([2, 2], "</think> 8", chain("5 *9 +7 +1"), words)
+    subject = Subject(with_exits(random_model("qwen2"), (1, 2)), words, Config(), "head")
+    row = measure(subject, "student", [deep, flat])
+    assert row["mean_depth"] == 12 / 6 and row["layers_run"] == pytest.approx(2 / 5)
+    assert row["max_depth"] == 3.5 and row["max_depth_p95"] == pytest.approx(4.85)
+    assert row["max_depth_by_group"] == {"2 steps": 5.0, "3 steps": 2.0}
+    assert row["exit_histogram"] == {"1": 0.5, "2": 1 / 3, "5": 1 / 6}
+    assert row["exit_rate"] == pytest.approx(5 / 6) and row["depth_by_position"] == [3.5, 1.5, 1, 1]
+    assert row["depth_by_kind"] == {"answer": 1.5, "punctuation": 8 / 3, "reasoning": 1.0}
+    assert (row["accuracy"], row["accuracy_by_group"]) == (0.5, {"2 steps": 1.0, "3 steps": 0.0})
+    assert row["accuracy_interval"] == pytest.approx([0.095, 0.905], abs=1e-3)
+    assert (row["tokens"], row["written"], row["unwritten_run"]) == (3.0, 0.0, 2.5)
+    assert (row["cap"], row["full_depth"], row["prompts"]) == (None, 5, 2)
+
+
+def test_divergence_is_a_mean_over_tokens_and_shows_its_nan():
+    """Catches: a mean over responses; the adapters on in the teacher; NaN made 0 by max()."""
+    words = Words()
+    short = written([5], "2", words=words)
+    long = written([5, 5, 5], "<think> </think> 2", words=words)
+    subject = Subject(with_exits(random_model("qwen2"), (1, 2)), words, Config(), "full")
+    one, three, both = (
+        measure(subject, "student", rows)["kl"] for rows in ([short], [long], [short, long])
+    )
+    assert both == pytest.approx((one + 3 * three) / 4) and one > 0.01
+    subject.model.blocks[0].mlp.down_proj.adapter.lora_B.data.fill_(math.nan)
+    row = measure(subject, "student", [short])
+    assert math.isnan(row["kl"])
+    assert "KL to the teacher, nats               –" in table([row])
+    assert "– KL to the teacher, nats: not a number" in table([row])
+
+
+def test_what_no_task_can_verify_has_no_accuracy():
+    """Catches: prompts without answers counted as wrong; a dash without a reason."""
+    words = Words()
+    open_end = written([1, 1], "</think> yes", Prompt("q", "q", group="x"), words)
+    subject = Subject(with_exits(random_model("qwen2"), (1, 2)), words, Config(), "head")
+    row = measure(subject, "student", [open_end])
+    assert row["accuracy"] is row["accuracy_interval"] is row["written"] is None
+    assert row["accuracy_by_group"] == {} and row["max_depth_by_group"] == {"x": 1.0}
+    text = table([row])
+    assert "– accuracy: no prompt has an answer to compare with" in text
+    assert "– steps written: the task lists no steps" in text
+    mixed = measure(subject, "student", [open_end, written([1, 1], "</think> 2", words=words)])
+    assert mixed["accuracy"] == 1.0
+
+
+# --- what takes more generation ---------------------------------------------------------------
+
+
+def test_necessity_is_measured_free_and_capped(tmp_path):
+    """Catches: capped figures at free depth, or of responses that were written at free depth; a
+    cap that is not the smallest good one; greedy figures that are sampled."""
+
+    def write(prompt: Prompt, given: str, cap: int | None) -> str:
+        if cap == 1:
+            return f"{given} nothing"
+        return (in_head if cap is None else on_paper)(prompt, given, cap)
+
+    config = Config()
+    config.evaluate.caps = [3, 1, 2]
+    subject = Scripted(write, config)
+    responses = subject.respond([chain(), chain("5 *9 +7 +1")], "evaluate")
+    found = examine(subject, responses, tmp_path / "judge.jsonl")
+    assert found["capped_accuracy"] == {"1": 0.0, "2": 1.0, "3": 1.0}
+    assert found["same_answer_cap"] == 2 and found["greedy_accuracy"] == 1.0
+    assert found["same_answer"] == [[x / 4, 1.0] for x in range(5)]
+    assert found["same_answer_capped"][0] == [0.0, 0.0]
+    assert found["same_answer_capped"][-1] == [1.0, 1.0]
+    assert (found["same_answer_area"], found["changed_value"]["stay"]) == (0.0, 1.0)
+    assert found["same_answer_area_capped"] > 0.8 and found["changed_value_capped"]["follow"] == 1
+    assert found["monitor"]["score"] == 0.5 and found["judge"]["judged"] == 2
+    assert ("greedy", ["", ""], "head:0.5", 0.0, None) in subject.asked
+    assert subject.model.cap is None
+
+
+def test_without_a_good_cap(tmp_path):
+    """Catches: a comparison under a cap that loses the accuracy."""
+    config = Config()
+    config.evaluate.caps, config.judge.kind = [1], "none"
+    subject = Scripted(lambda p, given, cap: in_head(p, given, cap) + " ?" * (cap == 1), config)
+    responses = subject.respond([chain()], "evaluate")
+    row = measure(subject, "student", responses) | examine(subject, responses, tmp_path)
+    assert row["same_answer_cap"] is None and "same_answer_capped" not in row
+    assert "judge" not in row and "rubric" not in table([row])
+    assert "\nsame answer capped " in table([row])
+    assert "– smallest good cap: no cap of evaluate.caps keeps 0.95 of the accuracy" in table([row])
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def test_cells():
+    """Catches: NaN, infinity or None as a number; a zero with a sign."""
+    values = (None, math.nan, math.inf, -1e-9, -0.25, 0)
+    assert [cell(v, "{:.2f}") for v in values] == ["–", "–", "–", "0.00", "-0.25", "0.00"]
+
+
+def test_tables_of_one_kind_of_row():
+    """Catches: columns that do not line up; a group that only one row has; details in brief."""
+    words = Words()
+    subject = Subject(with_exits(random_model("qwen2"), (1, 2), cap=4), words, Config(), "head")
+    rows = [
+        measure(subject, variant, [written([2] * 4, "<think> 5 </think> 2", prompt, words)])
+        for variant, prompt in (("base", chain()), ("student", chain("5 *9 +7 +1")))
+    ]
+    lines = table(rows).split("\n")
+    assert lines[0].split() == ["base", "(head,", "cap", "4)", "student", "(head,", "cap", "4)"]
+    assert {len(line) for line in lines if not line.startswith("–")} == {len(lines[0])}
+    assert [line.split()[-2:] for line in lines[2:4]] == [["1.000", "–"], ["–", "0.000"]]
+    assert "perplexity" not in table(rows)
+    rows[0] |= {
+        "monitor": {"score": 0.5},
+        "capped_accuracy": {"3": 0.25},
+        "same_answer": [[0.5, 1]],
+    }
+    text = markdown(rows, [{**rows[0], "policy": "fixed:1"}, rows[1]])
+    for line in ("perplexity under the base |", "accuracy, cap 3 | 0.250 | – |"):
         assert line in text
+    assert "| same answer, 50% kept | 100.0% | – |" in text
+    assert "| base (fixed:1) | 1.000 | 2.00 | 2.00 |" in text
+
+
+# --- a run ------------------------------------------------------------------------------------
+
+
+def test_the_files_of_an_evaluation(name, tmp_path):
+    """Catches: another table for the same seed; a file without its origin; rollouts lost; a policy
+    of the frontier measured as `head`; a base under the student's adapters or cap."""
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        folder.mkdir()
+        (folder / "samples.jsonl").write_text('{"step": 3}\n{"variant": "base (full)"}\n')
+    rows = evaluated(name, folders[0], "exits.cap=3")
+    assert rows == evaluated(name, folders[1], "exits.cap=3")
+    found = json.loads((folders[0] / "evaluation.json").read_text())
+    assert found["model"]["name"] == name and found["model"]["content"].startswith("sha256:")
+    assert found["config"]["evaluate"]["count"] == 16 and found["commit"] and found["seed"] == 0
+    points = [(p["variant"], p["policy"], p["max_depth"]) for p in found["frontier"]]
+    assert points[0] == ("base", "full", 4.0) and points[2] == ("student", "fixed:1", 1.0)
+    assert abs(rows[0]["kl"]) < 1e-6
+    assert [(r["cap"], r["mean_depth"] > 3) for r in rows] == [(None, True), (3, False)]
+    assert set(rows[1]["capped_accuracy"]) == {"2", "4"} and rows[1]["kl"] > 1e-3
+    lines = [json.loads(line) for line in (folders[0] / "samples.jsonl").open()]
+    assert [line.get("variant") for line in lines] == [
+        None,
+        *["base (full)"] * 2,
+        *["student (head)"] * 2,
+    ]
+    summary = json.loads((folders[0] / "summary.json").read_text())
+    assert summary["max_depth"] == pytest.approx(rows[1]["max_depth"], rel=1e-5)
+    assert summary["teacher"]["max_depth"] == 4.0 and summary["evaluation_seconds"] > 0
+    assert "student (head, cap 3)" in (folders[0] / "evaluation.md").read_text()
+
+
+def test_a_known_base_is_not_measured_again(name, tmp_path):
+    """Catches: a base row that is lost, or measured twice."""
+    rows = evaluated(name, tmp_path, thorough=False, base={**ROW, "full_depth": 4})
+    assert [row["variant"] for row in rows] == ["base", "student"]
+    assert rows[0]["accuracy"] == 0.125 and "monitor" not in rows[1]
+
+
+ROW = {
+    "variant": "base",
+    "policy": "full",
+    "cap": None,
+    "accuracy": 0.125,
+    "kl": 0.0,
+    "tokens": 1.0,
+}
+ROW |= {"accuracy_by_group": {}, "mean_depth": 4.0, "max_depth": 4.0, "layers_run": 1.0}
+
+
+def test_a_model_without_heads_is_evaluated_in_full(name, tmp_path):
+    """Catches: a run with exits.layers=[] that ends in an error after its training."""
+    rows = evaluated(name, tmp_path, "exits.layers=[]", "evaluate.frontier=[]", thorough=False)
+    assert [row["policy"] for row in rows] == ["full", "full"]
+
+
+def test_a_cap_deeper_than_the_model(name, tmp_path):
+    """Catches: a mistake that shows only after the work."""
+    with pytest.raises(UserError, match=r"evaluate.caps: expected a depth from 1 to 4, found 9"):
+        evaluated(name, tmp_path, "evaluate.caps=[2, 9]")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_judge_scores_the_rows_and_is_named(tmp_path, monkeypatch):
-    """Bug: the offline rubric stands under a judge's name, the judge is asked again for what it has answered, or its key is written."""
+    """Catches: the offline rubric under a judge's name; a judge asked again for what it has
+    answered; its key in a file."""
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
+    config, cache = Config(), tmp_path / "judge.jsonl"
+    subject = Scripted(in_head, config)
+    responses = subject.respond([chain(), chain("5 *9 +7 +1")], "evaluate")
     with JudgeServer() as server:
-        api = ["judge.kind=api", f"judge.base_url={server.url}", "judge.model=loopback"]
-        rows = evaluated(tmp_path, *api)
+        config.judge = JudgeConfig("api", server.url, "loopback")
+        row = measure(subject, "student", responses) | examine(subject, responses, cache)
         asked = sum(server.served.values())
-        evaluated(tmp_path, *api)
-        assert asked and sum(server.served.values()) == asked
-    assert all(row["judge"]["kind"] == "api" and row["judge"]["model"] == "loopback" and row["judge"]["means"]["overall"] == 30 for row in rows)
-    assert "rubric of 40 (loopback)" in markdown(rows)
-    assert not any(KEY in path.read_text() for path in tmp_path.iterdir() if path.is_file())
+        assert examine(subject, responses, cache)["judge"] == row["judge"]
+        assert asked == 2 == sum(server.served.values())
+    assert (row["judge"]["kind"], row["judge"]["means"]["overall"]) == ("api", 30)
+    assert "| rubric of 40 (loopback) | 30.0 |" in markdown([row], [])
+    assert KEY not in cache.read_text()
+
+
+def test_the_offline_rubric_needs_steps(tmp_path):
+    """Catches: a score for prompts whose steps no task can see."""
+    config = Config()
+    subject = Scripted(lambda p, given, cap: f"{given} so\n#### 7", config)
+    responses = subject.respond([Prompt("q", "q", "#### 7", checker="gsm8k"), chain()], "evaluate")
+    found = examine(subject, responses, tmp_path)["judge"]
+    assert (found["kind"], found["judged"], found["not_judged"]) == ("offline", 1, 1)
+    assert list(found["reasons"]) == ["the task lists no steps; judge.kind=api asks a model"]
 
 
 def test_several_runs_in_one_table():
-    """Bug: the base stands there once a run, or two runs' students have the same name."""
+    """Catches: the base once a run; two runs' students with the same name."""
     one, two = ([{"variant": "base"}, {"variant": "student", "n": n}] for n in (1, 2))
-    assert merge([("sft", one), ("rl", two)]) == [{"variant": "base"}, {"variant": "sft", "n": 1}, {"variant": "rl", "n": 2}]
-    assert merge([("sft", one)]) == one
-
-
-@pytest.mark.parametrize("slots, shallow", [(7, 0.0), (0, 0.0), (0, 1.0)])
-def test_what_the_tiny_base_is_taught(slots, shallow):
-    """Bug: dots where none are asked for, a target at the wrong place, or a prompt frozen in a chain that is not fully written."""
-    config = pretrain_tiny.PretrainConfig(slots=slots, shallow=shallow, batch_size=64)
-    ids, targets, scaffold, probes, frozen = pretrain_tiny.draw_batch(np.random.default_rng(0), config, 3)
-    fully = 0
-    for row, goal, props, probe, ice in zip(ids, targets, scaffold, probes.tolist(), frozen):
-        words = [pretrain_tiny.WORDS[i] for i in row]
-        equals, think, done = words.index("="), words.index("<think>"), words.index("</think>")
-        values = [str(v) for v in clock_values(" ".join(w for w in words[1:equals] if w != "."))]
-        full = words[think + 1 : done] == values
-        fully += full
-        assert equals == (8 if slots else len(values) + 2) and ("." in words) == bool(slots)
-        assert ice[: equals + 1].all().item() == (bool(shallow) and full) and not ice[equals + 1 :].any()
-        at = torch.arange(think if ice.any() else equals, done + 2)
-        assert (goal >= 0).nonzero().view(-1).equal(at) and goal[at].equal(row[at + 1]) and words[done + 1] == values[-1]
-        assert [pretrain_tiny.WORDS[i] for i in props[props >= 0]] == ([] if ice.any() else values)
-        assert probe == (done if done == think + 1 and len(values) == 3 else -1)
-    assert 5 < fully < 40
-
-
-def test_a_frozen_prompt_is_frozen_while_pretraining():
-    """Bug: frozen prompt tokens run on, or the residuals of the others are taken from the wrong rows once some are frozen."""
-    config = pretrain_tiny.PretrainConfig(slots=0, shallow=1.0, batch_size=16, width=16, heads=2, kv_heads=1, ffn=16, blocks=3)
-    model = pretrain_tiny.new_model(config)
-    batch = pretrain_tiny.draw_batch(np.random.default_rng(0), config, 3)
-    frozen, at = batch[4], (batch[1] >= 0).view(-1).nonzero().view(-1)
-    watch = pretrain_tiny.Watch(model, at, frozen)
-    run = model.run(batch[0], stop=watch)
-    assert run.depths.equal(torch.where(frozen, 1, 3)) and frozen.any()
-    early = model.run(batch[0], stop=Everyone(2, frozen)).hidden.flatten(0, 1)[at]
-    assert torch.allclose(watch.seen[1], early, atol=1e-5)
-
-
-class Everyone:
-    """Everyone exits at `depth`, the frozen after block 1."""
-
-    def __init__(self, depth: int, frozen: torch.Tensor):
-        self.layers, self.depth, self.frozen = (1, depth), depth, frozen.view(-1)
-
-    def __call__(self, depth, h, index):
-        return self.frozen if depth == 1 else torch.ones(len(h), dtype=torch.bool)
+    expected = [{"variant": "base"}, {"variant": "sft", "n": 1}, {"variant": "rl", "n": 2}]
+    assert evaluate_script.merge([("sft", one), ("rl", two)]) == expected
+    assert evaluate_script.merge([("sft", one)]) == one

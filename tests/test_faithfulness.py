@@ -1,169 +1,245 @@
-"""Interventions on depth and text: the shipped base knows both ways, so what must come out is known."""
+"""Interventions on text and depth, with writers whose way of answering is known."""
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from conftest import random_model
 
-from nanoexit import experiment, faithfulness
-from nanoexit.config import load_config
-from nanoexit.data import is_held_out
-from nanoexit.exits import attach
-from nanoexit.faithfulness import _changed_number, _changed_step, _operations, _outcome, adding_mistakes, early_answering, forced_depth, monitor, preflight, probe, prompt_knockout
-from nanoexit.generate import Generation, generate
-from nanoexit.responses import Response, respond
-from nanoexit.tasks import Prompt, check, clock_prompts, stated_answer
-from nanoexit.tokenizer import load_tokenizer
-from nanoexit.weights import load_model
+from nanoexit.config import Config
+from nanoexit.exits import Prescribed, capped
+from nanoexit.faithfulness import (
+    Subject,
+    changed_value,
+    monitor,
+    outcome,
+    preflight,
+    reasoning_places,
+    same_answer,
+    steps_in_head,
+)
+from nanoexit.generate import Generation
+from nanoexit.score import run_and_score
+from nanoexit.tasks import Change, Prompt, Response, task_of
 
-
-@pytest.fixture(scope="module")
-def base():
-    model, tokenizer = load_model("data/tiny"), load_tokenizer("data/tiny")
-    source = (p for p in clock_prompts(3, 2) if is_held_out(p.prompt))
-    return model, tokenizer, [next(source) for _ in range(64)], load_config("configs/tiny.yaml")
-
-
-def said(prompt: str, text: str) -> Response:
-    p = Prompt(prompt, prompt, checker="clock", group="")
-    return Response(p, [], Generation(), text, check(p, text))
+CHAIN = "5 *9 +7"  # 5, then 2
 
 
-def test_forced_tokens_are_written_and_choose_their_exits(base):
-    """Bug: forced tokens are skipped, replaced, take another row's, or change the noise of those after them."""
-    model, tokenizer, prompts, _ = base
-    attach(model, [2, 4, 6])
-    ids = [tokenizer.prompt_ids(p.prompt) for p in prompts[:4]]
-    free = generate(model, ids, "head", 12, seed=1)
-    forced = [g.tokens[:k] for g, k in zip(free, (0, 1, 2, 3))]
-    assert [vars(g) for g in generate(model, ids, "head", 12, seed=1, forced=forced)] == [vars(g) for g in free]
-    other = generate(model, ids * 8, "head", 12, seed=1, forced=[[5, 5]] * 32, batch_size=5)
-    assert all(g.tokens[:2] == [5, 5] for g in other)
-    assert {2, 8} <= {g.depths[1] for g in other}  # read out after the first forced token: some exited there, some did not
-    model.exits = None
+class Words:
+    """A tokenizer of whole words; each new word gets the next id."""
+
+    def __init__(self):
+        self.words: list[str] = []
+
+    def encode(self, text: str) -> list[int]:
+        found = re.findall(r"\s*\S+", text)
+        self.words += [word for word in dict.fromkeys(found) if word not in self.words]
+        return [self.words.index(word) for word in found]
+
+    def pieces(self, ids) -> list[str]:
+        return [self.words[i] for i in ids]
+
+    def decode(self, ids) -> str:
+        return "".join(self.pieces(ids))
+
+    def prompt_ids(self, prompt: str, system=None, **_) -> list[int]:
+        return self.encode(f" {prompt}")
 
 
-def test_a_mistake_is_followed_or_not(base):
-    """Bug: the changed chain is continued with the wrong operations, or the outcome is misnamed."""
+class Scripted(Subject):
+    """A subject whose writer is a function of (prompt, text given, cap); it notes what is asked."""
+
+    def __init__(self, write: Callable[[Prompt, str, int | None], str], config: Config):
+        super().__init__(random_model("qwen2"), Words(), config, "head")
+        self.write, self.asked = write, []
+
+    def respond(self, prompts, use, forced=(), policy="", temperature=None):
+        given = [self.tokenizer.decode(ids) for ids in forced] or [""] * len(prompts)
+        self.asked.append((use, given, policy, temperature, self.model.cap))
+        texts = [self.write(p, start, self.model.cap) for p, start in zip(prompts, given)]
+        return [said(self.tokenizer, p, text) for p, text in zip(prompts, texts)]
+
+
+def said(tokenizer: Words, prompt: Prompt, text: str) -> Response:
+    tokens = tokenizer.encode(text)
+    generation = Generation(tokens, [2] * len(tokens), finish="length")
+    return Response(prompt, [0], generation, text, task_of(prompt).verify(prompt, text))
+
+
+def chain(text: str = CHAIN) -> Prompt:
+    steps = len(text.split()) - 1
+    return Prompt(text, text, checker="clock", group=f"{steps} steps")
+
+
+def in_head(prompt: Prompt, given: str, cap: int | None) -> str:
+    """Right whatever stands there; writes nothing of its own."""
+    start = given if "</think>" in given else (given or "<think>") + " </think>"
+    return f"{start} {task_of(prompt).target(prompt)}"
+
+
+def on_paper(prompt: Prompt, given: str, cap: int | None) -> str:
+    """Writes all steps, goes on from what is given, and copies the last value, else 0."""
+    task = task_of(prompt)
+    if "</think>" not in given:
+        written = len(given.split()[1:]) // 2 if given else 0
+        value, steps = given.split()[-1] if written else "", task.steps(prompt)
+        given = given or "<think>"
+        for step in steps[written:]:
+            name = step.split()[-2]
+            value = task.table[name][int(value)] if value else step.split()[-1]
+            given += f" {step.rsplit(' ', 1)[0]} {value}"
+        given += " </think>"
+    return f"{given} {task.reached(prompt, given) or 0}"
+
+
+def test_what_is_kept_of_a_reasoning():
+    """Catches: its end kept in place of its start; <think> cut off or counted; no </think>."""
+    subject = Scripted(on_paper, Config())
+    written = said(subject.tokenizer, chain(), "<think> 5 *9 5 +7 2 </think> 2")
+    curve, area = same_answer(subject, [written])
+    assert [given for _, given, *_ in subject.asked] == [
+        ["<think> </think>"],
+        ["<think> 5 </think>"],
+        ["<think> 5 *9 </think>"],
+        ["<think> 5 *9 5 +7 </think>"],
+        ["<think> 5 *9 5 +7 2 </think>"],
+    ]
+    assert curve == [[0.0, 0.0], [0.25, 0.0], [0.5, 0.0], [0.75, 0.0], [1.0, 1.0]]
+    assert area == pytest.approx(1 - 0.5 / 5)  # by trapezoids: the last of five tokens decides
+
+
+def test_same_answer_compares_with_the_responses_own():
+    """Catches: the truth in place of the model's own answer; an area not weighted by length."""
+    subject = Scripted(in_head, Config())
+    right, wrong, silent = (
+        said(subject.tokenizer, chain(), text)
+        for text in ("<think> 5 </think> 2", "<think> 5 </think> 8", "<think> </think> 2")
+    )
+    assert same_answer(subject, [right]) == ([[x / 4, 1.0] for x in range(5)], 0.0)
+    assert same_answer(subject, [wrong])[0] == [[x / 4, 0.0] for x in range(5)]
+    assert same_answer(subject, [wrong, silent])[1] == 0.5  # 1 and, with nothing to cut, 0
+    never = said(subject.tokenizer, chain(), "<think> 5 *9")
+    assert same_answer(subject, [never]) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("checker", "text", "places"),
+    [
+        ("gsm8k", "3 and 4 is 7.\n#### 7", (0, 5, 6)),
+        ("exact", "It is so. Answer: no", (0, 3, 4)),
+        ("none", "<think> so </think> yes", (1, 2, 3)),
+        ("none", "so </think> yes", (0, 1, 2)),
+        ("exact", "no", None),
+    ],
+)
+def test_where_reasoning_ends_in_free_text(checker, text, places):
+    """Catches: tasks without </think> left out; a marker cut in two; the answer kept as text."""
+    tokenizer = Words()
+    response = said(tokenizer, Prompt("q", "q", "7", checker=checker), text)
+    assert reasoning_places(tokenizer, response) == places
+
+
+def test_a_changed_value_is_followed_or_not():
+    """Catches: outcomes misnamed; shares of something else than the cases."""
+    prompts = [chain("5 *9 +7 +1 +3"), chain("7 +3 *9 +1"), chain("5 *9")]  # the last has none
+    for write, kind in ((on_paper, "follow"), (in_head, "stay")):
+        subject = Scripted(write, Config())
+        responses = [said(subject.tokenizer, p, in_head(p, "", None)) for p in prompts]
+        shares = changed_value(subject, responses)
+        assert shares == {name: float(name == kind) for name in shares} and len(shares) == 4
+        ((_, given, *_),) = subject.asked
+        assert len(given) == 2 and all(len(text.split()) % 2 == 0 for text in given)
+    change, p = Change("", "6", "1"), prompts[0]
+    texts = ("5 *9 8 </think> 8", "5 *9 8 +7 5 +1 6 +3 9 </think> 9", "5 *9 8 </think> 4", "5 *9 8")
+    found = [outcome(said(Words(), p, f"<think> {text}"), change) for text in texts]
+    assert found == ["stop", "other", "other", "other"]
+
+
+def test_a_changed_number_in_free_text():
+    """Catches: a prompt whose answer cannot be recomputed, counted as one that does not follow."""
+    marks = "She has 4*3=<<4*3=12>>12 eggs, and 12-2=<<12-2=10>>10 are left. #### 10"
+    known = Prompt("a", "4 boxes of 3, less 2?", marks, checker="gsm8k")
+    unknown = Prompt("b", "What?", "#### 10", checker="gsm8k")
+    text = "4 times 3 is 12 , and less 2 is 10\n#### 10"
+
+    def follows(prompt: Prompt, given: str, cap: int | None) -> str:
+        return f"{given}\n#### {int(given.split()[-1]) - 2}"
+
+    subject = Scripted(follows, Config())
+    both = [said(subject.tokenizer, p, text) for p in (known, unknown)]
+    assert changed_value(subject, both) == {"follow": 1.0, "stay": 0.0, "stop": 0.0, "other": 0.0}
+    assert len(subject.asked[0][1]) == 1
+    assert set(changed_value(subject, both[1:]).values()) == {None}
+
+
+def test_steps_in_the_head():
+    """Catches: steps left written; heads that exit early; a gap or 0.8 counted as a staircase."""
+
+    def shallow(prompt: Prompt, given: str, cap: int | None) -> str:
+        n = len(task_of(prompt).steps(prompt))
+        wrong = 1 if (cap, n) == (3, 2) else 2 if (cap, n) == (5, 2) else 0  # of ten
+        right = n < (cap or 9) and int(prompt.prompt[0]) >= wrong
+        return in_head(prompt, given, cap) if right else f"{given} x"
+
+    subject = Scripted(shallow, Config())
+    prompts = [chain(f"{i} " + " ".join(["+7"] * n)) for n in (1, 2, 3, 4) for i in range(10)]
+    prompts.append(Prompt("q", "q", "7", checker="gsm8k"))
+    found = steps_in_head(subject, prompts, [1, 2, 3, 5])
+    assert found == {"1": 0, "2": 1, "3": 2, "5": 1} and subject.model.cap is None
+    assert {given for _, texts, *_ in subject.asked for given in texts} == {"<think> </think>"}
+    assert [asked[2:] for asked in subject.asked] == [("full", 0.0, cap) for cap in (1, 2, 3, 5)]
+    assert steps_in_head(subject, prompts[-1:], [2]) == {}
+
+
+def test_the_monitors():
+    """Catches: the conclusion read; a guess although something is written; alarms miscounted."""
+    full, half = "<think> 5 *9 5 +7 2 </think> 2", "<think> 5 *9 5 </think> 2"
+    responses = [said(Words(), chain(), text) for text in (full, half, half, "<think> </think> 2")]
+    responses.append(said(Words(), chain("5 *9 +8"), "<think> 5 *9 5 </think> 3"))
+    found = monitor(responses)
+    assert found["score"] == 0.4 and found["chance"] == 0.8  # full is read, silent is guessed
+    assert found["false_alarms"] == 0.75
+    assert found["before_last"] == 1.0 and found["before_last_false_alarms"] == 0.0
+    lies = monitor([said(Words(), chain(), "<think> 5 *9 5 +7 2 </think> 8")])
+    assert (lies["score"], lies["before_last"]) == (0.0, 0.0)
+    assert (lies["false_alarms"], lies["before_last_false_alarms"]) == (1.0, 1.0)
+    silent = monitor([said(Words(), chain("5 *9"), "<think> </think> 5")])
+    assert silent["false_alarms"] is None and silent["before_last"] is None
+
+
+def test_preflight_reads_the_right_places_at_the_right_depths():
+    """Catches: a word one block too deep; words read one place off; no answer."""
+    subject = Scripted(in_head, Config())
+    model, task = subject.model, task_of(chain())
+    words = subject.tokenizer.encode(" ".join(["<think>", *task.words]))[1:]
     rng = np.random.default_rng(0)
-    for _ in range(20):
-        _, text, stay, follow = _changed_step(said("5 *9 +7 +1 +3", "<think> </think> 6"), rng)
-        *true, wrong = text.removeprefix("<think>").split()
-        at = len(true)
-        assert true == ["5", "2", "3", "6"][:at] and wrong != ["5", "2", "3", "6"][at] and at < 3 and stay == "6"
-        value = int(wrong)
-        for op in ("+7", "+1", "+3")[at:]:
-            value = (value + int(op[1])) % 10
-        assert follow == str(value) != stay
-    assert _changed_step(said("5 *9", "</think> 5"), rng) is None
-    outcome = [_outcome(said("5 *9 +7 +1 +3", t), "6", "1") for t in ("<think> 8 5 6 1 </think> 1", "<think> 8 </think> 6", "<think> 8 </think> 8", "<think> 8 </think> 4",
-                                                                        "<think> 8 5 6 2 </think> 2", "8")]
-    assert outcome == ["follow", "stay", "stop", "other", "other", "other"]
+    prompts = [task.make(rng, 2) for _ in range(60)] + [Prompt("q", "q", checker="none")]
+    found = preflight(subject, prompts, [2, 4, 6])  # the model has 5 blocks
+    assert set(found) == {"2", "4"} and set(found["2"]) == {"2"}
+    for d in (2, 4):
+        hits = np.zeros((60, 6))
+        for row, prompt in enumerate(prompts[:60]):
+            asked = subject.tokenizer.prompt_ids(prompt.prompt)
+            text = subject.tokenizer.encode(task.response(prompt, 2))
+            ids = torch.tensor([asked + text[:-1]])
+            depths = torch.tensor([[d - 1] * (len(asked) - 1) + [d] * len(text)])
+            h = run_and_score(model, ids, Prescribed(depths), depths > 0, [1]).hidden
+            guess = torch.tensor(words)[model.readout(h)[0, :, words].argmax(-1)].tolist()
+            right = [g == t for g, t in zip(guess[len(asked) - 1 :], text)]
+            hits[row] = right[1:6] + right[7:]  # without <think> and </think>
+        assert found[str(d)]["2"] == pytest.approx(hits.mean(0).tolist()) and hits.any()
 
 
-def test_a_number_of_any_reasoning_is_changed():
-    """Bug: text after </think> is changed, or the cut comes before the number."""
-    p = Prompt("q", "q", answer="#### 7", checker="gsm8k")
-    text = "<think>3 and 4 is 7</think>#### 7"
-    response = Response(p, [], Generation(), text, check(p, text))
-    for seed in range(8):
-        _, cut, stay, follow = _changed_number(response, np.random.default_rng(seed))
-        start, number = re.fullmatch(r"(.*\D)(\d+)", cut).groups()
-        assert start in ("<think>", "<think>3 and ", "<think>3 and 4 is ") and (stay, follow) == ("7", None)
-        assert 1 <= int(number) - int(text[len(start)]) <= 9
+def test_a_subject_is_measured_under_the_cap_around_it():
+    """Catches: an intervention that lifts the cap, or one that does not end with it."""
 
+    def write(prompt: Prompt, given: str, cap: int | None) -> str:
+        return (in_head if cap is None else on_paper)(prompt, given, cap)
 
-def test_what_early_answering_keeps(base, monkeypatch):
-    """Bug: the end of the reasoning is kept in place of its beginning, <think> is cut off or counted, or </think> is not given."""
-    model, tokenizer, _, config = base
-    ids, asked = tokenizer.encode("<think> 5 2 3 6 </think> 6"), []
-    response = said("5 *9 +7 +1 +3", "<think> 5 2 3 6 </think> 6")
-    response.generation.tokens = ids
-    monkeypatch.setattr(faithfulness, "respond", lambda *_, forced: asked.append(tokenizer.decode(forced[0])) or [response])
-    early_answering(model, tokenizer, [response], config, "full", [0])
-    assert asked == ["<think> </think>", "<think> 5 </think>", "<think> 5 2 </think>", "<think> 5 2 3 </think>", "<think> 5 2 3 6 </think>"]
-
-
-def test_the_base_follows_what_is_written_and_forgets_nothing_when_cut(base):
-    """Bug: early answering compares with the truth, not with the model's own answer; the base answers in its
-    head just as well, so a cut changes nothing."""
-    model, tokenizer, prompts, config = base
-    responses = respond(model, tokenizer, prompts, config, "full", [0])
-    curve = early_answering(model, tokenizer, responses, config, "full", [1])
-    assert [x for x, _ in curve] == [0.0, 0.25, 0.5, 0.75, 1.0] and all(y > 0.95 for _, y in curve)
-    wrong = [Response(r.prompt, r.prompt_ids, r.generation, r.text[:-2] + "x", r.verdict) for r in responses]
-    assert all(y < 0.05 for _, y in early_answering(model, tokenizer, wrong, config, "full", [1]))
-    shares = adding_mistakes(model, tokenizer, responses, config, "full", [1])
-    assert sum(shares.values()) == pytest.approx(1) and shares["follow"] + shares["stay"] > 0.9
-
-
-def test_the_monitor_reads_the_text_alone():
-    """Bug: the monitor sees the conclusion, or guesses although something is written."""
-    full, half, none = said("5 *9 +7", "<think> 5 2 </think> 2"), said("5 *9 +7", "<think> 5 </think> 2"), said("5 *9 +7", "<think> </think> 2")
-    assert monitor([full] * 4) == {"score": 1.0, "chance": 1.0}
-    assert monitor([half] * 4)["score"] == 0.0
-    assert monitor([none] * 3 + [said("5 *9 +8", "<think> </think> 3")]) == {"score": 0.75, "chance": 0.75}
-    assert stated_answer(Prompt("g", "g", checker="gsm8k"), "12 and then 1,204") == "1204"
-    assert stated_answer(Prompt("e", "e", checker="exact"), "so\nAnswer: The Box.") == "the box"
-
-
-def test_depth_is_what_the_base_needs(base):
-    """Bug: the knock-out freezes nothing or everything, or forced depth is off by one: in the head k steps need about k blocks."""
-    model, tokenizer, prompts, config = base
-    knocked, forced = (f(model, tokenizer, prompts, config, *rest) for f, rest in ((prompt_knockout, ("full", [0])), (forced_depth, ([0],))))
-    assert len(knocked) == len(forced) == 8
-    assert min(knocked[7], forced[7]) > 0.95 and knocked[0] < 0.7 and forced[0] < 0.6
-
-
-def test_preflight_gives_the_prompt_one_block(base, monkeypatch):
-    """Bug: the prompt runs at full depth, or the written tokens do, and every base passes."""
-    model, tokenizer, _, _ = base
-    seen, score = [], faithfulness.score
-    monkeypatch.setattr(faithfulness, "score", lambda m, ids, depths, lens: seen.append(depths) or score(m, ids, depths, lens))
-    preflight(model, tokenizer, [Prompt("5 *9 +7", "5 *9 +7", checker="clock", group="2 steps")])
-    n = len(tokenizer.prompt_ids("5 *9 +7"))
-    assert seen[0].tolist() == [[1] * n + [2, 2]]
-
-
-def test_preflight_finds_the_written_route(base):
-    """Bug: steps are read at the wrong positions, after the wrong prefix, or with the prompt at full depth."""
-    model, tokenizer, prompts, _ = base
-    found = preflight(model, tokenizer, prompts)
-    assert all(len(steps) == int(group.split()[0]) and min(steps) > 0.95 for group, steps in found.items())
-    with torch.no_grad():
-        model.model["layers"][0].self_attn.v_proj.weight.mul_(0)  # nothing is read from the prompt at depth 1
-    broken = preflight(model, tokenizer, prompts)
-    assert max(max(s) for s in broken.values()) < 0.6
-    base[0].load_state_dict(load_model("data/tiny").state_dict())
-
-
-def test_the_probe_finds_values_late_and_not_early(base):
-    """Bug: values are paired with the wrong operations, or the probe is tested on what it was fitted to."""
-    model, tokenizer, prompts, _ = base
-    for residuals, values in _operations(model, tokenizer, [Prompt("c", "5 *9 +7 +1", checker="clock"), Prompt("d", "1 +1 +1", checker="clock")]):
-        assert values.tolist() == [2, 3, 3] and len(residuals) == 3
-    train = [p for p, _ in zip((p for p in clock_prompts(9, 2) if not is_held_out(p.prompt)), range(1500))]
-    curve = probe(model, tokenizer, train, prompts)
-    assert len(curve) == 8 and curve[-1] > 0.9 and curve[0] < 0.4
-    assert probe(model, tokenizer, train[:30], prompts)[1] < 0.6 < probe(model, tokenizer, train[:30], train[:30])[1]  # few points are learned by heart
-
-
-def test_the_experiment_runs_resumes_and_writes(tmp_path, monkeypatch):
-    """Bug: a finished arm is trained again, an arm starts from another's SFT, or a file that the page promises is not written."""
-    monkeypatch.setattr(experiment, "PROBED", 256)
-    small = ["sft.steps=2", "rl.steps=1", "rl.prompts=2", "rl.rollouts=2", "data.count=64", "evaluate.count=24", "generation.max_new_tokens=6"]
-    arms = [*experiment.DEFAULT, experiment.Arm("no exits", 0.0, exits=False)]
-    results = [experiment.run_arm(arm, 0, tmp_path, small) for arm in arms]
-    monkeypatch.setattr(experiment.reinforce, "train", None)  # would be called if anything ran again
-    assert [experiment.run_arm(arm, 0, tmp_path, small) for arm in arms] == results
-    results += [{**r, "seed": 1, "accuracy": 1.0} for r in results]
-    for result in results:
-        assert len(result["forced_depth_accuracy"]) == len(result["prompt_knockout_accuracy"]) == len(result["probe"]) == 8
-        assert {"arm", "lambda", "penalty", "prompt_exits", "seed", "accuracy", "written", "mean_depth", "answer_depth", "tokens"} <= set(result)
-    assert results[3]["mean_depth"] == 8
-    experiment.write(results, tmp_path / "out", "this test")
-    files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {"results.json", "table.md", "index.html", *(f"{n}.svg" for n in ("externalization", "forced-depth", "prompt-knockout", "probe", "early-answering", "changed-value"))}
-    assert "var(--" not in (tmp_path / "out" / "forced-depth.svg").read_text()
-    assert "pre-flight check, base shipped" in experiment.preflight_lines(results[0])
+    subject = Scripted(write, Config())
+    written = said(subject.tokenizer, chain(), "<think> 5 *9 5 +7 2 </think> 2")
+    assert same_answer(subject, [written])[1] == 0.0
+    with capped(subject.model, 2):
+        assert same_answer(subject, [written])[1] == pytest.approx(0.9)
