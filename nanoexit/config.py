@@ -80,7 +80,7 @@ class DataConfig:
 
 @dataclass
 class TeacherConfig:
-    kl_strength: float = knob(1.0, "s of the target chance 2 (1 - sigmoid(s KL)) to exit", low=0)
+    kl_strength: float = knob(1.0, "s of the target chance 2 (1 - sigmoid(s KL)) to exit", 0.01)
     traces: int = knob(1, "traces that the base model writes for each prompt", low=1)
     chunk: int = knob(512, "traces between two writes to disk (the most a kill can lose)", low=1)
 

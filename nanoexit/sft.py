@@ -6,9 +6,9 @@ learning. At each head that a token reaches, the residual there gives an early r
 the teacher's distribution, p the head's chance to exit and s = teacher.kl_strength, the loss is
 
     KL(P || student's readout at its exit)
-  + 0.1 * sum over heads reached of [ s KL(P || Q_d) p + p log p + (2 - p) log(2 - p) ],
+  + sum over heads reached of  KL(P || Q_d) p + (p log p + (2 - p) log(2 - p)) / s,
 
-mean over response tokens. The bracket is least at p = 2 (1 - sigmoid(s KL)), the target chance of
+mean over response tokens. A head's part is least at p = 2 (1 - sigmoid(s KL)), the target chance of
 the original. Where the residual does not tell which tokens an exit would spoil, it is least at the
 target of their *mean* KL, while cross-entropy against the targets averages the targets and exits
 too often. The KL in it is clamped at 2 nats.
@@ -55,7 +55,7 @@ from nanoexit.training import (
     update,
 )
 
-EXIT_WEIGHT, MOST_KL = 0.1, 2.0
+MOST_KL = 2.0
 
 
 class Draw(Policy):
@@ -101,10 +101,10 @@ class Draw(Policy):
 
 
 def exit_loss(z: Tensor, kl: Tensor, strength: float) -> Tensor:
-    """Log-odds z of exiting, nats that it loses -> s KL p + p log p + (2 - p) log(2 - p)."""
+    """Log-odds z of exiting, nats lost by it -> KL p + (p log p + (2 - p) log(2 - p)) / s."""
     p = z.sigmoid()
     entropy = p * F.logsigmoid(z) + (2 - p) * (2 - p).log()
-    return strength * kl.clamp(max=MOST_KL) * p + entropy
+    return kl.clamp(max=MOST_KL) * p + entropy / strength
 
 
 def student_losses(
@@ -172,13 +172,13 @@ def step_losses(model: Transformer, traces: Sequence[Trace], config: Config, ste
         draw = Draw(model, a, teacher, uniform, config.model.logits_chunk, base_kl)
         seed_torch("dropout", config.run.seed, step, piece[0])
         losses = student_losses(model, a, draw, noise, config.teacher.kl_strength)
-        ((losses["kl"] + EXIT_WEIGHT * losses["exit"]) / tokens).backward()
+        ((losses["kl"] + losses["exit"]) / tokens).backward()
         sums = {name: value + losses[name].detach() for name, value in sums.items()}
     sums = {name: total(value) for name, value in sums.items()}
     reached = sums["reached"].clamp(min=1)
     kl, exit_loss_mean, depth = ((sums[name] / tokens).item() for name in ("kl", "exit", "depth"))
     return {
-        "loss": kl + EXIT_WEIGHT * exit_loss_mean,
+        "loss": kl + exit_loss_mean,
         "kl": kl,
         "exit_loss": exit_loss_mean,
         "mean_depth": depth,
