@@ -162,7 +162,6 @@ def judged(responses: Sequence[Response], config: Config, cache: Path) -> dict:
         form = v.well_formed and r.generation.finish == "stop"
         again = repetition(r.generation.tokens)
         item.scores = offline_rubric(sum(v.steps), v.claimed, len(v.steps), right, form, again)
-        item.status = "judged"
     return judge_summary(items, "offline")
 
 
