@@ -410,7 +410,8 @@ def main() -> None:
     seeds = args.seeds or ([0, 1, 2] if args.full else [0])
     runs, out, arms = Path(args.runs), Path(args.out or args.runs), FULL if args.full else DEFAULT
     results = experiment(arms, seeds, runs, max(1, args.jobs), args.overrides)
-    command = " ".join(["python scripts/experiment.py", *["--full"] * args.full, *args.overrides])
+    flags = ["--full"] * args.full + (["--seeds", *map(str, seeds)] if args.seeds else [])
+    command = " ".join(["python scripts/experiment.py", *flags, *args.overrides])
     write(results, out, f"{command} (commit {results[0]['made_by']['commit']})")
     shown = [row for row in results if row["seed"] == seeds[0] and row["arm"] in MAIN]
     print(f"\n{table(shown)}\n")
