@@ -12,6 +12,7 @@ function el(tag, properties = {}, ...children) {
 
 // ---- the data: JSON, deflated, in base64 -----------------------------------------------------------------------------
 
+const PARTS = { text: "text", exit_probs: "exit chances", top: "likeliest tokens" };
 let data;
 let prompts = []; // { id, prompt, answer, samples }, in the order of the file
 
@@ -20,25 +21,40 @@ async function load() {
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   data = JSON.parse(await new Response(stream).text());
   const byPrompt = new Map();
-  for (const [index, sample] of data.responses.entries()) {
-    for (const key of ["prompt", "words", "depths", "kinds", "heads", "top", "chances"]) sample[key] = data[key][index];
-    const { id, prompt, answer } = sample;
+  for (const [index, sample] of data.text.entries()) {
+    if (!sample) continue;
+    const { id, answer } = sample, prompt = string(sample.prompt);
     if (!byPrompt.has(prompt)) byPrompt.set(prompt, { id, prompt, answer, samples: [] });
     byPrompt.get(prompt).samples.push(sample);
+    sample.label = sample.step === undefined ? sample.variant : `${sample.variant} · step ${sample.step}`;
+    sample.words = sample.text.map(string);
     sample.text = sample.words.join("");
     sample.exits = list(sample.exit_layers).filter(Number.isInteger);
+    sample.heads = data.exit_probs[index];
+    sample.top = data.top[index];
     sample.ends = []; // layers run when token i is written: replay gives every token the time that its depth costs
-    sample.depths.reduce((sum, depth) => (sample.ends.push(sum + depth), sum + depth), 0);
+    sample.depth.reduce((sum, depth) => (sample.ends.push(sum + depth), sum + depth), 0);
   }
   prompts = [...byPrompt.values()];
 }
 
+function leftOut() { // what did not fit into the page
+  const counts = Object.entries(PARTS).map(([part, name]) => [name, data[part].filter((value) => value === null).length]);
+  const left = counts.filter(([, count]) => count).map(([name, count]) => `the ${name} of the last ${count} responses`);
+  return left.length ? `Left out to keep this page under 3 MB: ${left.join("; ")}.` : "";
+}
+
+function color(depth, { full_depth: full }) { // between five stops, from the first depth to full depth
+  const place = full > 1 ? (4 * (depth - 1)) / (full - 1) : 4, left = Math.min(Math.floor(place), 3);
+  return `color-mix(in srgb, var(--h${left + 1}) ${100 * (place - left)}%, var(--h${left}))`;
+}
+
+const string = (value) => String(value ?? "");
 const list = (value) => (Array.isArray(value) ? value : []);
 const fixed = (value, digits) => (isNumber(value) ? value.toFixed(digits) : "–");
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
 const chance = (p) => (p < 0.001 ? "<0.1%" : percent(p)); // the data has three digits
-const color = (depth, sample) => `var(--d${depth}of${sample.full_depth})`;
 
 // ---- state and the prompt picker -------------------------------------------------------------------------------------
 
@@ -100,7 +116,7 @@ function moveInPicker(event) {
 function showPrompt() {
   const entry = prompts[current];
   $("prompt").replaceChildren(entry.prompt);
-  if (entry.answer !== null) $("prompt").append(el("small", { textContent: `Answer: ${entry.answer}` }));
+  if (string(entry.answer)) $("prompt").append(el("small", { textContent: `Answer: ${entry.answer}` }));
   inspect(null);
   const samples = entry.samples.filter((sample) => !hidden.has(sample.label));
   cards = samples.map(makeCard);
@@ -112,7 +128,7 @@ function showPrompt() {
 }
 
 function legendOf(sample, named) {
-  const depths = [...new Set([...sample.exits, ...sample.depths, sample.full_depth])].sort((a, b) => a - b);
+  const depths = [...new Set([...sample.exits, ...sample.depth, sample.full_depth])].sort((a, b) => a - b);
   const texts = depths.map((depth) => (depth === sample.full_depth ? `${depth}, all layers` : `${depth}`));
   const swatches = depths.map((depth, i) => {
     const swatch = el("i");
@@ -126,11 +142,11 @@ function makeCard(sample) {
   const spans = sample.words.map((text, index) => {
     const span = el("span", { textContent: text, tabIndex: index ? -1 : 0 });
     if (/^\s*\n\s*$/.test(text)) span.className = "break";
-    span.style.setProperty("--c", color(sample.depths[index], sample));
+    span.style.setProperty("--c", color(sample.depth[index], sample));
     return span;
   });
   const [words, kind] = verdict(sample), count = spans.length, mean = count ? sample.ends.at(-1) / count : 0;
-  const facts = [`mean depth ${mean.toFixed(2)}`, `opaque serial depth ${Math.max(0, ...sample.depths)} of ${sample.full_depth}`];
+  const facts = [`mean depth ${mean.toFixed(2)}`, `opaque serial depth ${Math.max(0, ...sample.depth)} of ${sample.full_depth}`];
   if (isNumber(sample.cap)) facts.push(`cap ${sample.cap}`);
   facts.push(`${count} token${count === 1 ? "" : "s"}`);
   if (sample.finish === "length") facts.push("cut off");
@@ -154,12 +170,12 @@ function makeCard(sample) {
 
 function skyline(sample) { // the depths of a response at a glance: a bar a token, or a bar for the mean of several
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  const size = Math.ceil(sample.depths.length / 160) || 1, count = Math.ceil(sample.depths.length / size);
+  const size = Math.ceil(sample.depth.length / 160) || 1, count = Math.ceil(sample.depth.length / size);
   svg.setAttribute("viewBox", `0 0 ${Math.max(count, 40)} 1`);
   svg.setAttribute("preserveAspectRatio", "none");
   svg.setAttribute("aria-hidden", "true");
   for (let i = 0; i < count; i++) {
-    const part = sample.depths.slice(i * size, (i + 1) * size), mean = part.reduce((a, b) => a + b) / part.length;
+    const part = sample.depth.slice(i * size, (i + 1) * size), mean = part.reduce((a, b) => a + b) / part.length;
     const bar = document.createElementNS(svg.namespaceURI, "rect"), tall = mean / sample.full_depth;
     const place = { x: i, y: 1 - tall, width: 0.82, height: tall };
     for (const [key, value] of Object.entries(place)) bar.setAttribute(key, value);
@@ -185,11 +201,11 @@ function moveInText(event, card) {
 function bars(title, rows) { // rows of (name, chance, what to write where there is no chance, colour, chosen)
   const table = el("table", {}, el("caption", { textContent: title }));
   for (const [name, p, without, tint, chosen] of rows) {
-    const bar = el("div", { className: "bar" });
-    bar.style.setProperty("--p", `${100 * (p ?? 0)}%`);
+    const bar = el("div", { className: "bar" }), known = isNumber(p);
+    bar.style.setProperty("--p", `${known ? 100 * p : 0}%`);
     bar.style.setProperty("--c", tint);
-    const className = p === null ? "unasked" : chosen ? "chosen" : "";
-    const value = el("td", { textContent: p === null ? without : chance(p) });
+    const className = !known ? "unasked" : chosen ? "chosen" : "";
+    const value = el("td", { textContent: known ? chance(p) : without });
     table.append(el("tr", { className }, el("td", { textContent: name }), el("td", {}, bar), value));
   }
   return table;
@@ -204,15 +220,15 @@ function inspect(card, index = -1) {
   const box = $("inspect");
   box.hidden = index < 0;
   if (index < 0) return;
-  const { sample, spans } = card, span = spans[index], depth = sample.depths[index], token = sample.words[index];
-  const where = [sample.kinds[index], `token ${index + 1} of ${spans.length}`].filter(Boolean).join(", ");
+  const { sample, spans } = card, span = spans[index], depth = sample.depth[index], token = sample.words[index];
+  const where = [sample.kind[index], `token ${index + 1} of ${spans.length}`].filter(Boolean).join(", ");
   box.replaceChildren(el("h4", { textContent: shown(token) }), el("p", { textContent: `${why(sample, depth)} · ${where}` }));
   const heads = list(sample.heads?.[index]).slice(0, sample.exits.length).map((p, i) => { // a head beyond the exit was not reached
     const at = sample.exits[i];
     return [`depth ${at}`, p, at > depth ? "not asked" : "–", color(at, sample), at === depth];
   });
-  const top = list(sample.top?.[index]).map((text, i) =>
-    [shown(text), sample.chances[index][i], "–", "var(--soft)", text === token]);
+  const top = list(sample.top?.[index]).filter(Array.isArray).map(([text, p]) =>
+    [shown(string(text)), p, "–", "var(--soft)", text === token]);
   if (heads.length) box.append(bars("Chance to exit at each head", heads));
   if (top.length) box.append(bars("Likeliest tokens", top));
   span.setAttribute("aria-describedby", "inspect");
@@ -304,17 +320,13 @@ function readCurves(figure) {
 // ---- the figures of the runs, as evaluate.py writes them --------------------------------------------------------------
 
 const TILES = ["accuracy", "mean depth of", "opaque serial depth", "layers run", "KL to the", "tokens written", "steps written"];
-const WORK = ["evaluation, seconds", "training, seconds"];
 
 function showTiles() { // of one run: the first lines of its table, large, those of the first student above the base's
   const [[head, ...lines]] = data.table, tile = (title, figure, below) => el("div", {}, el("dt", { textContent: title }),
     el("dd", { textContent: figure }), el("dd", { className: "faint", textContent: below }));
-  const found = TILES.map((title) => lines.find((line) => line[0].startsWith(title))).filter((line) => line && head.length > 2);
+  const found = TILES.map((title) => lines.find((line) => line[0].startsWith(title))).filter(Boolean);
   const tiles = found.map(([title, base, student]) => tile(title.split(",")[0], student, `base ${base}`));
-  const [[, ...seconds]] = data.seconds;
-  WORK.forEach((work, i) => { if (seconds[i] !== null) tiles.push(tile(work, fixed(seconds[i], 0), "")); });
-  if (found.length) $("summary").append(el("h3", { textContent: head[2] }));
-  if (tiles.length) $("summary").append(el("dl", { className: "tiles" }, ...tiles));
+  if (head.length > 2) $("summary").append(el("h3", { textContent: head[2] }), el("dl", { className: "tiles" }, ...tiles));
 }
 
 function tableOf([corner, ...names], lines) {
@@ -330,9 +342,7 @@ function showTable() { // a row a figure, a column a variant; under it why there
   const [headlines, details] = first ? [lines.slice(0, first), lines.slice(first)] : [lines, []], box = $("table").querySelector("div");
   box.append(tableOf(head, headlines));
   if (details.length) box.append(el("details", {}, el("summary", { textContent: "All figures" }), tableOf(head, details)));
-  const seconds = data.seconds.length < 2 ? [] : data.seconds.map(([name, ...found]) =>
-    `${name}: ${WORK.map((work, i) => `${work} ${fixed(found[i], 0)}`).join("; ")}`);
-  $("table").querySelector("ul").append(...[...reasons, ...seconds].map((textContent) => el("li", { textContent })));
+  $("table").querySelector("ul").append(...reasons.map((textContent) => el("li", { textContent })));
   $("table").hidden = false;
 }
 
@@ -346,11 +356,8 @@ function recall(key) {
   try { return localStorage.getItem(`nanoexit-${key}`); } catch { return null; }
 }
 
-function setScale(scale) { // the colours of depths are variables: --d2of8
-  $("scale").value = scale;
-  for (const [full, colors] of Object.entries(data.colors[scale])) {
-    colors.forEach((value, i) => root.style.setProperty(`--d${i + 1}of${full}`, value));
-  }
+function setScale(scale) {
+  $("scale").value = root.dataset.scale = scale;
   remember("scale", scale);
 }
 
@@ -380,8 +387,7 @@ function showVariants() { // those that this prompt has: a run may keep one roll
 function showResponses() {
   $("responses").hidden = false;
   root.classList.toggle("single", prompts.length === 1); // one prompt needs no picker
-  const left = data.left_out.map((what) => `the ${what} responses`).join("; ");
-  if (left) $("left-out").textContent = `Left out to keep this page under 3 MB: ${left}.`;
+  $("left-out").textContent = leftOut();
   fillPicker();
   choose(0);
   $("search").addEventListener("input", fillPicker);
@@ -406,7 +412,7 @@ addEventListener("scroll", followFocus, { passive: true });
 load().then(() => {
   setScale(recall("scale") === "safe" ? "safe" : "heat");
   $("scale").addEventListener("change", () => setScale($("scale").value));
-  if (data.seconds.length === 1) showTiles();
+  if (data.single) showTiles();
   showTable();
   if (prompts.length) showResponses();
   root.dataset.ready = "";

@@ -6,52 +6,44 @@ reaches it as the escaped names of figures, or as data: JSON, deflated, in base6
 inflates and shows by textContent.
 
 A page stays under 3 MB: beyond `BUDGET` the last responses lose their likeliest tokens, then their
-exit chances, then themselves, and the page says so. A wrong type in a file is a UserError with file
-and key, or a dash. Cells and figures are evaluate's. A base that runs share is shown once.
+exit chances, then themselves, and the page says so. A wrong depth in a file is a UserError; most
+other wrong values are not shown. Cells and figures are evaluate's. Runs share one base.
 """
 
 import base64
 import hashlib
 import json
-import math
+import re
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from nanoexit import figures
-from nanoexit.config import UserError, read_json, read_json_lines, rounded, show, write_text
+from nanoexit.config import UserError, read_json, read_json_lines, show, write_text
 from nanoexit.evaluate import table_cells
-from nanoexit.figures import Figure, Line, bar_figure, is_number, line_figure
+from nanoexit.figures import CSS, Line, is_number, line_figure
 
 BUDGET = 2_050_000  # bytes of compressed responses
-FILES = ("samples.jsonl", "metrics.jsonl", "summary.json", "evaluation.json")
 DEEPEST = 1000  # of any model
-BASE = ("policy", "prompts", "accuracy", "max_depth", "tokens")  # one base where these are equal
-PARTS = {
-    "text": ["prompt", "words", "depths", "kinds"],
-    "exit chances": ["heads"],
-    "likeliest tokens": ["top", "chances"],
-}
-SHARES = "accuracy, written, target exit, student exit, reasoning kept, share of answers, exits"
-DEPTHS = "cap, depth, mean depth, max depth, opaque serial depth"  # axes of these end at full depth
-SECONDS = ("evaluation_seconds", "training_seconds")
+FILES = ("samples.jsonl", "metrics.jsonl", "evaluation.json")
+COLUMNS = ("text", "depth", "kind", "exit_probs", "top")  # of the tokens of a response
+PARTS = ("text", "exit_probs", "top")  # of a response; the last are left out first
+BASE = ("policy", "accuracy", "perplexity", "prompt", "text")  # where equal, the base is the same
+SHARES = ("accuracy", "written", "target exit", "student exit", "kept", "same answer", "exits")
+DEPTHS = ("cap", "depth", "mean depth", "max depth", "opaque serial depth")
 CURVES = (  # title, key of a row of evaluation.json, horizontal axis, vertical axis
     ("Accuracy under a cap", "capped_accuracy", "cap", "accuracy"),
-    ("Accuracy by group", "accuracy_by_group", "", "accuracy"),
-    ("Same answer, depth free", "same_answer", "reasoning kept", "share of answers"),
-    ("Same answer, capped", "same_answer_capped", "reasoning kept", "share of answers"),
-    ("A written value is changed", "changed_value", "", "share of answers"),
-    ("A written value is changed, capped", "changed_value_capped", "", "share of answers"),
+    ("Reasoning cut, depth free", "same_answer", "kept", "same answer"),
+    ("Reasoning cut, capped", "same_answer_capped", "kept", "same answer"),
     ("Share of tokens that exit at a depth", "exit_histogram", "depth", "exits"),
     ("Depth along the response", "depth_by_position", "token", "mean depth"),
-    ("Opaque serial depth by group", "max_depth_by_group", "", "opaque serial depth"),
-    ("Depth by kind of token", "depth_by_kind", "", "mean depth"),
+    ("Opaque serial depth by group", "max_depth_by_group", "group", "opaque serial depth"),
 )
+Chart = tuple[str, str, str, dict]  # title, axes, {name of a line: points}
 
 
 @dataclass
@@ -61,7 +53,6 @@ class Run:
     name: str
     samples: Sequence[dict] = ()
     metrics: Sequence[dict] = ()
-    summary: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
     where: str = ""
 
@@ -72,206 +63,144 @@ def read_run(folder: str | Path) -> Run:
     if not any(path.is_file() for path in paths):
         raise UserError(f"{folder}: no run to report; expected a folder with {' or '.join(FILES)}")
     lines = ([row for _, row in read_json_lines(p)] if p.is_file() else [] for p in paths[:2])
-    (samples, metrics), (summary, evaluation) = lines, map(read_json, paths[2:])
-    return Run(Path(folder).resolve().name, samples, metrics, summary, evaluation, f"{folder}/")
+    return Run(Path(folder).resolve().name, *lines, read_json(paths[2]), f"{folder}/")
 
 
 def write_page(path: str | Path, runs: Sequence[Run], title: str = "", note: str = "") -> None:
     """Write the page of `runs`. `note` is plain text under the title."""
     files = (Path(__file__).with_name(f"report.{kind}") for kind in ("html", "css", "js"))
     html, css, js = (file.read_text(encoding="utf-8") for file in files)
-    rows, points = _rows(runs, "rows"), _rows(runs, "frontier")
-    responses, left_out = _fit(_responses(runs))
-    depths = {row["full_depth"] for row in [*rows, *points, *responses]}
-    data: dict[str, Any] = {"responses": responses, "left_out": left_out, "colors": {}}
-    data |= {key: [r.pop(key) for r in responses] for keys in PARTS.values() for key in keys}
-    data["table"] = _table(rows, ", ".join(f"{run.where}evaluation.json" for run in runs))
-    data["seconds"] = [rounded([run.name, *map(run.summary.get, SECONDS)]) for run in runs]
-    for scale in figures.SCALES:
-        data["colors"][scale] = {full: figures.depth_colors(full, scale) for full in depths}
+    for run in runs:
+        _check(run)
+    rows, points = _named(runs, "rows"), _named(runs, "frontier")
+    data = _responses(runs) | {"table": _table(runs, rows), "single": len(runs) == 1}
+    full = max((row["full_depth"] for row in [*rows, *points]), default=None)
     fills = {
         "title": escape(title or ", ".join(run.name for run in runs)),
         "note": escape(note),
         "hash": base64.b64encode(hashlib.sha256(js.encode()).digest()).decode(),
-        "css": figures.CSS + css,
+        "css": CSS + css,
         "js": js,
-        "figures": _figures(runs, rows, points or rows, max(depths, default=1)),
+        "evaluation": _figures(_evaluation(rows, points or rows), full),
+        "training": _figures(_training(runs), full),
         "data": base64.b64encode(zlib.compress(json.dumps(data).encode())).decode(),
     }
     write_text(Path(path), Template(html).substitute(fills))
 
 
-# --- what the files hold ------------------------------------------------------------------------
-
-
-def _objects(value: Any, where: str) -> list[dict]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise UserError(f"{where}: expected a list of objects, found {show(value)}")
-    return value
-
-
-def _depth(value: Any, deepest: int, where: str) -> int:
-    if type(value) is not int or not 1 <= value <= deepest:
-        raise UserError(f"{where}: expected a depth from 1 to {deepest}, found {show(value)}")
-    return value
-
-
-def _rows(runs: Sequence[Run], key: str) -> list[dict]:
-    """Rows of all evaluations, their variants by run, with a `name`: variant (policy)."""
-    rows: list[dict] = []
-    bases: list[list] = []
-    for run in runs:
+def _check(run: Run) -> None:
+    """UserError for anything but objects with a depth where the page needs one."""
+    for key in ("rows", "frontier"):
         where = f"{run.where}evaluation.json: {key}"
-        found = _objects(run.evaluation.get(key, []), where)
-        for index, row in enumerate(found):
-            _depth(row.get("full_depth"), DEEPEST, f"{where}[{index}].full_depth")
-            base = [run.evaluation.get("model"), *map(row.get, BASE)]
-            if row.get("variant") != "base" or base not in bases:
-                bases.append(base)
-                variant = _named(runs, run, row)
-                name = f"{variant} ({row.get('policy')})"
-                rows.append({"cap": None, "policy": None, **row, "variant": variant, "name": name})
-    return rows
+        _depths(run.evaluation.get(key, []), "full_depth", DEEPEST, where)
+    where = f"{run.where}samples.jsonl: responses"
+    _depths(run.samples, "full_depth", DEEPEST, where)
+    for index, sample in enumerate(run.samples):
+        _depths(sample.get("tokens"), "depth", sample["full_depth"], f"{where}[{index}].tokens")
 
 
-def _table(rows: Sequence[dict], where: str) -> tuple[list[list[str]], list[str]]:
+def _depths(items: Any, key: str, deepest: int, where: str) -> None:
+    if not isinstance(items, list):
+        raise UserError(f"{where}: expected a list of objects, found {show(items)}")
+    for index, item in enumerate(items):
+        depth = item.get(key) if isinstance(item, dict) else None
+        if type(depth) is not int or not 1 <= depth <= deepest:
+            found = f"expected a depth from 1 to {deepest}, found {show(depth)}"
+            raise UserError(f"{where}[{index}].{key}: {found}")
+
+
+def _named(runs: Sequence[Run], key: str) -> list[dict]:
+    """Rows, frontiers or samples of all runs, named by run and variant; a shared base once."""
+    found: dict[Any, dict] = {}
+    for run in runs:
+        for item in run.samples if key == "samples" else run.evaluation.get(key, []):
+            variant = str(item.get("variant"))
+            base = variant.startswith("base")
+            same = str([item.get(name) for name in BASE]) if base else len(found)
+            if len(runs) > 1 and not (base and run is runs[0]):
+                variant = f"{run.name} · {variant}"
+            found.setdefault(same, {**item, "variant": variant})
+    return list(found.values())
+
+
+def _table(runs: Sequence[Run], rows: Sequence[dict]) -> Any:
     """The table of evaluate.py, and its reasons for dashes."""
     try:
-        return table_cells(rows) if rows else ([[""]], [])
+        return table_cells(rows) if rows else [[[""]], []]
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        where = ", ".join(run.where + FILES[2] for run in runs)
         raise UserError(f"{where}: not as evaluate.py writes it: {error!r}") from None
 
 
-def _named(runs: Sequence[Run], run: Run, row: dict) -> str:
-    """The variant, behind the name of its run unless there is one run, or one base."""
-    variant = str(row.get("variant") or "response")
-    alone = len(runs) == 1 or (variant.startswith("base") and run is runs[0])
-    return variant if alone else f"{run.name} · {variant}"
+def _responses(runs: Sequence[Run]) -> dict[str, Any]:
+    """The parts of all responses: those of the evaluation, then rollouts of the training."""
+    data: dict[str, list] = {part: [] for part in PARTS}
+    for sample in sorted(_named(runs, "samples"), key=lambda sample: "step" in sample):
+        tokens = sample.pop("tokens")
+        columns = {key: [token.get(key) for token in tokens] for key in COLUMNS}
+        for part in ("exit_probs", "top"):
+            data[part].append(columns.pop(part))
+        data["text"].append(sample | columns)
+    text = json.dumps(data)  # and back: three decimals, and null for what is not finite
+    data = json.loads(text, parse_float=lambda x: round(float(x), 3), parse_constant=lambda _: None)
+    fit(data)
+    return data
 
 
-def _responses(runs: Sequence[Run]) -> list[dict]:
-    """The samples of all runs as the page's script reads them, in order of their prompts."""
-    responses: dict[Any, dict] = {}
-    prompts: dict[str, int] = {}
-    for run in runs:
-        for index, sample in enumerate(run.samples, start=1):
-            response = _response(sample, f"{run.where}samples.jsonl: response {index}")
-            step = f" · step {sample['step']}" if "step" in sample else ""
-            response["label"] = _named(runs, run, sample) + step
-            base = str(sample.get("variant")).startswith("base")
-            text = (response["prompt"], *response["words"])
-            responses.setdefault(text if base else len(responses), response)
-            prompts.setdefault(response["prompt"], len(prompts))
-    return sorted(responses.values(), key=lambda response: prompts[response["prompt"]])
+def fit(data: dict[str, list], budget: int = BUDGET) -> None:
+    """Null the parts of responses beyond about `budget` compressed bytes."""
+    size, packer = 0, zlib.compressobj()
+    for part in PARTS:
+        for index, value in enumerate(data[part]):
+            packed = packer.compress(json.dumps(value).encode())
+            size += len(packed + packer.flush(zlib.Z_SYNC_FLUSH))
+            if size > budget and index > 0:
+                data[part][index] = None
 
 
-def _response(sample: dict, where: str) -> dict:
-    """One sample, a list for each part of its tokens. What is wrong and not needed is null."""
-    full = _depth(sample.get("full_depth"), DEEPEST, f"{where}.full_depth")
-    tokens = _objects(sample.get("tokens"), f"{where}.tokens")
-    for index, token in enumerate(tokens):
-        _depth(token.get("depth"), full, f"{where}.tokens[{index}].depth")
-    tops = [_pairs(token.get("top")) for token in tokens]
-    kept = ("id", "answer", "correct", "finish", "full_depth", "exit_layers", "cap", "rewards")
-    return {key: rounded(sample.get(key)) for key in kept} | {
-        "prompt": str(sample.get("prompt", "")),
-        "words": [str(token.get("text", "–")) for token in tokens],
-        "depths": [token["depth"] for token in tokens],
-        "kinds": [str(token.get("kind", "")) for token in tokens],
-        "heads": [[_chance(p) for p in _list(token.get("exit_probs"))] for token in tokens],
-        "top": [[text for text, _ in pairs] for pairs in tops],
-        "chances": [[_chance(p) for _, p in pairs] for pairs in tops],
-    }
-
-
-def _chance(value: Any) -> float | None:
-    return round(value, 3) if is_number(value) else None
-
-
-def _list(value: Any) -> list:
-    return value if isinstance(value, list) else []
-
-
-def _fit(responses: list[dict], budget: int = BUDGET) -> tuple[list[dict], list[str]]:
-    """The responses within about `budget` compressed bytes, and what was left out, in words."""
-    left_out, size, packer = [], 0, zlib.compressobj()
-    for what, keys in PARTS.items():
-        dropped = 0
-        for response in responses:
-            text = json.dumps([response[key] for key in keys]).encode()
-            size += len(packer.compress(text) + packer.flush(zlib.Z_SYNC_FLUSH))
-            if size > budget and response is not responses[0]:
-                response.update(dict.fromkeys(keys))
-                dropped += 1
-        left_out += [f"{what} of the last {dropped}"] if dropped else []
-    return [response for response in responses if response["words"] is not None], left_out
-
-
-# --- figures ------------------------------------------------------------------------------------
-
-
-def _figures(runs: Sequence[Run], rows: Sequence[dict], points: Sequence[dict], full: int) -> str:
-    """The figures of the page as HTML, under two headings."""
-    ranges = dict.fromkeys(SHARES.split(", "), (0, 1))
-    ranges |= dict.fromkeys(DEPTHS.split(", "), (0, full))
+def _evaluation(rows: Sequence[dict], points: Sequence[dict]) -> Iterator[Chart]:
+    """Accuracy against depth, a line a kind of policy; then the curves of the rows."""
     policies: dict[str, list] = defaultdict(list)
     for row in points:
-        kind = f"{row['variant']} ({str(row['policy']).partition(':')[0]})"
-        name = kind if len(runs) == 1 else row["variant"]
-        policies[name].append([row.get("mean_depth"), row.get("accuracy")])
-    evaluation = [_chart("Accuracy against depth", policies, "mean depth", "accuracy", ranges)]
+        kind = str(row.get("policy")).partition(":")[0]
+        policies[f"{row['variant']} ({kind})"].append((row.get("mean_depth"), row.get("accuracy")))
+    yield "Accuracy against depth", "mean depth", "accuracy", policies
     for title, key, x, y in CURVES:
-        found = {row["name"]: row.get(key) for row in rows}
-        evaluation.append(_chart(title, found, x, y, ranges))
-    training = [_chart(key, lines, "step", key, ranges) for key, lines in _metrics(runs).items()]
-    html = ""
-    for heading, drawn in ("Evaluation", evaluation), ("Training", training):
-        body = "".join(f'<figure class="figure">{f.svg(alone=False)}</figure>' for f in drawn if f)
-        head = f'<section aria-label="{heading} figures"><h2>{heading} figures</h2>'
-        html += f'{head}<div class="figures">{body}</div></section>\n' if body else ""
-    return html
+        lines = {f"{row['variant']} ({row.get('policy')})": _points(row.get(key)) for row in rows}
+        yield title, x, y, lines
 
 
-def _metrics(runs: Sequence[Run]) -> dict[str, dict[str, list]]:
-    """{metric: {name of a line: [[step, value], ...]}}; a line an exit where values are lists."""
+def _points(value: Any) -> list[tuple]:
+    """{"2 steps": y}, [[x, y], ...] or [y at 1, y at 2, ...] as (x, y)."""
+    if isinstance(value, dict):
+        found = [(re.match(r"\d{1,9}", name), y) for name, y in value.items()]
+        return [(int(x[0]), y) for x, y in found if x]
+    pairs = enumerate(value, start=1) if isinstance(value, list) else []
+    return [tuple(y) if isinstance(y, list) and len(y) == 2 else (x, y) for x, y in pairs]
+
+
+def _training(runs: Sequence[Run]) -> Iterator[Chart]:
+    """A chart a metric: a line a run, or a line an exit where values are lists."""
     metrics: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        owner = run.name if len(runs) > 1 else ""
         for index, row in enumerate(run.metrics):
             for key, value in row.items():
-                for place, y in enumerate(value, 1) if isinstance(value, list) else [(0, value)]:
-                    name = f"{owner} exit {place}".strip() if place else owner
-                    metrics[key.replace("_", " ")][name].append([row.get("step", index), y])
+                for place, y in enumerate(value, 1) if isinstance(value, list) else [("", value)]:
+                    name = f"{run.name} exit {place}" if place else run.name
+                    metrics[key.replace("_", " ")][name].append((row.get("step", index), y))
     metrics.pop("step", None)
-    return metrics
+    for key, lines in metrics.items():
+        yield key, "step", key, lines
 
 
-def _chart(title: str, found: dict, x: str, y: str, ranges: dict) -> Figure | None:
-    """A line for each name where values are keyed by numbers ("6 steps" is 6), else bars."""
-    lines, bars, unit = [], {}, ""
-    for name, value in found.items():
-        points = []
-        for text, number in _pairs(value):
-            at, _, unit = text.partition(" ")
-            points.append((_float(at), number))
-            bars[f"{text}, {name}"] = number
-        lines.append(Line(name, sorted(points)))
-    if any(is_number(at) for line in lines for at, _ in line.points):
-        return line_figure(title, x or unit, y, lines, ranges.get(x), ranges.get(y))
-    bars = {name: bars[name] for name in sorted(bars)}
-    return bar_figure(title, y, bars, ranges.get(y, (0, 1))[1]) if bars else None
-
-
-def _pairs(value: Any) -> list[tuple[str, float]]:
-    """{x: y}, [[x, y], ...] or [y at 1, ...] of a file; what is no number becomes NaN."""
-    listed = enumerate(_list(value), start=1)
-    pairs = [y if isinstance(y, list) and len(y) == 2 else (x, y) for x, y in listed]
-    pairs += value.items() if isinstance(value, dict) else []
-    return [(str(x), _float(y)) for x, y in pairs]
-
-
-def _float(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
+def _figures(charts: Iterable[Chart], full: int | None) -> str:
+    """The charts that have a point, as HTML. Axes of shares and depths have their whole range."""
+    ranges: dict[str, Any] = dict.fromkeys(SHARES, (0, 1))
+    ranges |= dict.fromkeys(DEPTHS, full and (0, full))
+    html = ""
+    for title, x, y, found in charts:
+        if any(all(map(is_number, point)) for points in found.values() for point in points):
+            lines = [Line(name, points) for name, points in found.items()]
+            figure = line_figure(title, x, y, lines, ranges.get(x), ranges.get(y))
+            html += f'<figure class="figure">{figure.svg(alone=False)}</figure>\n'
+    return html

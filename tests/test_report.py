@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from nanoexit.config import UserError, write_json_lines
-from nanoexit.report import Run, _fit, _responses, read_run, write_page
+from nanoexit.report import PARTS, Run, fit, read_run, write_page
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "report.py"
 EVIL = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
@@ -33,24 +33,27 @@ def response(prompt: str, variant: str, seed: int, text: list[str] = STORY) -> d
         probs = [round(draw.random(), 4) if d <= depth else None for d in EXITS]
         piece = " " * (index > 0) + word
         top = [[piece, draw.random()], [" the", 0.2], [" 7", 0.05], ["\n", 0.03], [" so", 0.0004]]
-        token = {"text": piece, "depth": depth, "kind": "reasoning", "exit_probs": probs}
-        tokens.append(token | {"top": top})
-    known = {"id": prompt[:16], "prompt": prompt, "answer": "1", "variant": variant}
-    rest = {"finish": "stop", "full_depth": 28, "exit_layers": [*EXITS], "cap": None}
-    return known | rest | {"correct": seed % 3 > 0, "tokens": tokens}
+        token = {"text": piece, "depth": depth, "kind": "reasoning"}
+        tokens.append(token | {"exit_probs": probs, "top": top})
+    found = {"id": prompt[:16], "prompt": prompt, "answer": "1", "variant": variant, "cap": None}
+    found |= {"text": "".join(text), "finish": "stop", "full_depth": 28, "exit_layers": [*EXITS]}
+    return found | {"correct": seed % 3 > 0, "tokens": tokens}
 
 
 def row(variant: str, policy: str, accuracy: float, depth: float) -> dict:
     """A row of evaluation.json."""
     row = {"variant": variant, "policy": policy, "prompts": 100, "full_depth": 28, "cap": None}
-    row |= {"accuracy": accuracy, "accuracy_interval": [accuracy - 0.03, accuracy + 0.02]}
-    row |= {"mean_depth": depth, "max_depth": depth, "layers_run": depth / 28, "tokens": 61.5}
-    row |= {"accuracy_by_group": {"1 step": accuracy, "2 steps": accuracy - 0.1}, "written": None}
-    row |= {"max_depth_by_group": {"clock": depth, "logic": 3}, "depth_by_position": [depth, 3, 4]}
-    row |= {"exit_histogram": {"5": 0.3, "28": 0.7}, "depth_by_kind": {"answer": depth}}
-    row |= {"same_answer": [[0, 0.3], [1, 1]], "same_answer_capped": [[0, 0.1], [1, 1]]}
-    row |= {"changed_value": {"follow": 0.8, "stay": 0.2}, "capped_accuracy": {"4": 0.2, "28": 0.9}}
-    return row | {"kl": float("nan"), "monitor": {"score": 0.9, "chance": 0.1}}
+    row |= {
+        "accuracy": accuracy,
+        "accuracy_interval": [accuracy, 1],
+        "written": None,
+        "tokens": 61.5,
+    }
+    row |= {"mean_depth": depth, "max_depth": depth, "layers_run": depth / 28, "kl": float("nan")}
+    row |= {"max_depth_by_group": {"2 steps": depth, "logic": 3}, "depth_by_position": [depth, 3]}
+    row |= {"exit_histogram": {"5": 0.3, "28": 0.7}, "capped_accuracy": {"4": 0.2, "28": 0.9}}
+    row |= {"same_answer": [[0, 0.3], [1, 1]], "changed_value": {"follow": 0.8, "stay": 0.2}}
+    return row | {"perplexity": 1.5, "monitor": {"score": 0.9, "chance": 0.1}}
 
 
 def example(name: str = "tiny") -> Run:
@@ -69,8 +72,8 @@ def example(name: str = "tiny") -> Run:
         row("student", "head", 0.91, 14),
         row(EVIL, EVIL, 0.8, 9),
     ]
-    evaluation = {"model": "m", "rows": rows, "frontier": [*rows, row("student", "kl:2", 0.9, 18)]}
-    return Run(name, samples, metrics, {"evaluation_seconds": 94.2}, evaluation, f"{name}/")
+    evaluation = {"rows": rows, "frontier": [*rows, row("student", "kl:2", 0.9, 18)]}
+    return Run(name, samples, metrics, evaluation, f"{name}/")
 
 
 def data_of(path: Path) -> dict:
@@ -87,32 +90,33 @@ def test_two_hundred_responses_under_three_megabytes(tmp_path):
     samples = [response(f"prompt {i}", "student", i, (STORY * 20)[:400]) for i in range(200)]
     write_page(tmp_path / "r.html", [Run("", samples)], "Big")
     assert (tmp_path / "r.html").stat().st_size < 3_000_000
-    assert data_of(tmp_path / "r.html")["left_out"] == []
+    data = data_of(tmp_path / "r.html")
+    assert all(len(data[part]) == 200 and None not in data[part] for part in PARTS)
 
 
 def test_the_data_keeps_every_number(tmp_path):
-    """Catches: a column one token off, chances of the wrong head, responses apart from a prompt."""
-    samples = [response("p", "a", 1), response("q", "a", 2), response("p", "b", 3)]
-    write_page(tmp_path / "r.html", [Run("", samples)])
+    """Catches: a column one token off, chances of the wrong head, rollouts before the results."""
+    rollout = response("r", "rollout", 3) | {"step": 1}
+    samples = [response("p", "a", 1), response("q", "a", 2)]
+    write_page(tmp_path / "r.html", [Run("", [rollout, *samples])])
     data = data_of(tmp_path / "r.html")
-    assert [r["label"] for r in data["responses"]] == ["a", "b", "a"], "responses to p, then to q"
-    for at, sample in enumerate([samples[0], samples[2], samples[1]]):
+    for at, sample in enumerate([*samples, rollout]):
         for i, token in enumerate(sample["tokens"]):
-            assert data["words"][at][i] == token["text"]
-            assert data["depths"][at][i] == token["depth"]
-            assert data["heads"][at][i] == pytest.approx(token["exit_probs"], abs=6e-4)
-            found = [*zip(data["top"][at][i], data["chances"][at][i])]
-            assert found == [(text, pytest.approx(p, abs=6e-4)) for text, p in token["top"]]
+            assert data["text"][at]["text"][i] == token["text"]
+            assert data["text"][at]["depth"][i] == token["depth"]
+            assert data["exit_probs"][at][i] == pytest.approx(token["exit_probs"], abs=6e-4)
+            for found, (text, chance) in zip(data["top"][at][i], token["top"], strict=True):
+                assert found == [text, pytest.approx(chance, abs=6e-4)]
 
 
 def test_a_tight_budget_drops_details_of_the_last():
     """Catches: whole responses, or the first ones, dropped while details of the last could go."""
-    samples = [response(f"p{i}", "student", i) for i in range(10)]
-    kept, left_out = _fit(_responses([Run("", samples)]), 3_000)
-    assert len(kept) == 10 and kept[0]["top"] and kept[-1]["top"] is None and kept[-1]["heads"]
-    assert re.fullmatch(r"likeliest tokens of the last \d", left_out[0]) and len(left_out) == 1
-    kept, left_out = _fit(_responses([Run("", samples)]), 10)
-    assert len(kept) == 1 and left_out[0] == "text of the last 9", "one response is always kept"
+    for budget, most in ((10_000, [10, 10, 10]), (400, [10, 10, 9]), (10, [1, 1, 1])):
+        data = {part: [part * 99 + str(i) for i in range(10)] for part in PARTS}
+        fit(data, budget)
+        kept = [10 - data[part].count(None) for part in PARTS]
+        assert kept[:2] == most[:2] and 1 <= kept[2] <= most[2], (budget, kept)
+        assert all(found[0] for found in data.values()), "one response is always kept"
 
 
 def test_no_text_of_a_model_is_markup(tmp_path):
@@ -123,24 +127,22 @@ def test_no_text_of_a_model_is_markup(tmp_path):
     script = text.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(sha256(script.encode()).digest()).decode()
     assert "default-src 'none'" in text and f"script-src 'sha256-{digest}'" in text
-    assert data_of(tmp_path / "r.html")["words"][6][2] == " $js"
-    for title in ("Accuracy under a cap", "Accuracy by group", "Same answer, capped"):
+    for title in ("Accuracy under a cap", "Opaque serial depth by group", "student exit"):
         assert f'aria-label="{title}"' in text
 
 
 def test_a_base_of_three_runs_is_shown_once(tmp_path):
     """Catches: the same base three times, another base left out, runs that become one line."""
     runs = [example(name) for name in ("first", "second", "third")]
-    runs[2].evaluation["model"] = "another"
+    runs[2].evaluation["rows"][0]["perplexity"] = 2.5
     write_page(tmp_path / "r.html", runs)
     data, text = data_of(tmp_path / "r.html"), (tmp_path / "r.html").read_text()
     head = [name for name in data["table"][0][0] if "script" not in name]
     assert head[:4] == ["", "base (full)", "first · student (head)", "second · student (head)"]
     assert head[4:] == ["third · base (full)", "third · student (head)"]
-    labels = [r["label"] for r, asked in zip(data["responses"], data["prompt"]) if asked == ASKED]
-    assert labels[:3] == ["base", "first · student", "first · rollout · step 3"]
-    assert labels[3:5] == ["second · student", "second · rollout · step 3"]
-    for name in ("first", "second", "first · student", "second · student (head)"):
+    variants = [sample["variant"] for sample in data["text"] if sample["prompt"] == ASKED]
+    assert variants[:4] == ["base", *(f"{run} · student" for run in ("first", "second", "third"))]
+    for name in ("first", "second", "first · student (kl)", "second exit 2"):
         assert f'data-name="{name}"' in text
 
 
@@ -155,7 +157,7 @@ def places(value: object, path: tuple = ()) -> list[tuple]:
     return [path, *(found for key, item in items for found in places(item, (*path, key)))]
 
 
-@pytest.mark.parametrize("part", ["samples", "metrics", "summary", "evaluation"])
+@pytest.mark.parametrize("part", ["samples", "metrics", "evaluation"])
 def test_hostile_files(part, tmp_path):
     """Catches: a traceback, or an error that names no file, for a wrong type anywhere."""
     run, draw = example(), random.Random(0)
@@ -179,7 +181,7 @@ def test_hostile_files(part, tmp_path):
 def test_the_script(tmp_path):
     """Catches: a traceback, or an error without file and key, for what people get wrong."""
     sample = response("p", "student", 0)
-    bad = "samples.jsonl: response 1.tokens[2].depth: expected a depth from 1 to 28, found 29\n"
+    bad = "samples.jsonl: responses[0].tokens[2].depth: expected a depth from 1 to 28, found 29\n"
     for depth, code, wanted in ((28, 0, "1 responses, 0 steps"), (29, 2, bad)):
         sample["tokens"][2]["depth"] = depth
         write_json_lines(tmp_path / "samples.jsonl", [sample])
@@ -198,7 +200,6 @@ class Browser:
     """As much of the WebDriver protocol as these tests need, spoken to chromedriver."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         command = [shutil.which("chromedriver"), "--port=0"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         found = (re.search(r"successfully on port (\d+)", line) for line in self.process.stdout)
@@ -227,24 +228,12 @@ class Browser:
         found = f"[...document.querySelectorAll('{selector}')]"
         return self.js(f"{found}.filter(e => e.checkVisibility()).map(e => e.textContent)")
 
-    def click(self, selector: str) -> None:
-        self.js(f"document.querySelector('{selector}').click()")
-
-    def set(self, selector: str, value: object, event: str) -> None:
-        found = f"document.querySelector('{selector}')"
-        event = f"{found}.dispatchEvent(new Event('{event}'))"
-        self.js(f"({found}.value = {json.dumps(value)}, {event})")
-
-    def hover(self, selector: str) -> None:
-        self.js(f"document.querySelector('{selector}').scrollIntoView({{block: 'center'}})")
-        found = self.call("/element", {"using": "css selector", "value": selector})
-        move = {"type": "pointerMove", "duration": 0, "origin": found, "x": 0, "y": 0}
-        self.call("/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
-
-    def press(self, selector: str, *keys: str) -> None:
-        self.js(f"document.querySelector('{selector}').focus()") if selector else None
-        steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
-        self.call("/actions", {"actions": [{"type": "key", "id": "keys", "actions": steps}]})
+    def fire(self, selector: str, event: str, value: object = None, **properties: object) -> None:
+        """Send an event to an element, after setting its value."""
+        at = f"document.querySelector('{selector}')"
+        self.js(f"{at}.value = {json.dumps(value)}") if value is not None else None
+        made = f"Object.assign(new Event('{event}', {{bubbles: true}}), {json.dumps(properties)})"
+        self.js(f"{at}.dispatchEvent({made})")
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +243,7 @@ def driver(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     write_page(folder / "report.html", [example()])
     driver = Browser(folder)
+    driver.page = (folder / "report.html").as_uri()
     yield driver
     driver.call("", method="DELETE")
     driver.process.terminate()
@@ -263,61 +253,58 @@ def driver(tmp_path_factory):
 @pytest.fixture
 def browser(driver):
     """The example's page, freshly opened."""
-    driver.call("/url", {"url": (driver.folder / "report.html").as_uri()})
-    driver.js("localStorage.clear()")
+    driver.call("/url", {"url": driver.page})
     driver.wait("document.documentElement.dataset.ready === ''")
     return driver
-
-
-RIGHT, DOWN, END, ESCAPE = "\ue014", "\ue015", "\ue010", "\ue00c"
 
 
 def test_opens_clean_with_its_figures(browser):
     """Catches: an error in the console, a request, text that becomes code, a NaN as a number."""
     tiles = browser.texts(".tiles div")
-    assert tiles[0] == "accuracy0.910base 0.930" and tiles[-1] == "evaluation, seconds94"
+    assert tiles[0] == "accuracy0.910base 0.930" and tiles[-1] == "steps written–base –"
     assert "KL to the teacher, nats–––" in browser.texts("#table tbody tr")
     assert "– steps written: the task lists no steps" in browser.texts("#table li")
-    browser.click("#picker li:nth-child(2)")
+    assert browser.texts("h2")[-2:] == ["Evaluation figures", "Training figures"]
+    browser.fire("#picker li:nth-child(2)", "click")
     assert EVIL in browser.texts("#prompt")[0]
-    text = "document.querySelector('.card:nth-child(4) .text').textContent"
+    text = "document.querySelector('.card:nth-child(3) .text').textContent"
     assert browser.js(f"{text}.includes({json.dumps(EVIL)})")
     assert browser.js("[window.hacked ?? 0, document.images.length]") == [0, 0]
     assert browser.js("performance.getEntriesByType('resource').length") == 0, "nothing is fetched"
     assert browser.call("/se/log", {"type": "browser"}) == []
 
 
-def test_hover_shows_the_numbers_of_that_token(browser):
+def test_a_token_shows_its_own_numbers(browser):
     """Catches: a panel one token off, wrong units, a head that was not asked shown as 0."""
     tokens = response(ASKED, "student", 0)["tokens"]
     place, token = next((i, t) for i, t in enumerate(tokens) if t["depth"] == 10)
-    browser.hover(f".card:nth-child(2) .text span:nth-child({place + 1})")
+    browser.fire(f".card:nth-child(2) .text span:nth-child({place + 1})", "pointerover")
     where = f"exited at depth 10 of 28 · reasoning, token {place + 1} of {len(STORY)}"
     assert browser.texts("#inspect p") == [where]
     asked = [f"depth {d}{100 * round(p, 3):.1f}%" for d, p in zip(EXITS, token["exit_probs"][:2])]
     rows = browser.texts("#inspect tr")
     assert rows[:5] == [*asked, *(f"depth {d}not asked" for d in EXITS[2:])]
     assert rows[6:] == ["␣the20.0%", "␣75.0%", "↵3.0%", "␣so<0.1%"]
-    browser.hover("h1")
+    browser.fire(".card:nth-child(2) .text", "pointerleave")
     assert browser.texts("#inspect p") == []
 
 
 def test_keyboard_reaches_every_token_and_prompt(browser):
     """Catches: a page for mice only, or one where 10,000 tokens are 10,000 tab stops."""
     assert len(browser.texts('.text span[tabindex="0"]')) == 3
-    browser.press(".card:nth-child(2) .text span", RIGHT, RIGHT)
-    assert "token 3 of" in browser.texts("#inspect p")[0]
-    browser.press("", END)
-    assert f"token {len(STORY)} of" in browser.texts("#inspect p")[0]
-    browser.press("", ESCAPE)
-    assert browser.texts("#inspect p") == []
-    browser.press("#search", *"SHOWS 6")
+    browser.js("document.querySelector('.card:nth-child(2) .text span').focus()")
+    for key, place in (("ArrowRight", 2), ("ArrowRight", 3), ("End", len(STORY))):
+        browser.fire(":focus", "keydown", key=key)
+        assert f"token {place} of" in browser.texts("#inspect p")[0]
+    browser.fire("#search", "input", "SHOWS 6")
     assert browser.texts("#found") == ["1 of 4 prompts"]
-    browser.click("#picker li")
+    browser.fire("#picker li", "click")
     assert "The clock shows 6." in browser.texts("#prompt")[0]
-    browser.set("#search", "= 14 so", "input")
+    browser.fire("#search", "input", "= 14 so")
     assert len(browser.texts("#picker li")) == 4, "found in the responses"
-    browser.press("#picker li", DOWN, DOWN)
+    browser.js("document.querySelector('#picker li').focus()")
+    browser.fire(":focus", "keydown", key="ArrowDown")
+    browser.fire(":focus", "keydown", key="ArrowDown")
     assert "shows 7." in browser.texts("#prompt")[0]
 
 
@@ -325,30 +312,35 @@ def test_replay(browser):
     """Catches: a replay that starts whole, never ends, or gives every depth the same time."""
     later = "[...document.querySelectorAll('.card')].map(c => c.querySelectorAll('.later').length)"
     assert browser.js(later) == [0, 0, 0]
-    browser.set("#seek", 100, "input")
+    browser.fire("#seek", "input", 100)
     base, student, _ = browser.js(later)
     depths = [token["depth"] for token in response(ASKED, "student", 0)["tokens"]]
     assert base == len(STORY) - 3, "100 layers pay for 3 tokens of 28"
     assert student == sum(sum(depths[: i + 1]) > 100 for i in range(len(depths))) < base
-    browser.set("#speed", 16, "change")
-    browser.click("#play")
+    browser.fire("#speed", "change", 16)
+    browser.fire("#play", "click")
     browser.wait("document.querySelector('#play').textContent === 'Play'")
     assert browser.js(later) == [0, 0, 0]
 
 
 def test_choosers_and_cross_hair(browser):
-    """Catches: a chooser that changes a label and nothing else, a cross-hair off its curve."""
-    browser.click("#variants button")
+    """Catches: a reversed scale, a chooser without effect, a cross-hair off its curve."""
+    heat = [browser.js(f"color({depth}, {{full_depth: 9}})") for depth in (1, 2, 9)]
+    mixed = "color-mix(in srgb, var(--h{}) {}%, var(--h{}))"
+    assert heat == [mixed.format(1, 0, 0), mixed.format(1, 50, 0), mixed.format(4, 100, 3)]
+    browser.fire("#variants button", "click")
     assert browser.texts(".card h3") == ["student", "rollout · step 3"]
     style = "['.text span', 'body'].map(s => getComputedStyle(document.querySelector(s)))"
     before = browser.js(f"{style}.map(s => s.backgroundColor)")
-    browser.set("#scale", "safe", "change")
-    browser.click("#theme")
+    browser.fire("#scale", "change", "safe")
+    browser.fire("#theme", "click")
     after = browser.js(f"{style}.map(s => s.backgroundColor)")
     assert before[0] != after[0] and before[1] != after[1]
-    browser.hover("svg[aria-label=loss]")
+    box = browser.js("document.querySelector('svg[aria-label=loss]').getBoundingClientRect()")
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    browser.fire("svg[aria-label=loss]", "pointermove", clientX=x, clientY=y)
     at, value = browser.texts(".readout div")
-    assert float(value) == pytest.approx(10 - float(at.removeprefix("at ")), abs=0.05)
+    assert float(value.split()[1]) == pytest.approx(10 - float(at.removeprefix("at ")), abs=0.05)
 
 
 def test_fits_a_phone(browser):
@@ -356,7 +348,7 @@ def test_fits_a_phone(browser):
     size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
     command = {"cmd": "Emulation.setDeviceMetricsOverride", "params": size}
     browser.call("/goog/cdp/execute", command)
-    browser.hover(".card:nth-child(2) .text span:nth-child(9)")
+    browser.fire(".card:nth-child(2) .text span:nth-child(9)", "pointerover")
     assert browser.js("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
-    box = browser.js("document.querySelector('#inspect').getBoundingClientRect().toJSON()")
-    assert box["left"] >= 0 and box["right"] <= 390 and box["width"] > 200
+    box = browser.js("document.querySelector('#inspect').getBoundingClientRect()")
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["width"] > 200
