@@ -127,7 +127,7 @@ def line_figure(
     figure.height += BOTTOM + 54
     for index, (line, points) in enumerate(zip(lines, drawn)):
         missing = len(line.points) - len(points)
-        remark = f" ({missing} of {len(line.points)} points are not numbers)" if missing else ""
+        remark = f" (not numbers: {missing} of {len(line.points)} points)" if missing else ""
         figure.write(line.name + remark, f"var(--s{index})")
     for line in lines[MOST_LINES:]:
         figure.write(f"{line.name} (not drawn, beyond {MOST_LINES} lines)")

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import functools
 import json
 import random
 import re
@@ -11,7 +12,9 @@ import sys
 import urllib.request
 import zlib
 from hashlib import sha256
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,17 +46,13 @@ def response(prompt: str, variant: str, seed: int, text: list[str] = STORY) -> d
 def row(variant: str, policy: str, accuracy: float, depth: float) -> dict:
     """A row of evaluation.json."""
     row = {"variant": variant, "policy": policy, "prompts": 100, "full_depth": 28, "cap": None}
-    row |= {
-        "accuracy": accuracy,
-        "accuracy_interval": [accuracy, 1],
-        "written": None,
-        "tokens": 61.5,
-    }
-    row |= {"mean_depth": depth, "max_depth": depth, "layers_run": depth / 28, "kl": float("nan")}
+    row |= {"accuracy": accuracy, "accuracy_interval": [accuracy, 1], "written": None}
+    row |= {"mean_depth": depth, "max_depth": depth, "layers_run": depth / 28, "tokens": 61.5}
     row |= {"max_depth_by_group": {"2 steps": depth, "logic": 3}, "depth_by_position": [depth, 3]}
     row |= {"exit_histogram": {"5": 0.3, "28": 0.7}, "capped_accuracy": {"4": 0.2, "28": 0.9}}
     row |= {"same_answer": [[0, 0.3], [1, 1]], "changed_value": {"follow": 0.8, "stay": 0.2}}
-    return row | {"perplexity": 1.5, "monitor": {"score": 0.9, "chance": 0.1}}
+    row |= {"monitor": {"score": 0.9, "chance": 0.1}, "kl": float("nan"), "perplexity": 1.5}
+    return row
 
 
 def example(name: str = "tiny") -> Run:
@@ -65,13 +64,10 @@ def example(name: str = "tiny") -> Run:
         samples += [base, student, rollout | {"step": 3, "rewards": {"depth": -0.4, EVIL: None}}]
     samples.append(response(prompts[1], EVIL, 5, ["Now", EVIL, "$js", "\x00\u2028\ud83d"]))
     for i in range(11):
-        loss = None if i == 3 else 10.0 - i
-        metrics.append({"step": i, "loss": loss, "student_exit": [0.2, 0.3], EVIL: i})
-    rows = [
-        row("base", "full", 0.93, 28),
-        row("student", "head", 0.91, 14),
-        row(EVIL, EVIL, 0.8, 9),
-    ]
+        losses = {"loss": None if i == 3 else 10.0 - i, "student_exit": [0.2, 0.3], EVIL: i}
+        metrics.append({"step": i, **losses})
+    rows = [row("base", "full", 0.93, 28), row("student", "head", 0.91, 14)]
+    rows.append(row(EVIL, EVIL, 0.8, 9))
     evaluation = {"rows": rows, "frontier": [*rows, row("student", "kl:2", 0.9, 18)]}
     return Run(name, samples, metrics, evaluation, f"{name}/")
 
@@ -102,11 +98,11 @@ def test_the_data_keeps_every_number(tmp_path):
     data = data_of(tmp_path / "r.html")
     for at, sample in enumerate([*samples, rollout]):
         for i, token in enumerate(sample["tokens"]):
-            assert data["text"][at]["text"][i] == token["text"]
-            assert data["text"][at]["depth"][i] == token["depth"]
+            found = [data["text"][at][key][i] for key in ("text", "depth")]
+            assert found == [token["text"], token["depth"]]
             assert data["exit_probs"][at][i] == pytest.approx(token["exit_probs"], abs=6e-4)
-            for found, (text, chance) in zip(data["top"][at][i], token["top"], strict=True):
-                assert found == [text, pytest.approx(chance, abs=6e-4)]
+            chances = [[text, pytest.approx(chance, abs=6e-4)] for text, chance in token["top"]]
+            assert data["top"][at][i] == chances
 
 
 def test_a_tight_budget_drops_details_of_the_last():
@@ -167,10 +163,7 @@ def test_hostile_files(part, tmp_path):
     lines = part in ("samples", "metrics")  # that each is an object is checked where lines are read
     for *path, key in [found for found in places(getattr(run, part)) if len(found) > lines]:
         broken = copy.deepcopy(run)
-        target = getattr(broken, part)
-        for step in path:
-            target = target[step]
-        target[key] = draw.choice(HOSTILE)
+        functools.reduce(getitem, path, getattr(broken, part))[key] = draw.choice(HOSTILE)
         try:
             write_page(tmp_path / "r.html", [broken])
             data_of(tmp_path / "r.html")
@@ -196,159 +189,149 @@ def test_the_script(tmp_path):
 # --- the page in a browser ----------------------------------------------------------------------
 
 
-class Browser:
-    """As much of the WebDriver protocol as these tests need, spoken to chromedriver."""
+HELPERS = """
+const find = (selector) => document.querySelector(selector);
+const texts = (selector) =>
+  [...document.querySelectorAll(selector)].filter(e => e.checkVisibility()).map(e => e.textContent);
+const fire = (selector, event, properties = {}, value = find(selector).value) => {
+  if (value !== undefined) find(selector).value = value;
+  find(selector).dispatchEvent(Object.assign(new Event(event, {bubbles: true}), properties));
+};
+const press = (...keys) => keys.forEach(key => fire(':focus', 'keydown', {key}));
+const wait = async (ready) => {
+  while (!ready()) await new Promise(done => setTimeout(done, 20));
+};
+"""
 
-    def __init__(self, folder: Path) -> None:
-        command = [shutil.which("chromedriver"), "--port=0"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        found = (re.search(r"successfully on port (\d+)", line) for line in self.process.stdout)
-        self.url = f"http://127.0.0.1:{next(match[1] for match in found if match)}/session"
+
+@pytest.fixture(scope="module")
+def webdriver(tmp_path_factory):
+    """WebDriver commands to a headless Chromium that has the example's page."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs chromium and chromedriver")
+    folder = tmp_path_factory.mktemp("browser")
+    command = [shutil.which("chromedriver"), "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        started = (re.search(r"successfully on port (\d+)", line) for line in process.stdout)
+        url = f"http://127.0.0.1:{next(match[1] for match in started if match)}/session"
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+        def call(path: str, body: dict | None = None, method: str = "POST") -> Any:
+            data = None if body is None else json.dumps(body).encode()
+            request = urllib.request.Request(url + path, data, method=method)
+            with opener.open(request, timeout=60) as reply:
+                return json.load(reply)["value"]
+
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         flags += ["--no-first-run", "--window-size=1280,900", f"--user-data-dir={folder}/profile"]
         options = {"args": flags, "binary": shutil.which("chromium")}
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        self.url += "/" + self.call("", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
-
-    def call(self, path: str, body: dict | None = None, method: str = "POST") -> object:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, method=method)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=60) as reply:
-            return json.load(reply)["value"]
-
-    def js(self, code: str) -> object:
-        return self.call("/execute/sync", {"script": f"return {code}", "args": []})
-
-    def wait(self, code: str) -> None:
-        look = f"const look = (done) => {code} ? done() : setTimeout(look, 20, done);"
-        self.call("/execute/async", {"script": f"{look} look(arguments[0])", "args": []})
-
-    def texts(self, selector: str) -> list[str]:
-        found = f"[...document.querySelectorAll('{selector}')]"
-        return self.js(f"{found}.filter(e => e.checkVisibility()).map(e => e.textContent)")
-
-    def fire(self, selector: str, event: str, value: object = None, **properties: object) -> None:
-        """Send an event to an element, after setting its value."""
-        at = f"document.querySelector('{selector}')"
-        self.js(f"{at}.value = {json.dumps(value)}") if value is not None else None
-        made = f"Object.assign(new Event('{event}', {{bubbles: true}}), {json.dumps(properties)})"
-        self.js(f"{at}.dispatchEvent({made})")
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs chromium and chromedriver")
-    folder = tmp_path_factory.mktemp("browser")
-    write_page(folder / "report.html", [example()])
-    driver = Browser(folder)
-    driver.page = (folder / "report.html").as_uri()
-    yield driver
-    driver.call("", method="DELETE")
-    driver.process.terminate()
-    driver.process.wait(10)
+        url += "/" + call("", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        write_page(folder / "report.html", [example()])
+        call.page = (folder / "report.html").as_uri()
+        yield call
+        call("", method="DELETE")
+        process.terminate()
 
 
 @pytest.fixture
-def browser(driver):
-    """The example's page, freshly opened."""
-    driver.call("/url", {"url": driver.page})
-    driver.wait("document.documentElement.dataset.ready === ''")
-    return driver
+def page(webdriver):
+    """The value of JavaScript on the example's page, freshly opened."""
+
+    def run(code: str) -> Any:
+        return webdriver("/execute/sync", {"script": f"{HELPERS} return {code}", "args": []})
+
+    webdriver("/url", {"url": webdriver.page})
+    run("wait(() => document.documentElement.dataset.ready === '')")
+    return run
 
 
-def test_opens_clean_with_its_figures(browser):
+def test_opens_clean_with_its_figures(page, webdriver):
     """Catches: an error in the console, a request, text that becomes code, a NaN as a number."""
-    tiles = browser.texts(".tiles div")
+    tiles = page("texts('.tiles div')")
     assert tiles[0] == "accuracy0.910base 0.930" and tiles[-1] == "steps written–base –"
-    assert "KL to the teacher, nats–––" in browser.texts("#table tbody tr")
-    assert "– steps written: the task lists no steps" in browser.texts("#table li")
-    assert browser.texts("h2")[-2:] == ["Evaluation figures", "Training figures"]
-    browser.fire("#picker li:nth-child(2)", "click")
-    assert EVIL in browser.texts("#prompt")[0]
-    text = "document.querySelector('.card:nth-child(3) .text').textContent"
-    assert browser.js(f"{text}.includes({json.dumps(EVIL)})")
-    assert browser.js("[window.hacked ?? 0, document.images.length]") == [0, 0]
-    assert browser.js("performance.getEntriesByType('resource').length") == 0, "nothing is fetched"
-    assert browser.call("/se/log", {"type": "browser"}) == []
+    assert "KL to the teacher, nats–––" in page("texts('#table tbody tr')")
+    assert "– steps written: the task lists no steps" in page("texts('#table li')")
+    assert page("texts('h2')")[-2:] == ["Evaluation figures", "Training figures"]
+    page("fire('#picker li:nth-child(2)', 'click')")
+    for selector in ("#prompt", ".card:nth-child(3) .text"):
+        assert page(f"find({selector!r}).textContent.includes({json.dumps(EVIL)})")
+    assert page("[window.hacked ?? 0, document.images.length]") == [0, 0]
+    assert page("performance.getEntriesByType('resource').length") == 0, "nothing is fetched"
+    assert webdriver("/se/log", {"type": "browser"}) == []
 
 
-def test_a_token_shows_its_own_numbers(browser):
+def test_a_token_shows_its_own_numbers(page):
     """Catches: a panel one token off, wrong units, a head that was not asked shown as 0."""
     tokens = response(ASKED, "student", 0)["tokens"]
     place, token = next((i, t) for i, t in enumerate(tokens) if t["depth"] == 10)
-    browser.fire(f".card:nth-child(2) .text span:nth-child({place + 1})", "pointerover")
+    page(f"fire('.card:nth-child(2) .text span:nth-child({place + 1})', 'pointerover')")
     where = f"exited at depth 10 of 28 · reasoning, token {place + 1} of {len(STORY)}"
-    assert browser.texts("#inspect p") == [where]
+    assert page("texts('#inspect p')") == [where]
     asked = [f"depth {d}{100 * round(p, 3):.1f}%" for d, p in zip(EXITS, token["exit_probs"][:2])]
-    rows = browser.texts("#inspect tr")
+    rows = page("texts('#inspect tr')")
     assert rows[:5] == [*asked, *(f"depth {d}not asked" for d in EXITS[2:])]
     assert rows[6:] == ["␣the20.0%", "␣75.0%", "↵3.0%", "␣so<0.1%"]
-    browser.fire(".card:nth-child(2) .text", "pointerleave")
-    assert browser.texts("#inspect p") == []
+    page("fire('.card:nth-child(2) .text', 'pointerleave')")
+    assert page("texts('#inspect p')") == []
 
 
-def test_keyboard_reaches_every_token_and_prompt(browser):
+def test_keyboard_reaches_every_token_and_prompt(page):
     """Catches: a page for mice only, or one where 10,000 tokens are 10,000 tab stops."""
-    assert len(browser.texts('.text span[tabindex="0"]')) == 3
-    browser.js("document.querySelector('.card:nth-child(2) .text span').focus()")
-    for key, place in (("ArrowRight", 2), ("ArrowRight", 3), ("End", len(STORY))):
-        browser.fire(":focus", "keydown", key=key)
-        assert f"token {place} of" in browser.texts("#inspect p")[0]
-    browser.fire("#search", "input", "SHOWS 6")
-    assert browser.texts("#found") == ["1 of 4 prompts"]
-    browser.fire("#picker li", "click")
-    assert "The clock shows 6." in browser.texts("#prompt")[0]
-    browser.fire("#search", "input", "= 14 so")
-    assert len(browser.texts("#picker li")) == 4, "found in the responses"
-    browser.js("document.querySelector('#picker li').focus()")
-    browser.fire(":focus", "keydown", key="ArrowDown")
-    browser.fire(":focus", "keydown", key="ArrowDown")
-    assert "shows 7." in browser.texts("#prompt")[0]
+    assert len(page("""texts('.text span[tabindex="0"]')""")) == 3
+    page("find('.card:nth-child(2) .text span').focus()")
+    for keys, place in (("'ArrowRight', 'ArrowRight'", 3), ("'End'", len(STORY))):
+        page(f"press({keys})")
+        assert f"token {place} of" in page("texts('#inspect p')")[0]
+    page("fire('#search', 'input', {}, 'SHOWS 6')")
+    assert page("texts('#found')") == ["1 of 4 prompts"]
+    page("fire('#picker li', 'click')")
+    assert "The clock shows 6." in page("texts('#prompt')")[0]
+    page("fire('#search', 'input', {}, '= 14 so')")
+    assert len(page("texts('#picker li')")) == 4, "found in the responses"
+    page("(find('#picker li').focus(), press('ArrowDown', 'ArrowDown'))")
+    assert "shows 7." in page("texts('#prompt')")[0]
 
 
-def test_replay(browser):
+def test_replay(page):
     """Catches: a replay that starts whole, never ends, or gives every depth the same time."""
     later = "[...document.querySelectorAll('.card')].map(c => c.querySelectorAll('.later').length)"
-    assert browser.js(later) == [0, 0, 0]
-    browser.fire("#seek", "input", 100)
-    base, student, _ = browser.js(later)
+    assert page(later) == [0, 0, 0]
+    page("fire('#seek', 'input', {}, 100)")
+    base, student, _ = page(later)
     depths = [token["depth"] for token in response(ASKED, "student", 0)["tokens"]]
     assert base == len(STORY) - 3, "100 layers pay for 3 tokens of 28"
     assert student == sum(sum(depths[: i + 1]) > 100 for i in range(len(depths))) < base
-    browser.fire("#speed", "change", 16)
-    browser.fire("#play", "click")
-    browser.wait("document.querySelector('#play').textContent === 'Play'")
-    assert browser.js(later) == [0, 0, 0]
+    page("(fire('#speed', 'change', {}, 16), fire('#play', 'click'))")
+    page("wait(() => find('#play').textContent === 'Play')")
+    assert page(later) == [0, 0, 0]
 
 
-def test_choosers_and_cross_hair(browser):
+def test_choosers_and_cross_hair(page):
     """Catches: a reversed scale, a chooser without effect, a cross-hair off its curve."""
-    heat = [browser.js(f"color({depth}, {{full_depth: 9}})") for depth in (1, 2, 9)]
+    heat = [page(f"color({depth}, {{full_depth: 9}})") for depth in (1, 2, 9)]
     mixed = "color-mix(in srgb, var(--h{}) {}%, var(--h{}))"
     assert heat == [mixed.format(1, 0, 0), mixed.format(1, 50, 0), mixed.format(4, 100, 3)]
-    browser.fire("#variants button", "click")
-    assert browser.texts(".card h3") == ["student", "rollout · step 3"]
-    style = "['.text span', 'body'].map(s => getComputedStyle(document.querySelector(s)))"
-    before = browser.js(f"{style}.map(s => s.backgroundColor)")
-    browser.fire("#scale", "change", "safe")
-    browser.fire("#theme", "click")
-    after = browser.js(f"{style}.map(s => s.backgroundColor)")
+    page("fire('#variants button', 'click')")
+    assert page("texts('.card h3')") == ["student", "rollout · step 3"]
+    colors = "['.text span', 'body'].map(s => getComputedStyle(find(s)).backgroundColor)"
+    before = page(colors)
+    page("(fire('#scale', 'change', {}, 'safe'), fire('#theme', 'click'))")
+    after = page(colors)
     assert before[0] != after[0] and before[1] != after[1]
-    box = browser.js("document.querySelector('svg[aria-label=loss]').getBoundingClientRect()")
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    browser.fire("svg[aria-label=loss]", "pointermove", clientX=x, clientY=y)
-    at, value = browser.texts(".readout div")
-    assert float(value.split()[1]) == pytest.approx(10 - float(at.removeprefix("at ")), abs=0.05)
+    box = page("find('svg[aria-label=loss]').getBoundingClientRect()")
+    middle = {"clientX": box["x"] + box["width"] / 2, "clientY": box["y"]}
+    page(f"fire('svg[aria-label=loss]', 'pointermove', {middle})")
+    step, loss = (float(text.split()[1]) for text in page("texts('.readout div')"))
+    assert 0 < step < 10 and loss == pytest.approx(10 - step, abs=0.05)
 
 
-def test_fits_a_phone(browser):
+def test_fits_a_phone(page, webdriver):
     """Catches: a page that scrolls sideways at 390 px, a panel outside the screen."""
     size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
     command = {"cmd": "Emulation.setDeviceMetricsOverride", "params": size}
-    browser.call("/goog/cdp/execute", command)
-    browser.fire(".card:nth-child(2) .text span:nth-child(9)", "pointerover")
-    assert browser.js("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
-    box = browser.js("document.querySelector('#inspect').getBoundingClientRect()")
+    webdriver("/goog/cdp/execute", command)
+    page("fire('.card:nth-child(2) .text span:nth-child(9)', 'pointerover')")
+    assert page("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+    box = page("find('#inspect').getBoundingClientRect()")
     assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["width"] > 200
