@@ -7,51 +7,30 @@ every part of the project turns a prompt into ids. Chat templates are foreign pr
 jinja2's immutable sandbox, in a process that is ended when it runs too long or grows too large.
 """
 
-import contextlib
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import Any, NamedTuple
 
-import jinja2.ext
-import jinja2.meta
-import jinja2.sandbox
 import tokenizers
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub import errors as hub
 
 from nanoexit.config import ROOT, UserError, nearest, printable, read_json, read_text, show
 
-if TYPE_CHECKING:
-    import resource  # of the worker; Windows has none
-
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-KINDS |= {dict: "an object", list: "a list", type(None): "null"}
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-FAILURES = (  # of a download: the first kind that fits, and what to do
-    (hub.GatedRepoError, "gated: accept its terms on its page there, then set HF_TOKEN"),
-    (hub.RepositoryNotFoundError, "none of that name, or private: check the spelling or HF_TOKEN"),
-    (hub.RevisionNotFoundError, "it has no such revision: check model.revision"),
-    (getattr(hub, "IncompleteSnapshotError", ()), "an incomplete snapshot in the cache: go online"),
-    (hub.LocalEntryNotFoundError, "cannot be reached, and not in the cache: check the connection"),
-    (hub.EntryNotFoundError, "no such file there"),
-    (hub.HfHubHTTPError, "refused by the server: try later, or set HF_TOKEN"),
-    (Exception, "the download broke off: run the same command again to continue it"),
-)
 
 
-# --- where a model is -------------------------------------------------------------------------
+# --- folders and files ------------------------------------------------------------------------
 
 
 def find_model(
@@ -72,43 +51,13 @@ def find_model(
 
 
 def fetch(what: str, download: Callable[[], str]) -> Path:
-    """Run a download; each way it can fail becomes one line that says what to do."""
+    """Run a download from the hub. A failure is a UserError in the hub's own words."""
     try:
         return Path(download())
     except Exception as error:  # the HTTP library's own too
-        why = next(text for kind, text in FAILURES if isinstance(error, kind))
-        status = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
-        offline = "; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
-        raise UserError(f"{what} {constants.ENDPOINT}: {why} ({status}{offline})") from None
-
-
-def check_file(path: Path) -> None:
-    """Raise UserError for a file that is missing, or that is a git-lfs pointer."""
-    if not path.is_file():
-        snapshot = path.absolute().parent.parent.name == "snapshots"
-        hint = ": an incomplete snapshot of the hub; run once with a connection" if snapshot else ""
-        raise UserError(f"{path}: no such file{hint}")
-    with path.open("rb") as file:
-        if file.read(24) == b"version https://git-lfs.":
-            raise UserError(f"{path}: a git-lfs pointer, not the file: run `git lfs pull` there")
-
-
-def read_object(path: Path) -> dict:
-    """The JSON object of a model's file, {} without one. Raises UserError for anything else."""
-    if path.is_symlink() or path.exists():
-        check_file(path)
-    return read_json(path)
-
-
-def check_values(given: dict[str, Any], rules: dict[str, tuple], where: str | Path) -> None:
-    """The one rule for values of such files; rules: key -> (kinds, low, high of a number)."""
-    for key in [key for key in given if key in rules]:
-        value, (kinds, low, high) = given[key], rules[key]
-        number = type(value) in (int, float)
-        if type(value) not in kinds or (number and not low <= value <= high):  # so is NaN
-            expected = " or ".join(KINDS[k] for k in kinds if k is not int or float not in kinds)
-            limits = f" from {low} to {high}" if int in kinds else ""
-            raise UserError(f"{where}: {key}: expected {expected}{limits}, found {show(value)}")
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        line = f"{what} {constants.ENDPOINT}: {why}; run again to continue a download"
+        raise UserError(printable(line)) from None
 
 
 def content_hash(paths: Iterable[Path]) -> str:
@@ -124,6 +73,47 @@ def content_hash(paths: Iterable[Path]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def check_file(path: Path) -> None:
+    """Raise UserError for a file that is missing, or that is a git-lfs pointer."""
+    if not path.is_file():
+        snapshot = path.absolute().parent.parent.name == "snapshots"
+        hint = ": an incomplete snapshot of the hub; run once with a connection" if snapshot else ""
+        raise UserError(f"{path}: no such file{hint}")
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise UserError(f"{path}: a git-lfs pointer, not the file: run `git lfs pull` there")
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object of a file, {} without one. Raises UserError for anything else."""
+    if os.path.lexists(path):
+        check_file(path)
+    return read_json(path)
+
+
+class Rule(NamedTuple):
+    """What a key of such an object may hold: these kinds; of a number, the least and the most."""
+
+    kinds: tuple[type, ...]
+    low: float = 0
+    high: float = 0
+
+
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+KINDS |= {dict: "an object", list: "a list", NoneType: "null"}
+
+
+def check_values(given: dict[str, Any], rules: dict[str, Rule], where: str | Path) -> None:
+    """Raise UserError for the first value that breaks the rule of its key; NaN breaks any."""
+    for key in [key for key in rules if key in given]:
+        value, (kinds, low, high) = given[key], rules[key]
+        kind = float if type(value) is int and float in kinds else type(value)
+        if kind not in kinds or (kind in (int, float) and not low <= value <= high):
+            expected = " or ".join(KINDS[kind] for kind in kinds)
+            limits = f" from {low} to {high}" if high else ""
+            raise UserError(f"{where}: {key}: expected {expected}{limits}, found {show(value)}")
+
+
 # --- text and ids -----------------------------------------------------------------------------
 
 
@@ -137,26 +127,14 @@ class Tokenizer:
         self.named = _add_tokens(self._tokenizer, config, folder)  # {"bos_token": "<s>", ...}
         self._tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
         rows = read_object(folder / "config.json").get("vocab_size")
-        last = self._tokenizer.get_vocab_size(with_added_tokens=False) - 1
-        for i in (last, *self._tokenizer.get_added_tokens_decoder()):
+        for token, i in self._tokenizer.get_vocab().items():
             if type(rows) is int and i >= rows:
-                token = f"token {show(self._tokenizer.id_to_token(i))} has the id {i}"
                 raise UserError(
-                    f"{folder}: {token}, but the embedding has {rows} rows (vocab_size)"
+                    f"{folder}: {show(token)} has the id {i} of {rows} in the embedding"
                 )
         template = _read_template(folder, config)
         self.has_template = template is not None
         self._template = TemplateProcess(template or "", str(folder))
-
-    @property
-    def content(self) -> str:
-        """A hash of the files that decide ids and templates."""
-        templates = self.folder.glob("chat_template.jinja")
-        return content_hash([*self.folder.glob("*token*.json"), *templates])
-
-    @property
-    def bos_id(self) -> int | None:
-        return self._tokenizer.token_to_id(self.named.get("bos_token", ""))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -178,22 +156,19 @@ class Tokenizer:
 
         A character made of several tokens comes with its last one.
         """
-        text = self.decode(ids)
-        start = clean = at = shown = 0  # ids[:clean] make text[:at]; ids[start:clean] is context
-        pieces = []
+        text, ends = self.decode(ids), [0]  # ends: where in the text each token ends
+        start = clean = at = 0  # ids[:clean] make text[:at]; ids[start:clean] is context
         for end in range(1, len(ids) + 1):
             before, after = self.decode(ids[start:clean]), self.decode(ids[start:end])
             new = after[len(before) :]
             if after.startswith(before) and text.startswith(new, at):
                 start, clean, at = clean, end, at + len(new)
             elif end - clean > 4:  # more tokens than a character has: decode from the beginning
-                whole = self.decode(ids[:end])
-                same = len(os.path.commonprefix([whole, text]))  # noqa: RUF071
-                start, clean, at = clean, end, max(at, same)
-            reached = at if end < len(ids) else len(text)
-            pieces.append(text[shown:reached])
-            shown = max(shown, reached)
-        return pieces
+                same = os.path.commonprefix([self.decode(ids[:end]), text])  # noqa: RUF071
+                start, clean, at = clean, end, max(at, len(same))
+            ends.append(at)
+        ends[-1] = len(text)
+        return [text[a:b] for a, b in itertools.pairwise(ends)]
 
     def render(self, messages: Sequence[dict[str, Any]], /, **variables: Any) -> str:
         """Messages [{"role", "content"}] -> the text that the chat template makes of them.
@@ -223,15 +198,15 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
 
 
 def model_stop_ids(folder: Path) -> frozenset[int]:
-    """eos_token_id of generation_config.json, else of config.json."""
+    """eos_token_id of generation_config.json, else of config.json: an id or a list of ids."""
     rows = read_object(folder / "config.json").get("vocab_size")
-    rule = ((int,), 0, rows - 1 if type(rows) is int else 2**31)
+    rules = {"eos_token_id": Rule((int,), 0, rows - 1 if type(rows) is int else 2**31)}
     for path in (folder / "generation_config.json", folder / "config.json"):
         found = read_object(path).get("eos_token_id")
         if found is not None:
             ids = found if isinstance(found, list) else [found]
             for i in ids:
-                check_values({"eos_token_id": i}, {"eos_token_id": rule}, path)
+                check_values({"eos_token_id": i}, rules, path)
             return frozenset(ids)
     return frozenset()
 
@@ -249,53 +224,48 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict, folder: Path) -> dict[str, str]:
     """Add the tokens that tokenizer.json lacks, in the order of transformers 5; -> named ones."""
-    declared, added = config.get("added_tokens_decoder"), {}
-    if declared is None:
+    declared = config.get("added_tokens_decoder")
+    if declared is None:  # older folders
         config |= read_object(folder / "special_tokens_map.json")
-        added = read_object(folder / "added_tokens.json")
+        ids = read_object(folder / "added_tokens.json")
+        declared = {i: text for text, i in ids.items()}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    named = {
-        k: v for k, v in config.items() if k.endswith("_token") and v not in (None, True, False)
-    }
+    named = {key: config[key] for key in config if key.endswith("_token")}
     try:
-        named |= extra if isinstance(extra, dict) else {}
-        special = [_added(value) for value in (*named.values(), *extra)]
-        names = {token.content for token in special}
-        declared = {i: text for text, i in added.items()} if declared is None else declared
-        tokens = [_added(declared[i], names) for i in sorted(declared, key=int)]
+        named, extra = (named | extra, []) if isinstance(extra, dict) else (named, extra)
+        named = {key: _added(value) for key, value in named.items() if value and value is not True}
+        special = [*named.values(), *map(_added, extra)]
+        known = [token.content for token in special]
+        added = [declared[i] for i in sorted(declared, key=int)]
+        added = [_added(value, value in known) for value in added]
     except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
         where = f"{folder}: a special token of tokenizer_config.json or special_tokens_map.json"
         raise UserError(f"{where} is malformed: {printable(str(error))}") from None
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    known |= {token.content for token in tokens}
-    tokenizer.add_tokens(tokens + [token for token in special if token.content not in known])
-    return {key: token.content for key, token in zip(named, special)}
+    known = [t.content for t in [*added, *tokenizer.get_added_tokens_decoder().values()]]
+    tokenizer.add_tokens(added + [token for token in special if token.content not in known])
+    return {key: token.content for key, token in named.items()}
 
 
-def _added(value: Any, special: Collection[str] | None = None) -> tokenizers.AddedToken:
+def _added(value: Any, special: bool = True) -> tokenizers.AddedToken:
     """A token written as text, or as an object with `content` and flags."""
     if isinstance(value, dict):
-        flags = {k: v for k, v in value.items() if k not in ("__type", "content")}
+        flags = {key: value[key] for key in value if key not in ("__type", "content")}
         return tokenizers.AddedToken(value["content"], **flags)
-    is_special = special is None or value in special
-    return tokenizers.AddedToken(value, special=is_special, normalized=not is_special)
+    return tokenizers.AddedToken(value, special=special, normalized=not special)
 
 
 def _read_template(folder: Path, config: dict) -> str | None:
-    """chat_template.jinja, else chat_template: text, or named texts with one `default`."""
+    """chat_template.jinja, else chat_template: text, or a list with a `default` among them."""
     path = folder / "chat_template.jinja"
-    if path.is_symlink() or path.exists():
+    if os.path.lexists(path):
         check_file(path)
         return read_text(path)
     found = config.get("chat_template")
-    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
-        named = {entry.get("name"): entry.get("template") for entry in found}
-        found = named.get("default") or found
-    if found is not None and not isinstance(found, str):
-        where = f"{folder / 'tokenizer_config.json'}: chat_template"
-        raise UserError(
-            f"{where}: expected text, or named texts and a default, found {show(found)}"
-        )
+    for entry in found if isinstance(found, list) else []:
+        if isinstance(entry, dict) and entry.get("name") == "default":
+            found = entry.get("template") or found
+    rule = {"chat_template": Rule((str, NoneType))}
+    check_values({"chat_template": found}, rule, folder / "tokenizer_config.json")
     return found
 
 
@@ -303,19 +273,26 @@ def _read_template(folder: Path, config: dict) -> str | None:
 
 
 class TemplateProcess:
-    """One chat template in a process of its own, ended when a text takes too long or too much.
+    """One chat template in a process of its own, which ends after `seconds` of computing."""
 
-    seconds: of computing. memory: bytes of the process (on macOS, time alone bounds them).
-    """
-
-    def __init__(self, template: str, where: str, seconds: float = 5, memory: int = 2**30):
-        self.where = where
-        self.setup = {"template": template, "seconds": seconds, "memory": memory}
-        self._process: subprocess.Popen | None = None
+    def __init__(self, template: str, where: str, seconds: float = 5):
+        # {% generation %} marks text for training masks; for us it is a scope, as {% with %} is.
+        self.template = re.sub(r"({%[-+]?\s*(end)?)generation(?=\s*[-+]?%})", r"\1with", template)
+        self.where, self.seconds = where, seconds
+        self.process: Any = None
 
     def render(self, messages: list, known: dict[str, Any], variables: dict[str, Any]) -> str:
         """known: what a template may read. variables: what this one has to read."""
-        reply = self._ask(json.dumps({**known, **variables, "messages": messages}, default=str))
+        given = {**known, **variables, "messages": messages}
+        process, self.process = self.process or self._start(), None
+        try:
+            process.stdin.write(json.dumps([self.template, given], default=str) + "\n")
+            process.stdin.flush()
+            reply = json.loads(process.stdout.readline())
+            self.process = process  # only one that has answered is asked again
+        except (OSError, ValueError):
+            process.kill()
+            reply = {"error": f"stopped after {self.seconds} s of computing or 1 GiB of memory"}
         if "error" in reply:
             problem = printable(" ".join(reply["error"].split()))
             raise UserError(f"{self.where}: the chat template failed: {problem}")
@@ -325,89 +302,61 @@ class TemplateProcess:
             raise UserError(f"{self.where}: the chat template does not read {name!r}{close}")
         return reply["text"]
 
-    def _ask(self, line: str) -> dict:
-        """One exchange with the process, which is started if need be and ended if it fails."""
-        process = self._process
-        if process is None:
-            process = self._process = _start_worker()
-            weakref.finalize(self, _end_worker, process)
-            line = f"{json.dumps(self.setup)}\n{line}"
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(f"{line}\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
-        except BaseException as error:
-            self._process = None
-            _end_worker(process)
-            if not isinstance(error, (OSError, ValueError)):
-                raise
-            limits = "stopped after {seconds} s of computing or {memory} bytes of memory"
-            return {"error": limits.format(**self.setup)}
-
-
-def _start_worker() -> subprocess.Popen:
-    """A bare interpreter without the secrets of the environment, running `serve_templates`."""
-    parts = map(inspect.getsource, (GenerationTag, serve_templates))  # type: ignore[arg-type]
-    program = "\n".join([WORKER_IMPORTS, *parts, "serve_templates()"])
-    keep = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
-    options: dict[str, Any] = {"text": True, "start_new_session": True}  # Ctrl-C is for the parent
-    options["env"] = {name: os.environ[name] for name in keep if name in os.environ}
-    options |= dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
-    command = [sys.executable, "-I", "-c", program, json.dumps(sys.path)]
-    return subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
-
-
-def _end_worker(process: subprocess.Popen) -> None:
-    process.kill()
-    process.communicate()  # closes the pipes and waits
-
-
-WORKER_IMPORTS = """
-import contextlib, functools, json, resource, signal, sys
-sys.path[:] = json.loads(sys.argv[1])
-from datetime import datetime
-import jinja2.ext, jinja2.meta, jinja2.sandbox
-"""
-
-
-class GenerationTag(jinja2.ext.Extension):
-    """{% generation %}...{% endgeneration %} marks text for training masks; it counts as text."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+    def _start(self) -> Any:
+        """A bare interpreter that runs `serve_templates`, without the environment's secrets."""
+        program = f"{inspect.getsource(serve_templates)}serve_templates()"
+        kept = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
+        return subprocess.Popen(
+            [sys.executable, "-I", "-c", program, str(self.seconds), *sys.path],
+            env={name: os.environ[name] for name in kept if name in os.environ},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the parent
+        )
 
 
 def serve_templates() -> None:
-    """Read a setup, then variables, a JSON line each; answer each with a JSON line of text."""
+    """The process: for each line [template, variables], a line {text, names} or {error}.
+
+    A program of its own: its source is what runs, so it imports what it needs.
+    """
+    import functools
+    import json
+    import resource
+    import signal
+    import sys
+    import time
+
+    seconds, sys.path[:] = float(sys.argv[1]), sys.argv[2:]
+    from jinja2 import TemplateError, ext, meta, sandbox
 
     def raise_exception(message):
-        raise jinja2.TemplateError(message)
+        raise TemplateError(message)
 
-    setup, template = json.loads(sys.stdin.readline()), None
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, GenerationTag]
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols]
     )
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": time.strftime}
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # not HTML's
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    with contextlib.suppress(ValueError, OSError):  # macOS
-        resource.setrlimit(resource.RLIMIT_AS, (setup["memory"], setup["memory"]))
+
+    @functools.cache
+    def compiled(source):
+        names = meta.find_undeclared_variables(environment.parse(source))
+        return environment.from_string(source), sorted(names)
+
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, setup["seconds"])  # its signal ends this process
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends this process
         try:
-            if template is None:
-                names = jinja2.meta.find_undeclared_variables(environment.parse(setup["template"]))
-                template = environment.from_string(setup["template"])
-            text = template.render(json.loads(line))
+            source, given = json.loads(line)
+            template, names = compiled(source)
+            text = template.render(given)
             if len(text.encode()) > 2**24:  # encode fails on half a surrogate pair
                 raise OverflowError("more than 16 MiB of text")
-            reply = {"text": text, "names": sorted(names)}
-        except BaseException as error:
+            reply = {"text": text, "names": names}
+        except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"[:500]}
-        signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(reply), flush=True)

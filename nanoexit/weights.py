@@ -10,10 +10,11 @@ little more than N bytes.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Collection
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from nanoexit.config import UserError, nearest, printable, show
 from nanoexit.model import Llama3Rope, Shape, Transformer
 from nanoexit.tokenizer import (
-    HUB_ID,
+    Rule,
     Tokenizer,
     check_file,
     check_values,
@@ -37,37 +38,40 @@ from nanoexit.tokenizer import (
 
 REQUIRED = ["vocab_size", "hidden_size", "intermediate_size"]
 REQUIRED += ["num_hidden_layers", "num_attention_heads"]
-NULL = type(None)
-KEYS = {  # of config.json: kinds, and range of a number
-    **dict.fromkeys(REQUIRED, ((int,), 1, 2**24)),
-    "num_hidden_layers": ((int,), 1, 2**12),
-    **dict.fromkeys(["num_key_value_heads", "head_dim"], ((int, NULL), 1, 2**24)),
-    "max_position_embeddings": ((int,), 1, 2**31),
-    "original_max_position_embeddings": ((int,), 1, 2**31),
-    "sliding_window": ((int, NULL), 1, 2**31),
-    "max_window_layers": ((int,), 0, 2**31),
-    "rms_norm_eps": ((int, float), 0, 1),
-    "rope_theta": ((int, float, NULL), 1, 1e15),
-    **dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor"], ((int, float), 1e-6, 1e6)),
-    "partial_rotary_factor": ((int, float), 1, 1),  # another is not implemented
-    **dict.fromkeys(["attention_bias", "mlp_bias"], ((bool,), 0, 0)),
-    **dict.fromkeys(["tie_word_embeddings", "use_sliding_window"], ((bool,), 0, 0)),
-    **dict.fromkeys(["hidden_act", "rope_type", "type"], ((str,), 0, 0)),
-    **dict.fromkeys(["rope_scaling", "rope_parameters"], ((dict, NULL), 0, 0)),
-    "quantization_config": ((dict, NULL), 0, 0),
-    "layer_types": ((list, NULL), 0, 0),
+KEYS = {  # of config.json
+    **dict.fromkeys(REQUIRED, Rule((int,), 1, 2**24)),
+    "num_hidden_layers": Rule((int,), 1, 2**12),
+    **dict.fromkeys(["num_key_value_heads", "head_dim"], Rule((int, NoneType), 1, 2**24)),
+    "max_position_embeddings": Rule((int,), 1, 2**31),
+    "original_max_position_embeddings": Rule((int,), 1, 2**31),
+    "sliding_window": Rule((int, NoneType), 1, 2**31),
+    "max_window_layers": Rule((int,), 0, 2**31),
+    "rms_norm_eps": Rule((float,), 0, 1),
+    "rope_theta": Rule((float, NoneType), 1, 1e15),
+    **dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor"], Rule((float,), 1e-6, 1e6)),
+    "partial_rotary_factor": Rule((float,), 1, 1),  # another is not implemented
+    **dict.fromkeys(["attention_bias", "mlp_bias"], Rule((bool,))),
+    **dict.fromkeys(["tie_word_embeddings", "use_sliding_window"], Rule((bool,))),
+    **dict.fromkeys(["hidden_act", "rope_type", "type"], Rule((str,))),
+    **dict.fromkeys(["rope_scaling", "rope_parameters"], Rule((dict, NoneType))),
+    "quantization_config": Rule((dict, NoneType)),
+    "layer_types": Rule((list, NoneType)),
 }
-DEFAULTS: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
-DEFAULTS |= {"sliding_window": 4096, "max_window_layers": 28}
-DEFAULTS |= {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+QWEN: dict[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+}
+QWEN |= {"max_window_layers": 28, "max_position_embeddings": 32768, "num_key_value_heads": 32}
 FAMILIES = {  # and the defaults of transformers, for what config.json leaves out
-    "llama": DEFAULTS | {"max_position_embeddings": 2048, "num_key_value_heads": None},
-    "qwen2": DEFAULTS,
-    "qwen3": DEFAULTS | {"head_dim": 128},
+    "llama": QWEN | {"max_position_embeddings": 2048, "num_key_value_heads": None},
+    "qwen2": QWEN,
+    "qwen3": QWEN | {"head_dim": 128},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LARGE = 2**27  # bytes: from here on, loading shows progress
+Stored = dict[str, tuple[Path, str]]  # name of a parameter -> file, and name of the tensor there
 
 
 # --- the architecture -------------------------------------------------------------------------
@@ -86,9 +90,7 @@ def read_shape(folder: Path) -> Shape:
         expected = f"expected {', '.join(FAMILIES)}{nearest(family, FAMILIES)}"
         raise UserError(f"{where}: model_type {show(family)} is not implemented: {expected}")
     check_values(given, KEYS, where)
-    for key in REQUIRED:
-        if key not in given:
-            raise UserError(f"{where}: {key} is missing")
+    compare_names(given.keys() & {*REQUIRED}, REQUIRED, where)
     c = FAMILIES[family] | given
     bias, heads = c.get("attention_bias", False), c["num_attention_heads"]
     theta, scaling = _rope(c, where)
@@ -117,15 +119,15 @@ def read_shape(folder: Path) -> Shape:
 
 def _refuse(c: dict[str, Any], s: Shape, where: Path) -> None:
     """What would silently compute something else."""
-    kinds, quantized = c.get("layer_types") or [], c.get("quantization_config") or {}
-    used = c.get("use_sliding_window", False) and s.family != "llama"
+    kinds, quantized = c.get("layer_types") or [], c.get("quantization_config")
+    odd = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+    used = s.family != "llama" and c.get("use_sliding_window", False)
     window = c["sliding_window"] if used else None
     slides = window is not None and c["max_window_layers"] < s.blocks
     slides = "sliding_attention" in kinds if kinds else slides
     short = slides and (window is None or window < s.max_positions)
-    odd = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
     for bad, problem in (
-        (quantized, f"quantization_config: {show(quantized.get('quant_method'))}"),
+        (quantized, f"quantization_config: {show(quantized)}"),
         (c["hidden_act"] not in ("silu", "swish"), f"hidden_act {show(c['hidden_act'])}"),
         (odd, f"layer_types: {show(odd)}"),
         (short, f"sliding_window {window} with layers that slide, {s.max_positions} positions,"),
@@ -145,12 +147,10 @@ def _rope(c: dict[str, Any], where: Path) -> tuple[float, Llama3Rope | None]:
     odd = [key for key in rope if key not in KEYS] or [kind]
     if odd[0] not in ("default", "llama3"):
         raise UserError(f"{where}: RoPE {show(odd[0])} is not implemented: only default, llama3")
-    theta = float(rope.get("rope_theta") or c["rope_theta"] or DEFAULTS["rope_theta"])
+    theta = float(rope.get("rope_theta") or c["rope_theta"] or QWEN["rope_theta"])
     if kind == "default":
         return theta, None
-    missing = [key for key in Llama3Rope._fields if key not in rope]
-    if missing:
-        raise UserError(f"{where}: RoPE: llama3 lacks {', '.join(missing)}")
+    compare_names(rope.keys() & {*Llama3Rope._fields}, Llama3Rope._fields, f"{where}: RoPE llama3")
     scaling = Llama3Rope(*(rope[key] for key in Llama3Rope._fields))
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise UserError(f"{where}: RoPE: high_freq_factor is not above low_freq_factor")
@@ -158,14 +158,6 @@ def _rope(c: dict[str, Any], where: Path) -> tuple[float, Llama3Rope | None]:
 
 
 # --- loading ----------------------------------------------------------------------------------
-
-
-class Stored(NamedTuple):
-    path: Path
-    name: str
-
-
-Tensors = dict[str, Stored]  # by the names of the model's parameters
 
 
 def load_model(
@@ -181,18 +173,23 @@ def load_model(
     dtype = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
     if dtype not in DTYPES:
         raise UserError(f"model.dtype: {show(dtype)} is not one of auto, {', '.join(DTYPES)}")
-    content = content_hash({folder / "config.json", *(tensor.path for tensor in stored.values())})
+    content = content_hash({folder / "config.json", *(path for path, _ in stored.values())})
     with torch.device("meta"):
         model = Transformer(_tie(shape, stored))
-    expected = {name for name, _ in model.named_parameters()}
-    _drop_zero_biases(stored, expected)
-    compare_names(stored, expected, folder)
-    _fill(model, stored, place, DTYPES[dtype])
+    shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
+    for key in stored.keys() - shapes.keys():
+        if key.endswith(".bias") and not read_tensor(*stored[key]).any():
+            del stored[key]  # some tools store biases of zeros where the model has none
+    compare_names(stored, shapes, folder)
+    for key in tqdm(sorted(stored), "load", leave=False, delay=1, disable=None):
+        weight = read_tensor(*stored[key], shapes[key], device=place, dtype=DTYPES[dtype])
+        owner, _, leaf = key.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(weight, requires_grad=False))
     model.name, model.revision, model.content = str(name), commit or "", content
     model.stop_ids = model_stop_ids(folder)
     if (folder / "tokenizer.json").exists():
         model.stop_ids = Tokenizer(folder).stop_ids
-    return model.requires_grad_(False).eval()
+    return model.eval()
 
 
 def pick_device(name: str) -> torch.device:
@@ -201,9 +198,7 @@ def pick_device(name: str) -> torch.device:
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        return device
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.device: {name!r} cannot be used here: {reason}") from None
@@ -211,126 +206,90 @@ def pick_device(name: str) -> torch.device:
 
 def find_dataset_file(name: str) -> Path:
     """`hub:OWNER/NAME/path/in/the/dataset.jsonl` -> the file on this machine."""
-    parts = name.removeprefix("hub:").split("/", 2)
-    repository, file = "/".join(parts[:2]), "".join(parts[2:])
-    if not (HUB_ID.fullmatch(repository) and file):
+    found = re.fullmatch(r"hub:(\w[\w.-]*/\w[\w.-]*)/(.+)", name)
+    if not found:
         raise UserError(f"{show(name)}: expected hub:OWNER/NAME/FILE")
-    get = functools.partial(hf_hub_download, repository, file, repo_type="dataset")
-    return fetch(f"{printable(name)}:", get)
+    return fetch(
+        f"{name}:", functools.partial(hf_hub_download, *found.groups(), repo_type="dataset")
+    )
 
 
-def _locate(folder: Path) -> Tensors:
-    """Every tensor of model.safetensors, or of the shards of its index."""
+def _locate(folder: Path) -> Stored:
+    """Every tensor of model.safetensors, or of the shards that its index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    paths = {single}
     if index.exists() and not single.exists():
-        named = read_object(index).get("weight_map")
-        if not isinstance(named, dict) or not named:
-            raise UserError(f"{index}: weight_map: expected tensors and files, found {show(named)}")
-        for shard in named.values():  # a foreign index must not reach outside its folder
-            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+        shards = read_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise UserError(
+                f"{index}: weight_map: expected tensors and files, found {show(shards)}"
+            )
+        for shard in shards.values():  # a foreign index must not reach outside its folder
+            if not re.fullmatch(r"\w[\w.-]*\.safetensors", str(shard)):
                 raise UserError(f"{index}: shard {show(shard)} is not a plain file name")
-        stored = [Stored(folder / shard, name) for name, shard in named.items()]
-        for path in sorted({tensor.path for tensor in stored}):
-            check_file(path)
-    else:
-        with open_weights(single) as file:
-            stored = [Stored(single, name) for name in file.keys()]  # noqa: SIM118
-    found: Tensors = {}
-    for tensor in stored:
-        parts = [part for part in tensor.name.split(".") if part not in ("_orig_mod", "module")]
-        name = ".".join(parts if parts[:1] in (["model"], ["lm_head"]) else ["model", *parts])
-        if name in found:
-            both = f"{printable(found[name].name)} and {printable(tensor.name)}"
-            raise UserError(f"{folder}: {both} are the same tensor")
-        if not name.endswith("rotary_emb.inv_freq"):  # of old Llama checkpoints
-            found[name] = tensor
+        paths = {folder / shard for shard in shards.values()}
+    found: Stored = {}
+    for path in sorted(paths):
+        for source in tensor_names(path):
+            parts = [part for part in source.split(".") if part not in ("_orig_mod", "module")]
+            name = ".".join(parts if parts[0] in ("model", "lm_head") else ["model", *parts])
+            if name in found:
+                both = f"{printable(found[name][1])} and {printable(source)}"
+                raise UserError(f"{folder}: {both} are the same tensor")
+            if not name.endswith("rotary_emb.inv_freq"):  # of old Llama checkpoints
+                found[name] = path, source
     return found
 
 
-def _tie(shape: Shape, stored: Tensors) -> Shape:
+def _tie(shape: Shape, stored: Stored) -> Shape:
     """Tied embeddings are stored under either name, or both; two that differ are not tied."""
     if not shape.tied or HEAD not in stored:
         return shape
-    embedding = stored.setdefault(EMBEDDING, stored[HEAD])
-    a, b = _read(embedding), _read(stored[HEAD])
+    a, b = read_tensor(*stored.setdefault(EMBEDDING, stored[HEAD])), read_tensor(*stored[HEAD])
     if a.dtype != b.dtype or not torch.equal(a, b):
         return dataclasses.replace(shape, tied=False)
     del stored[HEAD]
     return shape
 
 
-def _drop_zero_biases(stored: Tensors, expected: Collection[str]) -> None:
-    """Some tools store biases of zeros where the model has none."""
-    for name in [name for name in stored if name not in expected]:
-        known = name.removesuffix(".bias") + ".weight" in expected
-        if known and not _read(stored[name]).any():
-            del stored[name]
-
-
-def _fill(model: Transformer, stored: Tensors, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a model without memory its tensors, one after the other."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    large = sum(path.stat().st_size for path in {t.path for t in stored.values()}) > LARGE
-    opened, mapped = None, 0
-    with ExitStack() as stack:
-        order = sorted(stored, key=lambda name: stored[name])
-        for name in tqdm(order, desc="load", unit="tensor", disable=not large, leave=False):
-            path, source = stored[name]
-            if path != opened or mapped > LARGE:
-                tensor: Tensor | None = None
-                stack.close()  # one file at a time, opened anew now and then: read pages can go
-                file = stack.enter_context(open_weights(path))
-                opened, mapped = path, 0
-            tensor = read_tensor(file, source, path, shapes[name])
-            mapped += tensor.nbytes if tensor.dtype != dtype else 0  # else the map is the weight
-            weight = tensor.to(device, dtype)
-            check_finite(weight, source, path)
-            owner, _, leaf = name.rpartition(".")
-            parameter = torch.nn.Parameter(weight, requires_grad=False)
-            setattr(model.get_submodule(owner), leaf, parameter)
-
-
-def _read(tensor: Stored) -> Tensor:
-    with open_weights(tensor.path) as file:
-        return read_tensor(file, tensor.name, tensor.path)
-
-
-def open_weights(path: Path) -> Any:
-    """A safetensors file, to be read with `read_tensor`."""
+def tensor_names(path: Path) -> list[str]:
+    """The names in a safetensors file. Raises UserError for a file that is not a whole one."""
     check_file(path)
     try:
-        return safe_open(path, "pt")
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
     except Exception as error:  # whatever the package raises
         problem = printable(str(error))
         raise UserError(f"{path} is not a whole safetensors file: {problem}") from None
 
 
-def read_tensor(file: Any, name: str, path: Path, shape: tuple[int, ...] | None = None) -> Tensor:
-    """A tensor in its stored dtype; UserError for another shape, or a dtype not in DTYPES."""
+def read_tensor(path: Path, name: str, shape: Any = None, **options: Any) -> Tensor:
+    """A copy of a tensor; options: device and dtype, as Tensor.to has them, by default as stored.
+
+    Raises UserError for another shape, for a stored dtype not in DTYPES, and for values that are
+    not finite in `dtype`. The file is opened for each tensor, so that its pages can go.
+    """
     where = f"{path}: tensor {printable(name)}"
     try:
-        tensor = file.get_tensor(name)
-    except Exception as error:
+        with safe_open(path, "pt") as file:
+            stored = file.get_tensor(name)
+    except Exception as error:  # whatever the package raises
         raise UserError(f"{where} cannot be read: {printable(str(error))}") from None
-    if shape is not None and tuple(tensor.shape) != shape:
-        raise UserError(f"{where} has the shape {list(tensor.shape)}, expected {list(shape)}")
-    if tensor.dtype not in DTYPES.values():
-        raise UserError(f"{where} is {tensor.dtype}, expected {', '.join(DTYPES)}")
+    if shape is not None and stored.shape != shape:
+        raise UserError(f"{where} has the shape {[*stored.shape]}, expected {[*shape]}")
+    if stored.dtype not in DTYPES.values():
+        raise UserError(f"{where} is {stored.dtype}, expected {', '.join(DTYPES)}")
+    tensor = stored.to(**options, copy=True)
+    if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):  # of NaN both are NaN
+        problem = f"is not finite in {tensor.dtype}: it is damaged, or needs a wider dtype"
+        raise UserError(f"{where} {problem}")
     return tensor
 
 
-def compare_names(found: Collection[str], wanted: Collection[str], where: Path) -> None:
-    """Raise UserError for the first tensor that is missing or unexpected."""
-    missing, extra = sorted({*wanted} - {*found}), sorted({*found} - {*wanted})
+def compare_names(found: Collection[str], wanted: Collection[str], where: Path | str) -> None:
+    """Raise UserError for the first name that is missing or unexpected."""
+    missing, extra = {*wanted} - {*found}, {*found} - {*wanted}
     for names, problem in ((missing, "missing"), (extra, "unexpected")):
         if names:
-            more = f", and {len(names) - 1} more" if names[1:] else ""
-            close = nearest(names[0], extra if names is missing else missing)
-            raise UserError(printable(f"{where}: tensor {names[0]} is {problem}{more}{close}"))
-
-
-def check_finite(tensor: Tensor, name: str, path: Path) -> None:
-    """On the tensor's device, in the dtype that it is used in, without a large temporary."""
-    if not all(map(torch.isfinite, torch.aminmax(tensor))):  # NaN passes through
-        problem = f"is not finite in {tensor.dtype}: it is damaged, or needs a wider dtype"
-        raise UserError(f"{path}: tensor {printable(name)} {problem}")
+            more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(printable(f"{where}: {min(names)} is {problem}{more}"))

@@ -1,16 +1,13 @@
 """A hub on the loopback address: serves folders as repositories to the real huggingface_hub code.
 
-    python tests/hub_server.py FOLDER [PORT]      FOLDER/OWNER/NAME/... is the repository OWNER/NAME
-
-Then HF_ENDPOINT=http://127.0.0.1:PORT. It answers what snapshot_download asks: the commit of a
-revision, the list of files, HEAD and GET of each. Files stream from disk, so they may be large. A
-dataset is served from FOLDER/datasets/OWNER/NAME, revision v1 from FOLDER/OWNER/NAME@v1.
+FOLDER/OWNER/NAME/... is the repository OWNER/NAME, FOLDER/OWNER/NAME@v1 its revision v1, and
+FOLDER/datasets/OWNER/NAME a dataset. It answers what snapshot_download asks: the commit of a
+revision, the list of files, HEAD and GET of each.
 """
 
 import hashlib
 import json
 import re
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,17 +19,14 @@ REQUEST = re.compile(
 
 
 class Hub:
-    """with Hub(folder) as hub: hub.url, hub.asked (requests), hub.gated (ids), hub.dropped (names
-    of files whose transfers break off in the middle), hub.dropped_once (those that do so once).
+    """with Hub(folder) as hub: hub.url, hub.asked (requests), hub.gated (ids), hub.dropped (the
+    transfer of files with this in their name breaks off in the middle).
     """
 
-    def __init__(self, folder: Path, port: int = 0):
-        self.folder, self.asked = Path(folder), []
-        self.gated: set[str] = set()
-        self.dropped: set[str] = set()
-        self.dropped_once: set[str] = set()
+    def __init__(self, folder: Path):
+        self.folder, self.asked, self.gated, self.dropped = folder, [], set(), None
         handler = type("Handler", (Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -60,15 +54,14 @@ class Handler(BaseHTTPRequestHandler):
         if not folder.is_dir() or revision not in (None, "main", COMMIT, "v1", V1):
             return self.answer(404, {"error": "no such revision"}, "RevisionNotFound")
         if name in self.hub.gated and what in ("tree", "resolve"):  # its files may not be read
-            code = 403 if self.headers.get("Authorization") else 401
-            return self.answer(code, {"error": "restricted"}, "GatedRepo")
+            return self.answer(403, {"error": "restricted"}, "GatedRepo")
         if what == "resolve":
             return self.send_file(folder / file, V1 if early else COMMIT)
         files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
         if what == "tree":
-            kinds = {n: {"type": "file", "oid": digest(p)} for n, p in files.items()}
+            kind = {"type": "file"}
             sizes = {n: {"path": n, "size": p.stat().st_size} for n, p in files.items()}
-            return self.answer(200, [kinds[n] | sizes[n] for n in files])
+            return self.answer(200, [sizes[n] | kind | {"oid": digest(files[n])} for n in files])
         info = {"_id": "0", "id": name, "sha": V1 if early else COMMIT, "private": False}
         info |= {"siblings": [{"rfilename": n} for n in files], "gated": False, "tags": []}
         return self.answer(200, info | {"downloads": 0, "likes": 0})
@@ -78,40 +71,26 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, path: Path, commit: str) -> None:
         if not path.is_file():
             return self.answer(404, {}, "EntryNotFound")
-        size = path.stat().st_size
-        self.send_head(200, size, {"ETag": f'"{digest(path)}"', "X-Repo-Commit": commit})
-        if self.command == "HEAD":
-            return
-        end = size // 2 if path.name in self.hub.dropped | self.hub.dropped_once else size
-        self.hub.dropped_once -= {path.name}
-        with path.open("rb") as file:
-            while piece := file.read(min(2**20, max(0, end - file.tell()))):
-                self.wfile.write(piece)
-        self.close_connection = end < size
+        body, known = path.read_bytes(), {"ETag": f'"{digest(path)}"', "X-Repo-Commit": commit}
+        broken = self.hub.dropped and self.hub.dropped in path.name
+        self.send(200, body, known, len(body) // 2 if broken else None)
+        self.close_connection = bool(broken)
 
     def answer(self, code: int, content: object, error: str = "") -> None:
-        body = json.dumps(content).encode()
-        self.send_head(code, len(body), {"X-Error-Code": error} if error else {})
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.send(code, json.dumps(content).encode(), {"X-Error-Code": error} if error else {})
 
-    def send_head(self, code: int, length: int, headers: dict) -> None:
+    def send(self, code: int, body: bytes, headers: dict, end: int | None = None) -> None:
         self.send_response(code)
-        known = {"Content-Length": str(length), "Content-Type": "application/json"}
-        for key, value in (known | headers).items():
+        headers |= {"Content-Length": str(len(body)), "Content-Type": "application/json"}
+        for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:end])
 
     def log_message(self, *_) -> None:
         pass
 
 
 def digest(path: Path) -> str:
-    stat = path.stat()
-    return hashlib.sha1(f"{path}{stat.st_size}{stat.st_mtime_ns}".encode()).hexdigest()
-
-
-if __name__ == "__main__":
-    hub = Hub(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 8008)
-    print(f"HF_ENDPOINT={hub.url}", flush=True)
-    hub.server.serve_forever()
+    return hashlib.sha1(path.read_bytes()).hexdigest()

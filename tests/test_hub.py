@@ -4,13 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
 from conftest import random_model, with_exits
 from hub_server import COMMIT, V1, Hub
 from make_golden import PLAIN, byte_level, write_tokenizer
-from test_weights import load, old_config, tensors_of, write
+from test_weights import EMBEDDING, load, old_config, tensors_of, write
 
 from nanoexit.adapters import save_adapter
 from nanoexit.config import ROOT
@@ -39,21 +37,16 @@ for asked in sys.argv[1:]:
 """
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Path:
+def fill(root) -> None:
     """Repositories me/plain (another at v1), me/sharded, me/gated, me/adapter, a dataset, and
     files beside them that need not come down.
     """
-    root = tmp_path_factory.mktemp("hub")
     config = old_config("qwen2") | {"vocab_size": 266, "eos_token_id": 39}
-    for i, (name, shards) in enumerate(
-        {"plain": 1, "plain@v1": 1, "sharded": 3, "gated": 1}.items()
-    ):
-        tensors = tensors_of(random_model("qwen2", i))
-        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].repeat(7, 1)[
-            :266
-        ]
-        folder = write(root / "me" / name, config, tensors, shards)
+    shards = {"plain": 1, "plain@v1": 1, "sharded": 3, "gated": 1}
+    for seed, name in enumerate(shards):
+        tensors = tensors_of(random_model("qwen2", seed))
+        tensors[EMBEDDING] = tensors[EMBEDDING].repeat(7, 1)[:266]
+        folder = write(root / "me" / name, config, tensors, shards[name])
         write_tokenizer(folder, byte_level(), {"config": config, "tokenizer_config": PLAIN})
         (folder / "pytorch_model.bin").write_bytes(b"pickle")
         (folder / "original").mkdir()
@@ -64,65 +57,52 @@ def folders(tmp_path_factory) -> Path:
     data = root / "datasets" / "me" / "sums" / "main"
     data.mkdir(parents=True)
     (data / "train.jsonl").write_text("1 + 1")
-    return root
-
-
-@pytest.fixture
-def hub(folders, tmp_path):
-    with Hub(folders) as server:
-        server.gated, server.home = {"me/gated"}, tmp_path / "home"
-        yield server
 
 
 def ask(hub: Hub, *names: str, **env: str) -> list[str]:
-    """What the driver prints about each name; names[0] may be `NAME@REVISION`."""
+    """What the driver prints about each name, which may be `NAME@REVISION`."""
     kept = {k: v for k, v in os.environ.items() if k[:3] != "HF_" and "proxy" not in k.lower()}
     kept |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.home), "HF_HUB_DISABLE_XET": "1"}
     kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, "-c", DRIVER, *names]
     done = subprocess.run(command, env=kept | env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    hub.asked, asked = [], hub.asked
+    assert not any("pytorch_model" in line or "original" in line for line in asked)
+    return [*done.stdout.splitlines(), *asked]
 
 
-def test_models_adapters_datasets_then_offline(hub):
+REFUSED = {  # name -> what its line says
+    "me/sharded": "run again to continue",
+    "me/gated": "gated",
+    "me/plane": "Repository Not Found",
+    "me/plain@v2": "Revision Not Found",
+    "hub:me/sums/none": "Entry Not Found",
+    "adapter:me/adapter@main": "was trained on 'me/plain'",
+}
+
+
+def test_models_adapters_datasets_then_offline(tmp_path):
     """Catches: more fetched than is needed; a revision or an adapter's base lost; what is cached
     asked for again; a line that does not say what to do; half a file taken for a whole one.
     """
-    hub.dropped, hub.dropped_once = {"model-00002.safetensors"}, {"model.safetensors"}
+    fill(tmp_path)
     names = ["me/plain", "adapter:me/adapter", "hub:me/sums/main/train.jsonl"]
-    names += [
-        "me/sharded",
-        "me/gated",
-        "me/plane",
-        "me/plain@v2",
-        "hub:me/sums/none",
-        "adapter:me/adapter@main",
-    ]
-    lines = ask(hub, *names)
-    assert hub.asked.count(f"GET /me/plain/resolve/{COMMIT}/model.safetensors") == 2
-    assert lines[:2] == [f"me/plain {COMMIT} 39 261", f"adapter of me/plain {V1} (1, 2, 4)"]
-    assert lines[2] == "1 + 1"
-    words = ["broke off: run the same command again"] + [
-        "gated: accept its terms",
-        "check the spelling",
-        "no such revision",
-        "no such file",
-    ]
-    for line, word in zip(lines[3:], [*words, "was trained on me/plain"], strict=True):
-        assert line.startswith("refused: ") and word in line
-    assert not any("pytorch_model" in line or "original" in line for line in hub.asked)
-    hub.dropped = set()
-    hub.asked.clear()
-    assert ask(hub, "me/sharded") == [f"me/sharded {COMMIT} 39 261"]
-    assert not any("model-00001" in line for line in hub.asked if line.startswith("GET /me/"))
-    hub.asked.clear()
-    snapshot = hub.home / "hub" / "models--me--plain" / "snapshots" / COMMIT
-    (snapshot / "model.safetensors").unlink()
-    offline = ask(hub, *names[1:4], "me/gated", "me/plain", HF_HUB_OFFLINE="1")
-    assert offline[:2] == lines[1:3] and offline[2].startswith("me/sharded") and not hub.asked
-    assert "not in the cache" in offline[3] and "HF_HUB_OFFLINE is set" in offline[3]
-    assert "incomplete snapshot" in offline[4]
-    copy = shutil.copytree(hub.folder / "me" / "plain@v1", hub.home / "copy")
-    assert load(copy).content != load(hub.folder / "me" / "plain").content
+    with Hub(tmp_path) as hub:
+        hub.gated, hub.home, hub.dropped = {"me/gated"}, tmp_path / "home", "model-00002"
+        plain, adapter, data, *lines = ask(hub, *names, *REFUSED)
+        assert plain == f"me/plain {COMMIT} 39 261" and data == "1 + 1"
+        assert adapter == f"adapter of me/plain {V1} (1, 2, 4)"
+        for line, word in zip(lines, REFUSED.values()):
+            assert line.startswith("refused: ") and word in line
+        hub.dropped = None
+        line, *asked = ask(hub, "me/sharded")
+        assert line == f"me/sharded {COMMIT} 39 261"
+        assert not any(line.startswith("GET /me/") and "model-00001" in line for line in asked)
+        (next(hub.home.glob(f"*/*plain/*/{COMMIT}")) / "model.safetensors").unlink()
+        *cached, gated, plain = ask(hub, *names[1:], "me/gated", "me/plain", HF_HUB_OFFLINE="1")
+        assert cached == [adapter, data]
+        assert "HF_HUB_OFFLINE" in gated and "ncomplete" in plain
+    copy = shutil.copytree(tmp_path / "me" / "plain@v1", tmp_path / "copy")
+    assert load(copy).content != load(tmp_path / "me" / "plain").content
     assert load(copy).content == load(next(hub.home.rglob(V1))).content
