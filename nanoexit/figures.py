@@ -65,9 +65,6 @@ def legend(exit_layers: Sequence[int], full_depth: int, stream: TextIO) -> str:
     return "depth" + paint(names, depths, full_depth, stream) if has_colors(stream) else ""
 
 
-# --- figures ------------------------------------------------------------------------------------
-
-
 @dataclass
 class Line:
     """A series of points: (x, y), or (x, y, low, high) with an interval around y."""

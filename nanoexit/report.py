@@ -16,7 +16,7 @@ import json
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -28,13 +28,10 @@ from nanoexit.evaluate import table_cells
 from nanoexit.figures import CSS, Line, is_number, line_figure
 
 BUDGET = 2_050_000  # bytes of compressed responses
-DEEPEST = 1000  # of any model
 FILES = ("samples.jsonl", "metrics.jsonl", "evaluation.json")
-COLUMNS = ("text", "depth", "kind", "exit_probs", "top")  # of the tokens of a response
 PARTS = ("text", "exit_probs", "top")  # of a response; the last are left out first
 BASE = ("policy", "accuracy", "perplexity", "prompt", "text")  # where equal, the base is the same
 SHARES = ("accuracy", "written", "target exit", "student exit", "kept", "same answer", "exits")
-DEPTHS = ("cap", "depth", "mean depth", "max depth", "opaque serial depth")
 CURVES = (  # title, key of a row of evaluation.json, horizontal axis, vertical axis
     ("Accuracy under a cap", "capped_accuracy", "cap", "accuracy"),
     ("Reasoning cut, depth free", "same_answer", "kept", "same answer"),
@@ -62,8 +59,9 @@ def read_run(folder: str | Path) -> Run:
     paths = [Path(folder, name) for name in FILES]
     if not any(path.is_file() for path in paths):
         raise UserError(f"{folder}: no run to report; expected a folder with {' or '.join(FILES)}")
-    lines = ([row for _, row in read_json_lines(p)] if p.is_file() else [] for p in paths[:2])
-    return Run(Path(folder).resolve().name, *lines, read_json(paths[2]), f"{folder}/")
+    lines = [[row for _, row in read_json_lines(p)] if p.is_file() else [] for p in paths[:2]]
+    evaluation, name = read_json(paths[2]), Path(folder).resolve().name
+    return Run(name, lines[0], lines[1], evaluation, f"{folder}/")
 
 
 def write_page(path: str | Path, runs: Sequence[Run], title: str = "", note: str = "") -> None:
@@ -74,15 +72,14 @@ def write_page(path: str | Path, runs: Sequence[Run], title: str = "", note: str
         _check(run)
     rows, points = _named(runs, "rows"), _named(runs, "frontier")
     data = _responses(runs) | {"table": _table(runs, rows), "single": len(runs) == 1}
-    full = max((row["full_depth"] for row in [*rows, *points]), default=None)
     fills = {
         "title": escape(title or ", ".join(run.name for run in runs)),
         "note": escape(note),
         "hash": base64.b64encode(hashlib.sha256(js.encode()).digest()).decode(),
         "css": CSS + css,
         "js": js,
-        "evaluation": _figures(_evaluation(rows, points or rows), full),
-        "training": _figures(_training(runs), full),
+        "evaluation": _figures(_evaluation(rows, points or rows)),
+        "training": _figures(_training(runs)),
         "data": base64.b64encode(zlib.compress(json.dumps(data).encode())).decode(),
     }
     write_text(Path(path), Template(html).substitute(fills))
@@ -92,14 +89,14 @@ def _check(run: Run) -> None:
     """UserError for anything but objects with a depth where the page needs one."""
     for key in ("rows", "frontier"):
         where = f"{run.where}evaluation.json: {key}"
-        _depths(run.evaluation.get(key, []), "full_depth", DEEPEST, where)
+        _depths(run.evaluation.get(key, []), "full_depth", where)
     where = f"{run.where}samples.jsonl: responses"
-    _depths(run.samples, "full_depth", DEEPEST, where)
+    _depths(run.samples, "full_depth", where)
     for index, sample in enumerate(run.samples):
-        _depths(sample.get("tokens"), "depth", sample["full_depth"], f"{where}[{index}].tokens")
+        _depths(sample.get("tokens"), "depth", f"{where}[{index}].tokens", sample["full_depth"])
 
 
-def _depths(items: Any, key: str, deepest: int, where: str) -> None:
+def _depths(items: Any, key: str, where: str, deepest: int = 1000) -> None:
     if not isinstance(items, list):
         raise UserError(f"{where}: expected a list of objects, found {show(items)}")
     for index, item in enumerate(items):
@@ -137,10 +134,11 @@ def _responses(runs: Sequence[Run]) -> dict[str, Any]:
     data: dict[str, list] = {part: [] for part in PARTS}
     for sample in sorted(_named(runs, "samples"), key=lambda sample: "step" in sample):
         tokens = sample.pop("tokens")
-        columns = {key: [token.get(key) for token in tokens] for key in COLUMNS}
+        for key in ("text", "depth", "kind"):
+            sample[key] = [token.get(key) for token in tokens]
+        data["text"].append(sample)
         for part in ("exit_probs", "top"):
-            data[part].append(columns.pop(part))
-        data["text"].append(sample | columns)
+            data[part].append([token.get(part) for token in tokens])
     text = json.dumps(data)  # and back: three decimals, and null for what is not finite
     data = json.loads(text, parse_float=lambda x: round(float(x), 3), parse_constant=lambda _: None)
     fit(data)
@@ -158,28 +156,30 @@ def fit(data: dict[str, list], budget: int = BUDGET) -> None:
                 data[part][index] = None
 
 
-def _evaluation(rows: Sequence[dict], points: Sequence[dict]) -> Iterator[Chart]:
+def _evaluation(rows: Sequence[dict], points: Sequence[dict]) -> list[Chart]:
     """Accuracy against depth, a line a kind of policy; then the curves of the rows."""
     policies: dict[str, list] = defaultdict(list)
     for row in points:
-        kind = str(row.get("policy")).partition(":")[0]
-        policies[f"{row['variant']} ({kind})"].append((row.get("mean_depth"), row.get("accuracy")))
-    yield "Accuracy against depth", "mean depth", "accuracy", policies
+        name = f"{row['variant']} ({str(row.get('policy')).partition(':')[0]})"
+        policies[name].append((row.get("mean_depth"), row.get("accuracy")))
+    charts: list[Chart] = [("Accuracy against depth", "mean depth", "accuracy", policies)]
     for title, key, x, y in CURVES:
         lines = {f"{row['variant']} ({row.get('policy')})": _points(row.get(key)) for row in rows}
-        yield title, x, y, lines
+        charts.append((title, x, y, lines))
+    return charts
 
 
 def _points(value: Any) -> list[tuple]:
     """{"2 steps": y}, [[x, y], ...] or [y at 1, y at 2, ...] as (x, y)."""
-    if isinstance(value, dict):
-        found = [(re.match(r"\d{1,9}", name), y) for name, y in value.items()]
-        return [(int(x[0]), y) for x, y in found if x]
-    pairs = enumerate(value, start=1) if isinstance(value, list) else []
-    return [tuple(y) if isinstance(y, list) and len(y) == 2 else (x, y) for x, y in pairs]
+    if isinstance(value, list):
+        pairs = enumerate(value, start=1)
+        return [tuple(y) if isinstance(y, list) and len(y) == 2 else (x, y) for x, y in pairs]
+    items = value.items() if isinstance(value, dict) else ()
+    found = [(re.match(r"\d{1,9}", name), y) for name, y in items]
+    return [(int(x[0]), y) for x, y in found if x]
 
 
-def _training(runs: Sequence[Run]) -> Iterator[Chart]:
+def _training(runs: Sequence[Run]) -> list[Chart]:
     """A chart a metric: a line a run, or a line an exit where values are lists."""
     metrics: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
@@ -188,19 +188,16 @@ def _training(runs: Sequence[Run]) -> Iterator[Chart]:
                 for place, y in enumerate(value, 1) if isinstance(value, list) else [("", value)]:
                     name = f"{run.name} exit {place}" if place else run.name
                     metrics[key.replace("_", " ")][name].append((row.get("step", index), y))
-    metrics.pop("step", None)
-    for key, lines in metrics.items():
-        yield key, "step", key, lines
+    return [(key, "step", key, lines) for key, lines in metrics.items() if key != "step"]
 
 
-def _figures(charts: Iterable[Chart], full: int | None) -> str:
-    """The charts that have a point, as HTML. Axes of shares and depths have their whole range."""
-    ranges: dict[str, Any] = dict.fromkeys(SHARES, (0, 1))
-    ranges |= dict.fromkeys(DEPTHS, full and (0, full))
+def _figures(charts: Sequence[Chart]) -> str:
+    """The charts that have a point, as HTML. Axes start at zero; those of shares end at 100 %."""
     html = ""
     for title, x, y, found in charts:
         if any(all(map(is_number, point)) for points in found.values() for point in points):
             lines = [Line(name, points) for name, points in found.items()]
-            figure = line_figure(title, x, y, lines, ranges.get(x), ranges.get(y))
-            html += f'<figure class="figure">{figure.svg(alone=False)}</figure>\n'
+            ranges = [(0, 1) if label in SHARES else None for label in (x, y)]
+            svg = line_figure(title, x, y, lines, *ranges).svg(alone=False)
+            html += f'<figure class="figure">{svg}</figure>\n'
     return html
