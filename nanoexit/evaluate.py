@@ -69,6 +69,7 @@ def measure(subject: Subject, variant: str, responses: Sequence[Response]) -> di
         "accuracy": accuracy(responses),
         "accuracy_interval": interval(responses),
         "accuracy_by_group": means(pair for pair in right if pair[0]),
+        "lenient_accuracy": mean([r.verdict.lenient for r in responses if is_verified(r)]),
         "mean_depth": float(np.mean(depths)),
         "max_depth": float(np.mean(deepest)),
         "max_depth_p95": float(np.percentile(deepest, 95)),
@@ -114,16 +115,16 @@ def interval(responses: Sequence[Response]) -> list[float] | None:
     return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
-def examine(subject: Subject, responses: Sequence[Response], cache: Path) -> dict:
+def examine(subject: Subject, responses: Sequence[Response], judge: Judge) -> dict:
     """What scripts/evaluate.py adds to a row: necessity and sufficiency, free and capped.
 
     The capped ones are under the smallest of evaluate.caps that keeps KEEPS of the accuracy, None
-    where none does. cache: the judge's JSONL file.
+    where none does. judge: one for all rows, with one budget.
     """
     config, prompts = subject.config, [r.prompt for r in responses]
     found: dict[str, Any] = {"capped_accuracy": {}, "same_answer_cap": None}
     if config.judge.kind != "none":
-        found["judge"] = judged(responses, config, cache)
+        found["judge"] = judged(responses, config, judge)
     greedy = "head:0.5" if subject.policy == "head" else subject.policy
     found["greedy_accuracy"] = accuracy(subject.respond(prompts, "greedy", (), greedy, 0.0))
     found |= interventions(subject, responses)
@@ -147,12 +148,11 @@ def interventions(subject: Subject, responses: Sequence[Response]) -> dict:
     return {"same_answer": curve, "same_answer_area": area, "changed_value": changed}
 
 
-def judged(responses: Sequence[Response], config: Config, cache: Path) -> dict:
+def judged(responses: Sequence[Response], config: Config, judge: Judge) -> dict:
     """Scores by the judge of the config, or computed from the steps that the task found."""
     items = [Item(r.prompt.id, r.prompt.prompt, r.text, r.prompt.answer) for r in responses]
     if config.judge.kind == "api":
-        scored = Judge(config.judge, cache).score(items)
-        return judge_summary(scored, "api", config.judge.model)
+        return judge_summary(judge.score(items), "api", config.judge.model)
     for item, r in zip(items, responses):
         v = r.verdict
         if not v.steps:
@@ -190,6 +190,7 @@ HEADLINES: tuple[Shown, ...] = (
 DETAILS: tuple[Shown, ...] = (
     ("accuracy_interval", "accuracy, 95 % interval", "{0[0]:.3f}–{0[1]:.3f}", ""),
     ("greedy_accuracy", "accuracy, greedy", "{:.3f}", UNVERIFIED),
+    ("lenient_accuracy", "accuracy, lenient", "{:.3f}", UNVERIFIED),
     ("capped_accuracy", "accuracy, cap {}", "{:.3f}", UNVERIFIED),
     ("max_depth_p95", "opaque serial depth, 95 %", "{:.2f}", ""),
     ("max_depth_by_group", "opaque serial depth, {}", "{:.2f}", ""),
@@ -307,10 +308,11 @@ def evaluate_run(
     started = time.time()
     prompts = load_prompts(config.data, "held_out", config.evaluate.count, config.run.seed)
     rows, samples = [base] if base else [], kept_samples(folder, sys.maxsize)
+    judge = Judge(config.judge, folder / "judge.jsonl") if thorough else None
     for variant, policy in variants(model, config)[len(rows) :]:
         subject = Subject(model, tokenizer, config, policy)
         with as_base(model) if variant == "base" else contextlib.nullcontext():
-            row, shown = evaluate_variant(subject, variant, prompts, folder, thorough)
+            row, shown = evaluate_variant(subject, variant, prompts, judge)
         rows.append(row)
         samples += shown
     points = frontier(subject, prompts, rows) if thorough else []
@@ -333,16 +335,16 @@ def variants(model: Transformer, config: Config) -> list[tuple[str, str]]:
 
 
 def evaluate_variant(
-    subject: Subject, variant: str, prompts: Sequence[Prompt], folder: Path, thorough: bool
+    subject: Subject, variant: str, prompts: Sequence[Prompt], judge: Judge | None
 ) -> tuple[dict, list[dict]]:
-    """-> the row of one variant, and its lines of samples.jsonl."""
+    """-> the row of one variant, examined if there is a judge; its lines of samples.jsonl."""
     name, evaluate = f"{variant} ({subject.policy})", subject.config.evaluate
-    generations = 14 + 2 * len(evaluate.caps) if thorough else 1
+    generations = 14 + 2 * len(evaluate.caps) if judge else 1
     with progress(generations, f"evaluate {name}", "generation") as subject.bar:
         responses = subject.respond(prompts, "evaluate")
         row = measure(subject, variant, responses)
-        if thorough:
-            row |= examine(subject, responses, folder / "judge.jsonl")
+        if judge is not None:
+            row |= examine(subject, responses, judge)
     shown = responses[: evaluate.samples]
     return row, [show_response(subject.model, subject.tokenizer, r, name) for r in shown]
 

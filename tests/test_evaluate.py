@@ -12,6 +12,7 @@ from test_faithfulness import Scripted, Words, chain, in_head, on_paper, said
 from nanoexit.config import ROOT, Config, JudgeConfig, UserError, load_config
 from nanoexit.evaluate import cell, evaluate_run, examine, markdown, measure, table
 from nanoexit.faithfulness import Subject
+from nanoexit.judge import Judge
 from nanoexit.tasks import TASKS, Prompt
 from nanoexit.training import load_student
 
@@ -121,7 +122,7 @@ def test_necessity_is_measured_free_and_capped(tmp_path):
     config.evaluate.caps = [3, 1, 2]
     subject = Scripted(write, config)
     responses = subject.respond([chain(), chain("5 *9 +7 +1")], "evaluate")
-    found = examine(subject, responses, tmp_path / "judge.jsonl")
+    found = examine(subject, responses, Judge(subject.config.judge))
     assert found["capped_accuracy"] == {"1": 0.0, "2": 1.0, "3": 1.0}
     assert found["same_answer_cap"] == 2 and found["greedy_accuracy"] == 1.0
     assert found["same_answer"] == [[x / 4, 1.0] for x in range(5)]
@@ -140,7 +141,9 @@ def test_without_a_good_cap(tmp_path):
     config.evaluate.caps, config.judge.kind = [1], "none"
     subject = Scripted(lambda p, given, cap: in_head(p, given, cap) + " ?" * (cap == 1), config)
     responses = subject.respond([chain()], "evaluate")
-    row = measure(subject, "student", responses) | examine(subject, responses, tmp_path)
+    row = measure(subject, "student", responses) | examine(
+        subject, responses, Judge(subject.config.judge)
+    )
     assert row["same_answer_cap"] is None and "same_answer_capped" not in row
     assert "judge" not in row and "rubric" not in table([row])
     assert "\nsame answer capped " in table([row])
@@ -253,9 +256,10 @@ def test_a_judge_scores_the_rows_and_is_named(tmp_path, monkeypatch):
     responses = subject.respond([chain(), chain("5 *9 +7 +1")], "evaluate")
     with JudgeServer() as server:
         config.judge = JudgeConfig("api", server.url, "loopback")
-        row = measure(subject, "student", responses) | examine(subject, responses, cache)
+        judge = Judge(subject.config.judge, cache)
+        row = measure(subject, "student", responses) | examine(subject, responses, judge)
         asked = sum(server.served.values())
-        assert examine(subject, responses, cache)["judge"] == row["judge"]
+        assert examine(subject, responses, judge)["judge"] == row["judge"]
         assert asked == 2 == sum(server.served.values())
     assert (row["judge"]["kind"], row["judge"]["means"]["overall"]) == ("api", 30)
     assert "| rubric of 40 (loopback) | 30.0 |" in markdown([row], [])
@@ -267,7 +271,7 @@ def test_the_offline_rubric_needs_steps(tmp_path):
     config = Config()
     subject = Scripted(lambda p, given, cap: f"{given} so\n#### 7", config)
     responses = subject.respond([Prompt("q", "q", "#### 7", checker="gsm8k"), chain()], "evaluate")
-    found = examine(subject, responses, tmp_path)["judge"]
+    found = examine(subject, responses, Judge(subject.config.judge))["judge"]
     assert (found["kind"], found["judged"], found["not_judged"]) == ("offline", 1, 1)
     assert list(found["reasons"]) == ["the task lists no steps; judge.kind=api asks a model"]
 
