@@ -10,8 +10,7 @@ all in log space and float32. With E heads below D there are E + 1 outcomes; hea
 are not asked.
 
 Decisions. Heads read the residual divided by its RMS, so that one learning rate serves all depths
-(residuals grow with depth). `Ask` is the one `stop` of generation, scoring and training: it asks
-the heads, lets a policy decide, and records the log-odds.
+(residuals grow with depth). `Ask` is the one `stop` of generation, scoring and training.
 
 Sources: stick-breaking as in PonderNet (Banino et al. 2021); `confidence` is the rule of CALM
 (Schuster et al. 2022).
@@ -45,8 +44,7 @@ class ExitHeads(nn.Module):
 
     def forward(self, depth: int, h: Tensor) -> Tensor:
         """Residuals h [n, D] after `depth` blocks -> float32 log-odds [n] of exiting there."""
-        x = F.rms_norm(h.float(), h.shape[-1:])
-        return self.heads[str(depth)](x).squeeze(-1)
+        return self.heads[str(depth)](F.rms_norm(h.float(), h.shape[-1:])).squeeze(-1)
 
 
 def _head(width: int, kind: str, generator: torch.Generator) -> nn.Module:
@@ -71,14 +69,13 @@ def attach(
 ) -> None:
     """Attach exit heads at these depths ([]: none), adapters if `lora` is given, and a cap.
 
-    The base's weights are frozen and stay untouched. Raises UserError for a depth outside 1..L-1,
-    a repeated depth, an unknown kind of head, or a cap outside 1..L.
+    The base's weights are frozen. Raises UserError for a depth outside 1..L-1 or repeated, an
+    unknown kind of head, and a cap outside 1..L.
     """
     L, layers = model.full_depth, list(exit_layers)
     if not set(layers) <= {*range(1, L)} or len(set(layers)) < len(layers):
-        raise UserError(
-            f"exits.layers: expected different depths from 1 to {L - 1}, found {layers}"
-        )
+        expected = f"expected different depths from 1 to {L - 1}"
+        raise UserError(f"exits.layers: {expected}, found {layers}")
     if head not in ("linear", "mlp"):
         raise UserError(f"exits.head: {head!r} is not one of linear, mlp")
     check_cap(model, cap)
@@ -136,8 +133,7 @@ def path_logprob(z: Tensor, depths: Tensor, layers: Sequence[int], deepest: int)
 
     A depth without a head, other than `deepest`, cannot have been sampled: -inf.
     """
-    at = torch.tensor(layers, device=z.device)
-    d = depths[..., None]
+    at, d = torch.tensor(layers, device=z.device), depths[..., None]
     terms = torch.where(at == d, F.logsigmoid(z), torch.where(at < d, F.logsigmoid(-z), 0.0))
     possible = (at == d).any(-1) | (depths == deepest)
     return terms.sum(-1).masked_fill(~possible, -torch.inf)
@@ -161,16 +157,18 @@ def sample_depths(chance: Tensor, u: Tensor, layers: Sequence[int], deepest: int
 class Policy:
     """Decides which tokens exit: full, head, fixed, kl or confidence, as parse_policy explains."""
 
-    def __init__(self, name: str = "full", value: float | None = None):
+    def __init__(self, name: str = "full", value: Any = None):
         self.name, self.value = name, value
 
     def layers(self, model: Transformer) -> tuple[int, ...]:
         """The depths at which it wants to decide."""
-        if self.name == "fixed" and self.value is not None:
-            return (int(self.value),) if self.value < model.deepest else ()
+        heads = exit_depths(model)
         if self.name in ("full", "head"):
-            return exit_depths(model) if self.name == "head" else ()
-        return exit_depths(model) or tuple(range(1, model.deepest))
+            return heads if self.name == "head" else ()
+        every = range(1, model.deepest)
+        if self.name == "fixed":
+            return tuple(depth for depth in every if depth == self.value)
+        return heads or tuple(every)
 
     def exits(self, ask: "Ask", depth: int, h: Tensor, z: Any, u: Tensor, at: Tensor) -> Tensor:
         """Which of n tokens exit at this depth, [n] bool.
@@ -180,7 +178,7 @@ class Policy:
         if self.name == "fixed":
             return torch.ones_like(at, dtype=torch.bool)
         if self.name == "confidence":
-            return ask.model.readout(h).float().softmax(-1).amax(-1) >= (self.value or 0.0)
+            return ask.model.readout(h).float().softmax(-1).amax(-1) >= self.value
         p = torch.sigmoid(z)
         return u < p if self.value is None else p > self.value
 
@@ -209,27 +207,28 @@ def parse_policy(text: str, model: Transformer | None = None, where: str = "") -
     kl:2           the target rule with s = 2, as an oracle: run each token to the end first
     confidence:0.9 exit if the early readout gives its likeliest token this probability
 
-    kl and confidence act at the model's exit depths, or after every block of a model without heads.
+    kl and confidence act at the exit depths of the model, or after every block if it has no heads.
     """
     name, colon, argument = text.partition(":")
-    largest = {"fixed": 10**6 if model is None else model.full_depth, "kl": math.inf}
     if name == "head" and model is not None and model.exits is None:
         raise UserError(
             f"policy {text!r}: this model has no exit heads; load an adapter with heads"
         )
     if text in ("full", "head"):
-        return Policy(name)
-    if name not in ("head", "fixed", "kl", "confidence") or not colon:
+        return Policy(text)
+    L = 10**6 if model is None else model.full_depth
+    bounds = {"head": (0, 1), "fixed": (1, L), "kl": (0, math.inf), "confidence": (0, 1)}
+    if name not in bounds or not colon:
         close = nearest(text, POLICIES)
         raise UserError(f"{where}policy {show(text)} is not one of {', '.join(POLICIES)}{close}")
-    low, high = (1 if name == "fixed" else 0), largest.get(name, 1)
+    low, high = bounds[name]
     try:
         value = float(argument)
     except ValueError:
         value = math.nan
-    if not low <= value <= high or (name == "fixed" and value != int(value)):
-        kind = "a whole number" if name == "fixed" else "a number"
-        expected = f"expected {kind} from {low:g} to {high:g} after the colon"
+    kind = "a whole number" if name == "fixed" else "a number"
+    if not low <= value <= high or (name == "fixed" and value % 1):
+        expected = f"expected {kind} from {low} to {high} after the colon"
         raise UserError(f"{where}policy {show(text)}: {expected}, found {show(argument)}")
     return Policy(name, value)
 
@@ -240,42 +239,30 @@ def parse_policy(text: str, model: Transformer | None = None, where: str = "") -
 class Ask:
     """Asks the heads, lets the policy decide, and records the log-odds of every head asked."""
 
-    def __init__(
-        self, model: Transformer, policy: Policy, tokens: int, noise: Tensor | None = None
-    ):
+    def __init__(self, model: Transformer, policy: Policy, tokens: int, noise: Any = None):
         """tokens: N = B*T of the call. noise: [N, depths of the policy], uniform in [0, 1)."""
-        self.model, self.policy, self.noise, self.tokens = model, policy, noise, tokens
+        self.model, self.policy, self.noise = model, policy, noise
         self.decides = {depth: column for column, depth in enumerate(policy.layers(model))}
         self.heads = exit_depths(model)
         self.layers = {*self.decides, *self.heads}
-        self.asked: dict[int, Tensor] = {}  # depth -> log-odds [N], 0 for tokens not asked
+        self.head_logits = torch.zeros(tokens, len(self.heads), device=model.device)  # 0: not asked
 
     def __call__(self, depth: int, h: Tensor, index: Tensor | None) -> Tensor | None:
-        at = torch.arange(self.tokens, device=h.device) if index is None else index
+        at = torch.arange(len(h), device=h.device) if index is None else index
         z = None
         if depth in self.heads:
             z = self.model.exits(depth, h)  # type: ignore[misc]
-            whole = z.new_zeros(self.tokens).index_copy(0, index, z) if index is not None else z
-            self.asked[depth] = whole
+            self.head_logits[at, self.heads.index(depth)] = z
         if depth not in self.decides:
             return None
         u = h.new_zeros(len(at)) if self.noise is None else self.noise[at, self.decides[depth]]
         return self.policy.exits(self, depth, h, z, u, at)
 
-    @property
-    def head_logits(self) -> Tensor | None:
-        """[N, E] float32, 0 for heads that were not asked; None without heads."""
-        if not self.heads:
-            return None
-        zeros = torch.zeros(self.tokens, device=self.model.device)
-        return torch.stack([self.asked.get(depth, zeros) for depth in self.heads], -1)
-
     def logprobs(self, depths: Tensor) -> Tensor:
         """depths [N] -> log p(exit there) [N] float32; 0 without heads."""
-        z = self.head_logits
-        if z is None:
-            return torch.zeros(self.tokens, device=depths.device)
-        return path_logprob(z, depths, self.heads, self.model.deepest)
+        if not self.heads:
+            return torch.zeros(len(depths), device=depths.device)
+        return path_logprob(self.head_logits, depths, self.heads, self.model.deepest)
 
 
 class Watch:

@@ -8,9 +8,9 @@ Every readout chooses its depth, the first one too. So the prompt is prefilled u
 at full depth (or to the cap), and that last token is the first one that decodes like all others.
 `depths[i]` is the depth of the readout that produced `tokens[i]`; score.py says how to re-score.
 
-Decisions. Equal prompts of a batch are prefilled once. A token is drawn by inverting the
-cumulative distribution at one uniform number. Host syncs of a step: those of `run`, and one to
-read the tokens.
+Decisions. Equal prompts of a batch are prefilled once. A token is drawn by inverting the cumulative
+distribution at one uniform number. Host syncs of a step: those of `run`, and one to read the
+tokens.
 """
 
 import math
@@ -120,11 +120,8 @@ def _check(
 ) -> None:
     """Raise UserError for a prompt or a setting that cannot be used."""
     size = 1 if s.batch_size is None else s.batch_size
-    for name, value, low in (
-        ("max_new_tokens", most, 1),
-        ("top_k", s.top_k, 0),
-        ("batch_size", size, 1),
-    ):
+    wholes = (("max_new_tokens", most, 1), ("top_k", s.top_k, 0), ("batch_size", size, 1))
+    for name, value, low in wholes:
         if type(value) is not int or value < low:
             raise UserError(f"{name}: expected a whole number from {low}, found {value!r}")
     if not 0 <= temperature < math.inf:
@@ -148,16 +145,14 @@ class _Decoder:
     def __init__(self, model, policy, prompts, max_new_tokens, temperature, seed, settings):
         self.model, self.policy, self.settings = model, policy, settings
         self.prompts, self.max_new_tokens, self.temperature = prompts, max_new_tokens, temperature
-        self.seed = list(seed) if isinstance(seed, Sequence) else [seed]
-        stop_ids = model.stop_ids if settings.stop_ids is None else settings.stop_ids
-        self.stop_ids = frozenset(stop_ids)
+        self.seed = seed if isinstance(seed, Sequence) else [seed]
+        self.stop_ids = model.stop_ids if settings.stop_ids is None else settings.stop_ids
         self.results = [Generation() for _ in prompts]
         self.waiting = deque(range(len(prompts)))
-        self.size = min(settings.batch_size or len(prompts), len(prompts))
-        self.capacity = max((len(p) for p in prompts), default=0) + max_new_tokens
-        self.slots: list[Row | None] = []
+        size = min(settings.batch_size or len(prompts), len(prompts))
+        self.slots: list[Row | None] = [None] * size
         self.cache: Any = None  # a Cache, from the first prefill on
-        self.engine = FastModel(model, self.size) if settings.fast else model
+        self.engine = FastModel(model, size) if settings.fast else model
 
     @property
     def rows(self) -> list[Row]:
@@ -167,36 +162,38 @@ class _Decoder:
 
     def admit(self) -> None:
         """Fill free slots, a few at a time: one prefill serves them. Later, shrink the batch."""
-        taken = [slot for slot, row in enumerate(self.slots) if row is not None]
-        free = self.size - len(taken)
-        if self.waiting and free >= max(1, self.size // 4):
-            numbers = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
-            new = [self._new_row(number) for number in numbers]
-            cache = self._prefill([row.prompt[:-1] for row in new])
-            if self.cache is None:
-                self.cache, self.slots = cache, list(new)
-                return
-            slots = [slot for slot in range(len(self.slots)) if slot not in taken][: len(new)]
-            self.cache.admit(torch.tensor(slots, device=self.model.device), cache)
+        free = [slot for slot, row in enumerate(self.slots) if row is None]
+        if self.waiting and len(free) >= max(1, len(self.slots) // 4):
+            slots = free[: len(self.waiting)]
+            new = [self._new_row(self.waiting.popleft()) for _ in slots]
+            cache = self._prefill([tuple(row.prompt[:-1]) for row in new])
+            if self.cache is None:  # the first rows take all slots
+                self.cache = cache
+            else:
+                self.cache.admit(torch.tensor(slots, device=self.model.device), cache)
             for slot, row in zip(slots, new):
                 self.slots[slot] = row
-        elif not self.waiting and len(taken) <= len(self.slots) // 2:
+        elif not self.waiting and len(free) >= len(self.slots) / 2:
+            taken = [slot for slot in range(len(self.slots)) if slot not in free]
             self.cache.select(torch.tensor(taken, device=self.model.device))
-            self.slots = [self.slots[slot] for slot in taken]
+            self.slots = list(self.rows)
 
     def _new_row(self, number: int) -> Row:
-        stream = self.settings.streams[number] if self.settings.streams else number
+        settings = self.settings
+        stream = settings.streams[number] if settings.streams else number
         size = (self.max_new_tokens, 1 + len(self.policy.layers(self.model)))
         noise = np.random.default_rng([*self.seed, stream]).random(size, dtype=np.float32)
-        forced = self.settings.forced[number] if self.settings.forced else ()
+        forced = settings.forced[number] if settings.forced else ()
         return Row(number, self.prompts[number], forced, noise, self.results[number])
 
-    def _prefill(self, prompts: list[Sequence[int]]) -> Cache:
+    def _prefill(self, prompts: list[tuple[int, ...]]) -> Cache:
         """Run these prompts to the deepest depth -> a cache with a row for each of them."""
-        distinct = list(dict.fromkeys(map(tuple, prompts)))
-        s, model = self.model.shape, self.model
+        model, s = self.model, self.model.shape
+        distinct = list(dict.fromkeys(prompts))
         T = max(map(len, distinct))
-        capacity = self.capacity if self.cache is None else max(1, T)
+        capacity = max(1, T)
+        if self.cache is None:  # it serves all prompts
+            capacity = max(map(len, self.prompts)) + self.max_new_tokens
         sizes = (model.deepest, len(distinct), s.kv_heads, capacity, s.head_dim)
         cache = Cache(*sizes, model.device, model.dtype)
         if T:
@@ -204,8 +201,8 @@ class _Decoder:
             model.run(pad(distinct, model.device), cache=cache)
         if len(distinct) < len(prompts):
             place = {prompt: row for row, prompt in enumerate(distinct)}
-            rows = [place[tuple(prompt)] for prompt in prompts]
-            cache.select(torch.tensor(rows, device=model.device))
+            rows = torch.tensor([place[prompt] for prompt in prompts], device=model.device)
+            cache.select(rows)
         return cache
 
     # --- one step -----------------------------------------------------------------------------
@@ -213,19 +210,18 @@ class _Decoder:
     def step(self) -> None:
         """One token for every row in progress."""
         rows, device = self.rows, self.model.device
-        seats = [row or rows[0] for row in self.slots]  # an idle slot writes where no row reads
+        seats = [row or rows[0] for row in self.slots]  # a free slot writes where no row reads
+        at: Any = slice(None)  # the slots with rows
+        alive = None
+        if len(rows) < len(seats):
+            at = [slot for slot, row in enumerate(self.slots) if row is not None]
+            alive = torch.tensor([[row is not None] for row in self.slots], device=device)
         places = [row.position for row in seats]
-        same = len(set(places)) == 1
-        self.cache.place(places[0] if same else None, max(places) + 1)
+        self.cache.place(places[0] if len(set(places)) == 1 else None, max(places) + 1)
         ids = torch.tensor([[row.last] for row in seats], device=device)
         positions = torch.tensor(places, device=device)[:, None]
         noise = np.stack([row.noise[len(row.out.tokens)] for row in seats])
         u = torch.from_numpy(noise).to(device)  # [B, 1 + depths of the policy]
-        at: slice | list[int] = slice(None)
-        alive = None
-        if len(rows) < len(seats):
-            alive = torch.tensor([[row is not None] for row in self.slots], device=device)
-            at = [slot for slot, row in enumerate(self.slots) if row is not None]
         run, exit_logprobs = self._run(ids, positions, alive, u[:, 1:])
         logits = self.engine.readout(run.hidden[at, 0]).float()  # [n, V]
         top_p, top_k = self.settings.top_p, self.settings.top_k
@@ -258,15 +254,15 @@ class _Decoder:
         at = slice(None) if alive is None else alive[:, 0]
         final = self.engine.readout(run.hidden[at, 0])
         early = [divergence(final, self.engine.readout(watch.seen[depth])) for depth in layers]
-        chance = u.new_zeros(len(ids), len(layers))
-        chance[at] = target_chance(torch.stack(early, -1), self.policy.value or 0.0)
+        chance = torch.zeros_like(u)
+        chance[at] = target_chance(torch.stack(early, -1), self.policy.value)
         return sample_depths(chance, u, layers, self.model.deepest)
 
     def _note(self, row: Row, token: int, depth: int, logp: float, exit_logp: float) -> None:
-        if math.isnan(logp):  # some logit is nan or infinite
-            step = len(row.out.tokens)
-            raise UserError(f"prompt {row.number}: the logits of token {step} are not finite")
         out = row.out
+        if math.isnan(logp):  # some logit is nan or infinite
+            step = len(out.tokens)
+            raise UserError(f"prompt {row.number}: the logits of token {step} are not finite")
         out.tokens.append(token)
         out.depths.append(depth)
         out.token_logprobs.append(logp)
@@ -290,7 +286,7 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: i
     order = None
     if top_k or top_p < 1:
         p, order = p.sort(-1, descending=True)
-        p = p[:, :top_k] if top_k else p
+        p = p[:, : top_k or None]
         before = p.cumsum(-1) - p
         p = p.where(before < top_p * p.sum(-1, keepdim=True), 0.0)
     cdf = p.cumsum(-1)

@@ -1,9 +1,8 @@
 """LoRA by hand (Hu et al. 2021): attach, switch off, merge.
 
 y = W x + (alpha / r) B A dropout(x), with A [r, in] drawn as in the paper's code and B [out, r]
-zero at first, so that a fresh adapter changes nothing, bit for bit. Adapters are float32 whatever
-the base's dtype and are cast for the product, so that small updates are not lost in bfloat16. The
-base weights are never written to.
+zero at first, so that a fresh adapter changes no bit. Adapters are float32 and are cast for the
+product, so that small updates are not lost in bfloat16. The base weights are never written to.
 """
 
 import contextlib
@@ -34,8 +33,7 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], to be added to the base's output."""
-        x = F.dropout(x, self.dropout, self.training)
-        x = F.linear(x, self.lora_A.to(x.dtype))
+        x = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
         return F.linear(x, self.lora_B.to(x.dtype)) * self.scale
 
     def update(self) -> Tensor:
@@ -66,27 +64,26 @@ def linear_maps(model: Transformer) -> Iterator[tuple[str, Linear]]:
 
 def adapters(model: Transformer) -> dict[str, LoRA]:
     """The attached adapters by the name of the map that they add to."""
-    found = ((name, linear.adapter) for name, linear in linear_maps(model))
-    return {name: adapter for name, adapter in found if isinstance(adapter, LoRA)}
+    maps = linear_maps(model)
+    return {name: m.adapter for name, m in maps if isinstance(m.adapter, LoRA)}
 
 
 @contextlib.contextmanager
 def adapters_off(model: Transformer) -> Iterator[None]:
     """Inside, every adapter is off."""
-    attached = list(adapters(model).values())
-    before = [adapter.enabled for adapter in attached]
-    for adapter in attached:
+    on = [adapter for adapter in adapters(model).values() if adapter.enabled]
+    for adapter in on:
         adapter.enabled = False
     try:
         yield
     finally:
-        for adapter, enabled in zip(attached, before):
-            adapter.enabled = enabled
+        for adapter in on:
+            adapter.enabled = True
 
 
 def merged_weight(linear: Linear) -> Tensor:
-    """The weight with its adapter added, as a new tensor in the weight's own dtype."""
+    """The weight with its adapter added, in the weight's own dtype."""
     weight = linear.weight.detach()
-    if not isinstance(linear.adapter, LoRA):
-        return weight
-    return (weight.float() + linear.adapter.update().detach()).to(weight.dtype)
+    if isinstance(linear.adapter, LoRA):
+        weight = (weight.float() + linear.adapter.update().detach()).to(weight.dtype)
+    return weight

@@ -8,25 +8,22 @@ norm and projections, and runs nothing else: no query, no attention output, no M
 Depth, defined once for the whole project: the number of blocks that a token runs through. *Exit
 at depth d* means that blocks 0..d-1 run for this token and blocks d..L-1 do not. Its next-token
 distribution is lm_head(final_norm(h_d)), with h_d the residual after d blocks. Full depth is L.
-Under a cap c, blocks c and later run for no token, and every token stops at depth c at the
-latest.
+Under a cap c, every token stops at depth c at the latest.
 
 Decisions. The model obeys `stop` and knows no policies. Parameter names are those of the Hugging
 Face checkpoints, so that loading is a check and a copy. The attributes `exits`, `cap` and
-`Linear.adapter` are set by exits.py and lora.py; all are None in a plain model.
+`Linear.adapter` are set by exits.py and lora.py and are None in a plain model.
 
-Letters: B batch, T positions (tokens of this call), S positions that can be attended to, n tokens
-picked out of B*T, D width, F feed-forward width, H heads, K kv heads, V vocabulary, L blocks, E
-exits.
+Letters: B batch, T positions of this call, S positions that can be attended to, n tokens picked out
+of B*T, D width, H heads, K kv heads, d head_dim, V vocabulary, L blocks, E exits.
 
-Papers: Touvron et al. 2023 (LLaMA), Zhang & Sennrich 2019 (RMSNorm), Su et al. 2021 (RoPE), Ainslie
-et al. 2023 (grouped queries), Shazeer 2020 (SwiGLU); frozen keys and values: Elbayad et al. 2020,
-Schuster et al. 2022 (CALM).
+Papers: Touvron et al. 2023 (LLaMA), Su et al. 2021 (RoPE), Ainslie et al. 2023 (grouped queries),
+Shazeer 2020 (SwiGLU); frozen keys and values: Elbayad et al. 2020, Schuster et al. 2022 (CALM).
 """
 
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -35,8 +32,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoexit.cache import Cache
-
-Keep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # stores new k and v -> all k and v
 
 
 class Llama3Rope(NamedTuple):
@@ -112,32 +107,9 @@ class Linear(nn.Linear):
         return y + self.adapter(x) if self.adapter is not None and self.adapter.enabled else y
 
 
-class Places(NamedTuple):
-    """Positions of the tokens of one call: made once a call, read by every block."""
-
-    positions: Tensor  # [B, T] absolute positions
-    cos: Tensor  # [B, T, 1, head_dim / 2]
-    sin: Tensor
-    mask: Tensor | None  # [B, 1, T, S] True where a query may look; None if none is needed
-    causal: bool
-
-
-@dataclass(frozen=True)
-class Live:
-    """The tokens still running after some have exited.
-
-    Queries are padded to [B, width] for attention; nothing else is.
-    """
-
-    index: Tensor  # [n] places in B*T
-    slots: Tensor  # [n] places in B*width
-    width: int  # most live tokens of any row
-    mask: Tensor  # [B, 1, width, S]
-
-
 @functools.lru_cache(maxsize=8)
 def rope_frequencies(shape: Shape, device: torch.device) -> Tensor:
-    """[head_dim / 2] float32, radians a position; Llama 3 slows the low ones by `factor`."""
+    """[d / 2] float32, radians a position; Llama 3 slows the low ones by `factor`."""
     even = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device)
     freq = 1.0 / shape.rope_theta ** (even / shape.head_dim)
     if shape.rope_scaling is None:
@@ -160,6 +132,81 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+class Live(NamedTuple):
+    """The tokens still running. Their queries are padded to [B, width] and nothing else is."""
+
+    cos: Tensor  # [B, T, 1, head_dim / 2]; [n, 1, head_dim / 2] once some have exited
+    sin: Tensor
+    mask: Tensor | None  # [B, 1, width, S] True where a query may look; None: at all before it
+    width: int  # the most live tokens of a row
+    at: Tensor | None = None  # [n] places in B*T; None: all tokens are live
+    slots: Tensor | None = None  # [n] places in B*width
+
+    def pick(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> the live tokens [n, ...]; as it is if all are live."""
+        return x if self.at is None else x.flatten(0, 1)[self.at]
+
+    def put(self, x: Tensor, h: Tensor) -> Tensor:
+        """Live tokens x -> h [B, T, D] with x in their places."""
+        return x if self.at is None else h.flatten(0, 1).index_copy(0, self.at, x).view_as(h)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries of live tokens [..., H, d]; k, v [B, K, S, d] -> attention's output, as q."""
+        if self.slots is None:
+            return attend(q, k, v, self.mask)
+        rows, (H, d) = len(k), q.shape[1:]
+        padded = q.new_zeros(rows * self.width, H, d).index_copy(0, self.slots, q)
+        y = attend(padded.view(rows, self.width, H, d), k, v, self.mask)
+        return y.flatten(0, 1)[self.slots]
+
+
+class Places(NamedTuple):
+    """Where the tokens of one call are, and the cache that they read and write."""
+
+    positions: Tensor  # [B, T] absolute
+    cos: Tensor  # [B, T, 1, head_dim / 2]
+    sin: Tensor
+    cache: Cache | None
+    span: int  # S
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """One block's new keys and values [B, K, T, d] -> all that its queries may see."""
+        return (k, v) if self.cache is None else self.cache.write(layer, self.positions, k, v)
+
+    def look_back(self, positions: Tensor) -> Tensor:
+        """Query positions [B, W] -> [B, 1, W, S] bool: a query sees no position after its own."""
+        return (torch.arange(self.span, device=positions.device) <= positions[..., None])[:, None]
+
+    def live(self, alive: Tensor | None) -> Live:
+        """The tokens of alive [B, T] bool; None: all of them."""
+        B, T = self.positions.shape
+        if alive is None:
+            aligned = self.cache is None or self.cache.start is not None
+            mask = None if aligned and T in (1, self.span) else self.look_back(self.positions)
+            return Live(self.cos, self.sin, mask, T)
+        index = alive.view(-1).nonzero().view(-1)
+        width = int(alive.sum(1).max())
+        rank = (alive.cumsum(1) - 1).view(-1)[index]  # of the token within its row
+        slots = index.div(T, rounding_mode="floor") * width + rank
+        here = self.positions.reshape(-1)[index]
+        queries = here.new_zeros(B * width).index_copy(0, slots, here)  # padding is at position 0
+        mask = self.look_back(queries.view(B, width))
+        cos, sin = self.cos.flatten(0, 1)[index], self.sin.flatten(0, 1)[index]
+        return Live(cos, sin, mask, width, index, slots)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention with grouped queries: q [B, T, H, d]; k, v [B, K, S, d] -> [B, T, H, d]."""
+    B, T, H, d = q.shape
+    K = k.shape[1]
+    if T == 1:  # the group takes the place of queries, so keys are not repeated
+        q = q.view(B, K, H // K, d)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, 1, H, d)
+    q = q.transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != K)
+    return y.transpose(1, 2)
+
+
 class Attention(nn.Module):
     def __init__(self, s: Shape):
         super().__init__()
@@ -178,36 +225,12 @@ class Attention(nn.Module):
         k = k if self.k_norm is None else self.k_norm(k)
         return rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
 
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[..., D] -> [..., H, head_dim]."""
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, live: Live) -> Tensor:
+        """Normalized residuals x [..., D] of live tokens; k, v [B, K, S, head_dim] -> [..., D]."""
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         q = q if self.q_norm is None else self.q_norm(q)
-        return rotate(q, cos, sin)
-
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, places: Places, live: Live | None) -> Tensor:
-        """Normed x [B, T, D]; k, v [B, K, S, head_dim] -> [B, T, D], or [n, D] of `live`."""
-        cos, sin = places.cos, places.sin
-        if live is None:
-            q = self.queries(x, cos, sin)  # [B, T, H, head_dim]
-            y = attend(q.transpose(1, 2), k, v, places.mask, places.causal)
-            return self.o_proj(y.transpose(1, 2).flatten(2))
-        cos, sin = cos.flatten(0, 1)[live.index], sin.flatten(0, 1)[live.index]
-        q = self.queries(x.flatten(0, 1)[live.index], cos, sin)  # [n, H, head_dim]
-        padded = q.new_zeros(x.shape[0] * live.width, *q.shape[1:]).index_copy(0, live.slots, q)
-        y = attend(padded.unflatten(0, (-1, live.width)).transpose(1, 2), k, v, live.mask, False)
-        return self.o_proj(y.transpose(1, 2).flatten(0, 1)[live.slots].flatten(1))  # [n, D]
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Softmax attention with grouped queries: q [B, H, T, d]; k, v [B, K, S, d] -> [B, H, T, d]."""
-    B, H, T, d = q.shape
-    K = k.shape[1]
-    if T == 1:  # one query a head: its group takes the place of queries, so keys are not repeated
-        grouped = q.view(B, K, H // K, d)
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(B, H, 1, d)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != K
-    )
+        y = live.attend(rotate(q, live.cos, live.sin), k, v)
+        return self.o_proj(y.flatten(-2))
 
 
 class MLP(nn.Module):
@@ -229,21 +252,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(s.width, s.norm_eps)
         self.mlp = MLP(s)
 
-    def keys_values(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Residuals [B, T, D] -> the keys and values that they leave in this block."""
-        return self.self_attn.keys_values(self.input_layernorm(h), cos, sin)
-
-    def forward(self, h: Tensor, places: Places, live: Live | None, keep: Keep) -> Tensor:
-        """Residuals h [B, T, D] -> after this block; tokens outside `live` only leave k and v."""
+    def forward(self, h: Tensor, layer: int, places: Places, live: Live) -> Tensor:
+        """Residuals h [B, T, D] -> after this block; tokens not live only leave k and v."""
         x = self.input_layernorm(h)
-        k, v = keep(*self.self_attn.keys_values(x, places.cos, places.sin))
-        y = self.self_attn(x, k, v, places, live)
-        if live is None:
-            h = h + y
-            return h + self.mlp(self.post_attention_layernorm(h))
-        moving = h.flatten(0, 1)[live.index] + y
+        k, v = places.store(layer, *self.self_attn.keys_values(x, places.cos, places.sin))
+        moving = live.pick(h) + self.self_attn(live.pick(x), k, v, live)
         moving = moving + self.mlp(self.post_attention_layernorm(moving))
-        return h.flatten(0, 1).index_copy(0, live.index, moving).view_as(h)
+        return live.put(moving, h)
 
 
 class Stack(nn.Module):
@@ -269,7 +284,7 @@ class Transformer(nn.Module):
         self.cap: int | None = None
         self.fast_copy: object = None  # weights laid out for decoding, kept by fast.py
         self.stop_ids: frozenset[int] = frozenset()  # tokens that end a text
-        self.name, self.revision, self.content = "", "", ""  # which weights: weights.load_model
+        self.name = self.revision = self.content = ""  # which weights: weights.load_model
 
     @property
     def blocks(self) -> list[Block]:
@@ -281,8 +296,8 @@ class Transformer(nn.Module):
 
     @property
     def deepest(self) -> int:
-        """The depth at which every token stops at the latest: the cap, or L."""
-        return self.full_depth if self.cap is None else min(self.cap, self.full_depth)
+        """The largest depth of a token: the cap, or L."""
+        return min(self.cap or self.full_depth, self.full_depth)
 
     @property
     def device(self) -> torch.device:
@@ -298,12 +313,8 @@ class Transformer(nn.Module):
 
     def readout(self, h: Tensor) -> Tensor:
         """Residuals [..., D] of any depth -> logits [..., V]."""
-        return F.linear(self.model.norm(h), self.readout_weight)
-
-    @property
-    def readout_weight(self) -> Tensor:
-        """[V, D]; the embedding's in tied models."""
-        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(self.model.norm(h), head.weight)
 
     def run(
         self,
@@ -316,80 +327,44 @@ class Transformer(nn.Module):
         """ids [B, T] -> the residual of each token at the depth where it stopped.
 
         positions [B, T]: absolute; default 0..T-1. cache: keys and values of earlier tokens; those
-        of this call are added. stop: may end tokens early; None runs every block. alive [B, T]
-        bool: tokens to run at all; the others (padding, idle rows) only leave keys and values.
+        of this call are added. stop: None runs every block. alive [B, T] bool: tokens to run at
+        all; the others (padding, idle rows) only leave keys and values.
         """
         h = self.model.embed_tokens(ids)
-        places = self._places(ids, positions, cache)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        span = ids.shape[1] if cache is None else cache.span
+        places = Places(positions, *rotations(self.shape, positions, self.dtype), cache, span)
         depths = torch.full_like(ids, self.deepest)
-        live = None  # every token
         if alive is not None:
             depths = depths.masked_fill(~alive, 0)
-            live = _live(alive, places, cache)
-        for depth, block in enumerate(self.blocks[: self.deepest], start=1):
-            if live is not None and live.width == 0:  # every token has exited
-                _owe(cache, depth - 1, h, depths, places)
+        live = places.live(alive)
+        for layer, block in enumerate(self.blocks[: self.deepest]):
+            if live.width == 0:  # every token has exited; padding leaves no debt
+                at = depths.nonzero(as_tuple=True)
+                if cache is not None:
+                    cache.owe(layer, h[at], at[0], positions[at])
                 break
-            h = block(h, places, live, self._keep(depth - 1, block, places, cache))
+            if cache is not None:
+                self._pay(layer, block, cache)
+            h = block(h, layer, places, live)
+            depth = layer + 1
             if stop is None or depth == self.deepest or depth not in stop.layers:
                 continue
-            leaves = stop(depth, *_running(h, live))
+            leaves = stop(depth, live.pick(h).flatten(0, -2), live.at)
             if leaves is None or not leaves.any():  # host sync: the next shapes depend on it
                 continue
-            gone = leaves.nonzero().view(-1) if live is None else live.index[leaves]
-            depths.view(-1)[gone] = depth
-            live = _live(depths == self.deepest, places, cache)
+            depths[depths == self.deepest] = torch.where(leaves, depth, self.deepest)
+            live = places.live(depths == self.deepest)
         return Run(h, depths)
 
-    def _keep(self, layer: int, block: Block, places: Places, cache: Cache | None) -> Keep:
-        """Where one block's new keys and values go. Debts to this block are paid first."""
-        if cache is None:
-            return lambda k, v: (k, v)
+    def _pay(self, layer: int, block: Block, cache: Cache) -> None:
+        """Give a block, which is about to run, the keys and values of earlier exits."""
         due = cache.due(layer)
-        if due is not None:
-            turn = rotations(self.shape, due.positions[:, None], self.dtype)
-            k, v = block.keys_values(due.h[:, None], *turn)  # [n, K, 1, head_dim]
-            cache.write_due(layer, due, k.squeeze(2), v.squeeze(2))
-            cache.paid(due, layer + 1)
-        return functools.partial(cache.write, layer, places.positions)
-
-    def _places(self, ids: Tensor, positions: Tensor | None, cache: Cache | None) -> Places:
-        B, T = ids.shape
-        if positions is None:
-            positions = torch.arange(T, device=ids.device).expand(B, T)
-        aligned = cache is None or cache.start is not None
-        S = T if cache is None else cache.span
-        causal = aligned and S == T and T > 1
-        mask = None if causal or (aligned and T == 1) else _look_back(positions, S)
-        return Places(positions, *rotations(self.shape, positions, self.dtype), mask, causal)
-
-
-def _running(h: Tensor, live: Live | None) -> tuple[Tensor, Tensor | None]:
-    """Residuals [B, T, D] -> those of the tokens still running [n, D], and their places."""
-    flat = h.flatten(0, 1)
-    return (flat, None) if live is None else (flat[live.index], live.index)
-
-
-def _owe(cache: Cache | None, depth: int, h: Tensor, depths: Tensor, places: Places) -> None:
-    """Leave the keys and values of deeper blocks for later; padding leaves none."""
-    if cache is not None:
-        rows, columns = depths.nonzero(as_tuple=True)
-        cache.owe(depth, h[rows, columns], rows, places.positions[rows, columns])
-
-
-def _look_back(positions: Tensor, S: int) -> Tensor:
-    """Query positions [B, T] -> [B, 1, T, S]: a query sees its own position and those before."""
-    return (torch.arange(S, device=positions.device) <= positions[..., None])[:, None]
-
-
-def _live(alive: Tensor, places: Places, cache: Cache | None) -> Live:
-    """alive [B, T] bool -> packed tokens, padded queries. Padding queries see position 0 only."""
-    B, T = alive.shape
-    S = T if cache is None else cache.span
-    index = alive.view(-1).nonzero().view(-1)
-    width = int(alive.sum(1).max())
-    rank = (alive.cumsum(1) - 1).view(-1)[index]  # of the token within its row
-    slots = index.div(T, rounding_mode="floor") * width + rank
-    here = places.positions.reshape(-1)[index]
-    positions = here.new_zeros(B * width).index_copy(0, slots, here).view(B, width)
-    return Live(index, slots, width, _look_back(positions, S))
+        if due is None:
+            return
+        x = block.input_layernorm(due.h[:, None])
+        cos, sin = rotations(self.shape, due.positions[:, None], self.dtype)
+        k, v = block.self_attn.keys_values(x, cos, sin)  # [n, K, 1, head_dim]
+        cache.write_due(layer, due, k.squeeze(2), v.squeeze(2))
+        cache.paid(due, layer + 1)

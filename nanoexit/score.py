@@ -8,9 +8,8 @@ REINFORCE and evaluation all use it, so generation and training cannot come to m
 things.
 
 Memory. Logits are large (V may be 152,000), so losses never hold all of them. `through_readout`
-takes a chunk of residuals through the final norm and lm_head, applies a function to the logits of
-each row, and keeps only its value and its gradient with respect to the residuals. Rows do not mix,
-so this is exact, and the logits of each chunk are computed once.
+reads out a chunk of residuals at a time, applies a function to the logits of each row, and keeps
+only its value and its gradient with respect to the residuals. Rows do not mix, so this is exact.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,18 +47,15 @@ def align(
     full_depth: int,
     device: torch.device,
 ) -> Aligned:
-    """Token ids of prompts and responses, a depth for each response token (None: full) ->
-    Aligned.
-    """
+    """Token ids of prompts and responses, a depth for each response token; None: full depth."""
     inputs = [[*prompt, *tokens[:-1]] for prompt, tokens in zip(prompts, responses)]
     ids = pad(inputs, device)
-    chosen = [[full_depth] * len(tokens) for tokens in responses] if depths is None else depths
-    before = [[full_depth] * (len(prompt) - 1) for prompt in prompts]
+    chosen = depths or [[full_depth] * len(tokens) for tokens in responses]
     starts = [row * ids.shape[1] + len(prompt) - 1 for row, prompt in enumerate(prompts)]
     places = [torch.arange(start, start + len(t)) for start, t in zip(starts, responses)]
     return Aligned(
         ids,
-        pad([[*a, *b] for a, b in zip(before, chosen)], device),
+        pad([[full_depth] * (len(p) - 1) + list(d) for p, d in zip(prompts, chosen)], device),
         [len(prompt) for prompt in prompts],
         [len(tokens) for tokens in responses],
         torch.cat(places).to(device),
@@ -80,7 +76,7 @@ class Score:
     model: Transformer
     hidden: Tensor  # [B, T, D] the residual that each position is read out from
     depths: Tensor  # [B, T]
-    head_logits: Tensor | None  # [B, T, E] float32, 0 for heads not asked; None without heads
+    head_logits: Tensor  # [B, T, E] float32, 0 for heads not asked; E is 0 without heads
     exit_logprobs: Tensor  # [B, T] float32 log p(exit at that depth); 0 where nothing was chosen
 
     @property
@@ -92,10 +88,8 @@ class Score:
 def score(
     model: Transformer, ids: Tensor, depths: Tensor, prompt_lens: Sequence[int] | Tensor
 ) -> Score:
-    """ids [B, T] right-padded; depths [B, T] of the input positions, 0 on padding.
-
-    prompt_lens [B]: nothing is chosen before the last prompt position. A depth beyond the cap means
-    the cap.
+    """ids [B, T] right-padded; depths [B, T] of the input positions, 0 on padding; beyond the cap
+    they mean the cap. prompt_lens [B]: nothing is chosen before the last prompt position.
     """
     return run_and_score(model, ids, Prescribed(depths), depths > 0, prompt_lens)
 
@@ -111,11 +105,10 @@ def run_and_score(
     """One forward in which `policy` decides -> what it computed. alive [B, T]: not padding."""
     ask = Ask(model, policy, ids.numel(), noise)
     run = model.run(ids, stop=ask, alive=None if bool(alive.all()) else alive)  # host sync
-    z = ask.head_logits
+    z = ask.head_logits.unflatten(0, ids.shape)
     logp = ask.logprobs(run.depths.flatten()).view(ids.shape)
     first = torch.as_tensor(prompt_lens, device=ids.device)[:, None] - 1
     chosen = alive & (torch.arange(ids.shape[1], device=ids.device) >= first)
-    z = None if z is None else z.unflatten(0, ids.shape)
     return Score(model, run.hidden, run.depths, z, logp.where(chosen, 0.0))
 
 
@@ -125,17 +118,17 @@ def run_and_score(
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, function, chunk):
-        outputs, slopes = [], []
+        values, slopes = [], []
         for start in range(0, len(h), chunk):
             rows = slice(start, start + chunk)
+            piece = h[rows].detach().requires_grad_(h.requires_grad)
             with torch.set_grad_enabled(h.requires_grad):
-                piece = h[rows].detach().requires_grad_(h.requires_grad)
                 value = function(piece, rows)
                 if h.requires_grad:
-                    slopes.append(torch.autograd.grad(value.sum(), piece)[0])
-            outputs.append(value.detach())
+                    slopes += torch.autograd.grad(value.sum(), piece)
+            values.append(value.detach())
         ctx.save_for_backward(torch.cat(slopes) if slopes else None)
-        return torch.cat(outputs)
+        return torch.cat(values)
 
     @staticmethod
     def backward(ctx, grad):
@@ -161,20 +154,14 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 def readout_kl(model: Transformer, teacher: Tensor, student: Tensor, chunk: int) -> Tensor:
     """Residuals [n, D] of both -> KL(teacher || student) [n] in nats; gradient to the student's."""
-
-    def kl(h: Tensor, rows: slice) -> Tensor:
-        return divergence(model.readout(teacher[rows]), model.readout(h))
-
-    return through_readout(student, kl, chunk)
+    read = model.readout
+    return through_readout(student, lambda h, i: divergence(read(teacher[i]), read(h)), chunk)
 
 
 def readout_logprobs(model: Transformer, h: Tensor, tokens: Tensor, chunk: int) -> Tensor:
     """Residuals [n, D] and the tokens [n] drawn from them -> log p(token) [n] float32."""
-
-    def logprob(piece: Tensor, rows: slice) -> Tensor:
-        return token_logprob(model.readout(piece), tokens[rows])
-
-    return through_readout(h, logprob, chunk)
+    read = model.readout
+    return through_readout(h, lambda x, i: token_logprob(read(x), tokens[i]), chunk)
 
 
 def token_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
