@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import _path  # noqa: F401
@@ -57,7 +58,8 @@ def main() -> None:
         write_page(args.html, [Run("", shown)], f"{Path(name).name}, policy {policy}")
         print(f"page written to {args.html}", file=sys.stderr)
     if args.json:
-        print("\n".join(json.dumps(row) for row in shown))
+        lines = [json.dumps(row).replace("\x7f", "\\u007f") for row in shown]
+        print("\n".join(lines))  # JSON spells out every other control character itself
     else:
         show(responses, tokenizer, model, policy)
 
@@ -112,12 +114,9 @@ def own_prompts(text: str | None) -> list[Prompt]:
     if text is None:
         chains = load_prompts(Config().data, "held_out", 200)
         return [next(p for p in chains if p.group.startswith(k)) for k in "246"]
-    clock = TASKS["clock"]
-    try:
-        answer = clock.target(Prompt("yours", text))
-    except UserError:
-        return [Prompt("yours", text)]
-    return [Prompt("yours", text, answer, checker=clock.name)]
+    clock = Prompt("yours", text, checker="clock")
+    answer = TASKS["clock"].target(clock)
+    return [Prompt("yours", text) if answer is None else replace(clock, answer=answer)]
 
 
 def show(responses: list[Response], tokenizer: Tokenizer, model: Transformer, policy: str) -> None:
