@@ -1,16 +1,14 @@
 """Every knob with its meaning and range; YAML in, precise errors out; files read and written.
 
-`load_config("configs/tiny.yaml", ["sft.lr=1e-3"])` reads the file with YAML's safe loader, applies
-the overrides, and checks every key, type and range. Files named in a config are looked up from the
-working directory, then from the root of the repository, so scripts run from anywhere.
-
-A user's mistake is a `UserError`: one line that names what was wrong, where, and what would be
-right. `run_script` prints that line and exits with code 2. Any other exception is a bug of ours and
-keeps its traceback.
+Files named in a config are looked up from the working directory, then from the root of the
+repository, so scripts run from anywhere. A user's mistake is a `UserError`: one line that names
+what was wrong, where, and what would be right. `run_script` prints it and exits with code 2. Any
+other exception is a bug of ours and keeps its traceback.
 """
 
 import argparse
-import dataclasses
+import contextlib
+import copy
 import difflib
 import json
 import math
@@ -19,12 +17,10 @@ import re
 import reprlib
 import signal
 import sys
-import types
-import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from safetensors import SafetensorError
@@ -32,15 +28,15 @@ from safetensors import SafetensorError
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
-C = TypeVar("C")
+KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}
+KINDS |= {str: "text", dict: "a mapping such as {key: value}"}
 
 
-def knob(default: Any, doc: str, low: Any = None, high: Any = None, choices: Any = None) -> Any:
-    """A documented field. `low` and `high` are inclusive; for a list they hold for each item."""
+def knob(default: Any, doc: str, low: float = 0, high: float = math.inf, choices: Any = ()) -> Any:
+    """A documented field; low <= number <= high. For a list, all of it holds for each item."""
+    doc += f" ({', '.join(choices)})" if choices else ""
     meta = {"doc": doc, "low": low, "high": high, "choices": choices}
-    if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
-    return dataclasses.field(default=default, metadata=meta)
+    return field(default_factory=lambda: copy.copy(default), metadata=meta)
 
 
 @dataclass
@@ -49,21 +45,21 @@ class ModelConfig:
     revision: str | None = knob(None, "branch, tag or commit on the hub; kept in nanoexit.json")
     device: str = knob("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     dtype: str = knob("auto", "auto is bfloat16 on cuda, float32 elsewhere", choices=DTYPES)
-    logits_chunk: int = knob(1024, "tokens whose logits are in memory at once in losses", low=1)
+    logits_chunk: int = knob(1024, "tokens whose logits are in memory at once in losses", 1)
 
 
 @dataclass
 class ExitsConfig:
-    layers: list[int] = knob([1], "depths that get an exit head; [] is a model without", low=1)
+    layers: list[int] = knob([1], "depths that get an exit head; [] is a model without", 1)
     head: str = knob("linear", "scalar product, or MLP D -> 2D -> 1", choices=["linear", "mlp"])
-    cap: int | None = knob(None, "largest depth of any token, the prompt's included", low=1)
+    cap: int | None = knob(None, "largest depth of any token, the prompt's included", 1)
 
 
 @dataclass
 class LoRAConfig:
-    r: int = knob(8, "rank", low=1, high=65536)
-    alpha: float = knob(16.0, "the update B A x is scaled by alpha / r", low=0)
-    dropout: float = knob(0.0, "dropout on the input of A while training", low=0, high=0.99)
+    r: int = knob(8, "rank", 1, 65536)
+    alpha: float = knob(16.0, "the update B A x is scaled by alpha / r")
+    dropout: float = knob(0.0, "dropout on the input of A while training", high=0.99)
     targets: list[str] = knob(TARGETS[:4], "linear maps that get an adapter", choices=TARGETS)
 
 
@@ -71,8 +67,8 @@ class LoRAConfig:
 class DataConfig:
     prompts: str = knob("clock", "a task made on the spot, a JSONL or CSV file, or hub:ID/FILE")
     traces: str | None = knob(None, "folder of the teacher's traces; null is traces/ in the run's")
-    count: int | None = knob(None, "training prompts to use; null is all (8192 if made)", low=1)
-    held_out: float = knob(0.1, "share of prompts kept for evaluation, by a hash", low=0, high=0.9)
+    count: int | None = knob(None, "training prompts to use; null is all (8192 if made)", 1)
+    held_out: float = knob(0.1, "share of prompts kept for evaluation, by a hash", high=0.9)
     checker: str = knob("auto", "task that verifies answers; auto picks it from the prompts")
     system: str | None = knob(None, "system message for prompts without one")
     template: dict = knob({}, "variables of the chat template, as {enable_thinking: false}")
@@ -81,117 +77,110 @@ class DataConfig:
 @dataclass
 class TeacherConfig:
     kl_strength: float = knob(1.0, "s of the target chance 2 (1 - sigmoid(s KL)) to exit", 0.01)
-    traces: int = knob(1, "traces that the base model writes for each prompt", low=1)
-    chunk: int = knob(512, "traces between two writes to disk (the most a kill can lose)", low=1)
+    traces: int = knob(1, "traces that the base model writes for each prompt", 1)
+    chunk: int = knob(512, "traces between two writes to disk (the most a kill can lose)", 1)
 
 
 @dataclass
 class GenerationConfig:
-    max_new_tokens: int = knob(400, "most tokens of a response, its end token included", low=1)
-    temperature: float = knob(1.0, "0 takes the most likely token", low=0)
-    top_p: float = knob(1.0, "sample from the smallest set with this probability", low=0.01, high=1)
-    top_k: int = knob(0, "sample from the k most likely tokens; 0 is off", low=0)
-    batch_size: int = knob(16, "rows that decode together while the teacher writes", low=1)
+    max_new_tokens: int = knob(400, "most tokens of a response, its end token included", 1)
+    temperature: float = knob(1.0, "0 takes the most likely token")
+    top_p: float = knob(1.0, "sample from the smallest set with this probability", 0.01, 1)
+    top_k: int = knob(0, "sample from the k most likely tokens; 0 is off")
+    batch_size: int = knob(16, "rows that decode together while the teacher writes", 1)
     fast: bool = knob(True, "decode with fast.py: fused, from a second copy of the weights")
 
 
 @dataclass
 class SFTConfig:
-    steps: int = knob(200, "optimizer steps", low=1)
-    batch_size: int = knob(8, "traces a step, over all processes", low=1)
-    micro_batch: int = knob(64, "traces in one forward; smaller needs less memory", low=1)
+    steps: int = knob(200, "optimizer steps", 1)
+    batch_size: int = knob(8, "traces a step, over all processes", 1)
+    micro_batch: int = knob(64, "traces in one forward; smaller needs less memory", 1)
     lr: float = knob(1e-4, "peak learning rate of AdamW: warm-up, then a half cosine", 0, 10)
     targets: str = knob("student", "whose early readouts set targets", choices=["student", "base"])
-    broad: float = knob(0.1, "share of rows that draw their exits uniformly", low=0, high=1)
-    save_every: int = knob(50, "steps between checkpoints", low=1)
+    broad: float = knob(0.1, "share of rows that draw their exits uniformly", high=1)
+    save_every: int = knob(50, "steps between checkpoints", 1)
 
 
 @dataclass
 class RLConfig:
-    steps: int = knob(60, "optimizer steps, each on one fresh batch of rollouts", low=1)
-    prompts: int = knob(16, "prompts a step, over all processes", low=1)
-    rollouts: int = knob(16, "rollouts a prompt", low=2)
-    lr: float = knob(1e-3, "peak learning rate of AdamW, as in SFT", low=0, high=10)
-    micro_batch: int = knob(256, "rollouts in one forward; smaller needs less memory", low=1)
-    kl_weight: float = knob(0.0, "beta: cost of a nat of KL to the teacher, mean a token", low=0)
-    depth_weight: float = knob(1.0, "lambda: cost of depth, in units of L", low=0)
+    steps: int = knob(60, "optimizer steps, each on one fresh batch of rollouts", 1)
+    prompts: int = knob(16, "prompts a step, over all processes", 1)
+    rollouts: int = knob(16, "rollouts a prompt", 2)
+    lr: float = knob(1e-3, "peak learning rate of AdamW, as in SFT", high=10)
+    micro_batch: int = knob(256, "rollouts in one forward; smaller needs less memory", 1)
+    kl_weight: float = knob(0.0, "beta: cost of a nat of KL to the teacher, mean a token")
+    depth_weight: float = knob(1.0, "lambda: cost of depth, in units of L")
     depth_penalty: str = knob("max", "depth that is charged", choices=["max", "mean", "sum"])
-    length_weight: float = knob(0.005, "eta: cost of each token written", low=0)
-    keep_samples: int = knob(2, "rollouts of each step kept in samples.jsonl", low=0)
-    save_every: int = knob(20, "steps between checkpoints", low=1)
+    length_weight: float = knob(0.005, "eta: cost of each token written")
+    keep_samples: int = knob(2, "rollouts of each step kept in samples.jsonl")
+    save_every: int = knob(20, "steps between checkpoints", 1)
 
 
 @dataclass
 class JudgeConfig:
-    kind: str = knob(
-        "offline", "rubric by the task, or a model", choices=["offline", "api", "none"]
-    )
+    kind: str = knob("offline", "the task's rubric, or a model", choices=["offline", "api", "none"])
     base_url: str | None = knob(None, "OpenAI-compatible endpoint, as http://127.0.0.1:8000/v1")
     model: str | None = knob(None, "the judge's model name at that endpoint")
     api_key_env: str = knob("JUDGE_API_KEY", "environment variable that holds the key")
-    concurrency: int = knob(8, "requests in flight", low=1, high=256)
-    retries: int = knob(5, "attempts after the first", low=0, high=100)
-    timeout: float = knob(60.0, "seconds until a whole reply must arrive", low=0.01, high=3600)
-    max_requests: int = knob(10000, "most requests of one run", low=1)
-    max_tokens: int = knob(512, "most tokens of one reply", low=1)
+    concurrency: int = knob(8, "requests in flight", 1, 256)
+    retries: int = knob(5, "attempts after the first", high=100)
+    timeout: float = knob(60.0, "seconds until a whole reply must arrive", 0.01, 3600)
+    max_requests: int = knob(10000, "most requests of one run", 1)
+    max_tokens: int = knob(512, "most tokens of one reply", 1)
 
 
 @dataclass
 class EvaluateConfig:
-    count: int = knob(1024, "held-out prompts", low=1)
+    count: int = knob(1024, "held-out prompts", 1)
     policies: list[str] = knob(["head"], "full, head, head:T, fixed:D, kl:S, confidence:T")
     frontier: list[str] = knob([], "policies measured by accuracy and depth alone")
-    caps: list[int] = knob([], "caps at which the accuracy is measured", low=1)
-    batch_size: int = knob(256, "rows that decode together", low=1)
-    samples: int = knob(16, "responses kept in samples.jsonl", low=0)
+    caps: list[int] = knob([], "caps at which the accuracy is measured", 1)
+    batch_size: int = knob(256, "rows that decode together", 1)
+    samples: int = knob(16, "responses kept in samples.jsonl")
 
 
 @dataclass
 class RunConfig:
     dir: str = knob("runs/run", "the run directory")
-    seed: int = knob(0, "every random draw of the run is a function of this", low=0, high=2**63 - 1)
+    seed: int = knob(0, "every random draw of the run is a function of this", high=2**63 - 1)
     init: str | None = knob(None, "start from the adapters and heads of this run")
-    threads: int | None = knob(None, "CPU threads; null is torch's own choice", low=1, high=4096)
+    threads: int | None = knob(None, "CPU threads; null is torch's own choice", 1, 4096)
     wandb: bool = knob(False, "mirror metrics to Weights & Biases")
 
 
 @dataclass
 class Config:
-    """One run. The sections' own docstrings are their fields."""
-
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    exits: ExitsConfig = dataclasses.field(default_factory=ExitsConfig)
-    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
-    generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
-    sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
-    rl: RLConfig = dataclasses.field(default_factory=RLConfig)
-    judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
-    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
-    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    exits: ExitsConfig = field(default_factory=ExitsConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
 
 # --- YAML and the command line ----------------------------------------------------------------
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[C] = Config) -> C:  # type: ignore[assignment]
-    """Read a YAML file into `schema`, a dataclass of dataclasses, then apply "sft.lr=1e-3".
-
-    Raises UserError for a missing file, broken YAML, an unknown key, a wrong type or range.
-    """
+def load_config(path: str | Path, overrides: Sequence[str] = (), schema: Any = Config) -> Any:
+    """`schema` from a YAML file, then overrides as "sft.lr=1e-3". UserError for any mistake."""
     path = find_file(path, "config")
     config = schema()
-    _fill(config, _parse_yaml(read_text(path), str(path)), str(path), "")
+    _fill(config, _parse_yaml(read_text(path), str(path)), str(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         where = f"override {override!r}"
-        if not equals or not key:
+        if not equals:
             raise UserError(f"{where}: expected KEY=VALUE, such as sft.lr=1e-3")
         tree = _parse_yaml(text, where)
         for part in reversed(key.split(".")):
             tree = {part: tree}
-        _fill(config, tree, where, "")
+        _fill(config, tree, where)
     return config
 
 
@@ -209,22 +198,17 @@ def command_line(doc: Any, resume: bool = False, schema: Any = Config) -> argpar
 
 def describe(schema: Any = Config) -> str:
     """Every key with its default and meaning, as `--help` prints it."""
-    lines, defaults = [], schema()
-    for section in dataclasses.fields(schema):
-        for f in dataclasses.fields(getattr(defaults, section.name)):
-            default, choices = (
-                getattr(getattr(defaults, section.name), f.name),
-                f.metadata["choices"],
-            )
-            doc = f.metadata["doc"] + (f" ({', '.join(choices)})" if choices else "")
-            default = "null" if default is None else default
-            lines.append(f"  {section.name}.{f.name} = {default}\n      {doc}")
-    return "\n".join(lines)
+    text = ""
+    for section, knobs in vars(schema()).items():
+        for f in fields(knobs):
+            default = json.dumps(getattr(knobs, f.name))
+            text += f"  {section}.{f.name} = {default}\n      {f.metadata['doc']}\n"
+    return text
 
 
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML; `load_config` reads it back unchanged."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -232,75 +216,61 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(problem=f"the key {twice!r} is given twice")
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice")
         return super().construct_mapping(node, deep)
 
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{where}:{at} is not YAML: {problem}") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; 10,000 brackets
-        raise UserError(f"{where} cannot be read as YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also for 5,000 digits
+        raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
 
 
-def _fill(config: Any, tree: Any, where: str, prefix: str) -> None:
+def _fill(config: Any, tree: Any, where: str, prefix: str = "") -> None:
     """Set the fields of a dataclass from a mapping; `prefix` is the dotted key so far."""
     if tree is None:
         return
     if not isinstance(tree, dict):
         name = prefix.rstrip(".") or "the file"
         raise UserError(f"{where}: {name}: expected a mapping of keys, found {show(tree)}")
-    hints = typing.get_type_hints(type(config))
-    fields = {f.name: f for f in dataclasses.fields(config)}
+    hints = get_type_hints(type(config))
+    knobs = {f.name: f.metadata for f in fields(config)}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if name not in fields:
-            allowed = f"; allowed here: {', '.join(fields)}"
-            raise UserError(f"{where}: unknown key {key!r}{nearest(name, fields)}{allowed}")
-        if dataclasses.is_dataclass(hints[name]):
+        if name not in knobs:
+            allowed = f"{nearest(name, knobs)}; allowed here: {', '.join(knobs)}"
+            raise UserError(f"{where}: unknown key {key!r}{allowed}")
+        if is_dataclass(hints[name]):
             _fill(getattr(config, name), value, where, f"{key}.")
         else:
-            meta = fields[name].metadata
-            setattr(config, name, _checked(value, hints[name], meta, f"{where}: {key}"))
+            setattr(config, name, _checked(value, hints[name], knobs[name], f"{where}: {key}"))
 
 
 def _checked(value: Any, hint: Any, meta: Any, where: str) -> Any:
     """`value` as the type of `hint`, within the knob's bounds."""
-    if isinstance(hint, types.UnionType):  # T | None
-        if value is None:
-            return None
-        hint = typing.get_args(hint)[0]
-    if typing.get_origin(hint) is list:
-        if not isinstance(value, list):
-            raise UserError(f"{where}: expected a list such as [1, 2], found {show(value)}")
-        return [_checked(item, typing.get_args(hint)[0], meta, where) for item in value]
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
+    inner = get_args(hint)
+    if type(None) in inner:  # T | None
+        return None if value is None else _checked(value, inner[0], meta, where)
+    if inner and isinstance(value, list):
+        return [_checked(item, inner[0], meta, where) for item in value]
+    if hint is float and type(value) in (int, str):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # YAML 1.1 reads 1e-5 as text: it is a number here
-        except (ValueError, OverflowError):
-            pass
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        expected = kind.get(hint, "a mapping such as {key: value}")
-        raise UserError(f"{where}: expected {expected}, found {show(value)}")
-    if meta["choices"] and value not in meta["choices"]:
-        close = nearest(value, meta["choices"])
-        raise UserError(f"{where}: {show(value)} is not one of {', '.join(meta['choices'])}{close}")
-    low, high = meta["low"], meta["high"]
-    if (low is not None and value < low) or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise UserError(f"{where}: {show(value)} is out of range, expected {bounds}")
+    low, high, choices = meta["low"], meta["high"], meta["choices"]
+    expected = KINDS.get(hint, "a list such as [1, 2]")
+    fits = type(value) is hint
+    if choices and not inner:
+        expected, fits = f"one of {', '.join(choices)}", fits and value in choices
+    elif hint in (int, float):
+        expected += f" from {low} to {high}" if math.isfinite(high) else f", at least {low}"
+        fits = fits and low <= value <= high and value != math.inf
+    if not fits:
+        close = nearest(value, choices)
+        raise UserError(f"{where}: expected {expected}, found {show(value)}{close}")
     return value
-
-
-# --- mistakes ---------------------------------------------------------------------------------
 
 
 class UserError(ValueError):
@@ -328,28 +298,24 @@ def printable(text: str) -> str:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main. Exit codes: 2 a UserError, 130 Ctrl-C, 143 SIGTERM; one line each."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a console may not know every character
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    kept = "what was written is kept; --resume continues from a checkpoint"
+    code, line = 130, "stopped: what was written is kept; --resume continues from a checkpoint"
     try:
         main()
         sys.stdout.flush()
         return
-    except UserError as error:
-        code, line = 2, f"error: {printable(' '.join(str(error).split()))}"
-    except KeyboardInterrupt:
-        code, line = 130, f"interrupted: {kept}"
     except BrokenPipeError:  # `... | head` closed our output: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    except OSError as error:  # the machine refuses: disk full, no permission, read-only
-        what = printable(str(error.filename or "a file"))
-        code, line = 2, f"error: {what}: {error.strerror or error}"
+    except (UserError, OSError) as error:  # OSError: disk full, no permission
+        code, line = 2, f"error: {printable(' '.join(str(error).split()))}"
+    except KeyboardInterrupt:
+        pass
     except SystemExit as end:
         if end.code != 143:
             raise
-        code, line = 143, f"terminated: {kept}"
+        code = 143
     for again in (signal.SIGINT, signal.SIGTERM):  # a second one adds no traceback
         signal.signal(again, signal.SIG_IGN)
     print(line, file=sys.stderr)
@@ -365,8 +331,7 @@ def find_file(path: str | Path, what: str = "file") -> Path:
     for candidate in (path, ROOT / path):
         if candidate.is_file():
             return candidate
-    places = "" if path.is_absolute() else f" in {Path.cwd()} or {ROOT}"
-    raise UserError(f"{what} {path}: no such file{places}")
+    raise UserError(f"{what} {path}: no such file, from {Path.cwd()} or {ROOT}")
 
 
 def read_text(path: Path) -> str:
@@ -381,38 +346,33 @@ def read_text(path: Path) -> str:
         raise UserError(f"{where}: not {kind}: {found}; save the file as UTF-8") from None
 
 
-def parse_json(text: str, where: str) -> Any:
-    """JSON text -> its value. UserError for broken, too deeply nested or absurdly long input."""
+def parse_json(text: str, where: str, kind: type = object) -> Any:
+    """JSON text -> its value. UserError for broken, too deep or too long input, or another kind."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:  # also for a number of 5,000 digits
         raise UserError(f"{where} is not JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file, {} without a file. UserError for anything but an object."""
-    return _mapping(read_text(path), str(path)) if path.is_file() else {}
+    return parse_json(read_text(path), str(path), dict) if path.is_file() else {}
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     """(line number, object) of every line that is not blank."""
     for line, text in enumerate(read_text(path).split("\n"), start=1):
         if text.strip():
-            yield line, _mapping(text, f"{path}:{line}")
-
-
-def _mapping(text: str, where: str) -> dict:
-    value = parse_json(text, where)
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
-    return value
+            yield line, parse_json(text, f"{path}:{line}", dict)
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, flush it to disk, rename it: never half a file.
 
-    Follows a symlink to its target. Raises UserError where the machine refuses, or where `path` is
-    a folder or a device.
+    Follows a symlink. Raises UserError where the machine refuses, or for a folder or a device.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -427,8 +387,8 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {error}") from None
     finally:
-        if beside.parent.is_dir():
-            beside.unlink(missing_ok=True)
+        if beside.is_file():
+            beside.unlink()
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -450,12 +410,6 @@ def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
 
 def rounded(value: Any) -> Any:
     """`value` as JSON holds it: floats with six digits, tensors as lists, non-finite as null."""
-    if hasattr(value, "tolist"):  # a tensor or an array
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+    text = json.dumps(value, default=lambda tensor: tensor.tolist())
+    six = lambda digits: float(f"{float(digits):.6g}")  # noqa: E731
+    return json.loads(text, parse_float=six, parse_constant=lambda _: None)

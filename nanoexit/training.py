@@ -1,23 +1,22 @@
 """What all training loops share: checks before the work, the run directory, checkpoints, processes.
 
-Exact resume, by construction: every random draw of step t is a function of (run.seed, t), so a
-checkpoint is the trained tensors, the optimizer's moments and a step number, and nothing else. It
-is one safetensors file, replaced by a rename.
-
-Many processes, started by torchrun: each takes every world-th row of a step, and sums of gradients
-are added by torch.distributed, so the result is that of one process. Only process 0 writes.
+Exact resume: every random draw of step t is a function of (run.seed, t), so a checkpoint is the
+trained tensors, the optimizer's moments and a step number, in one safetensors file. Processes of
+torchrun take every world-th row of a step and add up gradients, so the result is that of one
+process. Only process 0 writes.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,20 +24,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from nanoexit.adapters import adapter_base, load_adapter
-from nanoexit.config import (
-    Config,
-    UserError,
-    load_config,
-    read_text,
-    replace,
-    rounded,
-    show,
-    to_yaml,
-    write_text,
-)
+from nanoexit.config import Config, UserError, load_config, replace, rounded, to_yaml, write_text
 from nanoexit.exits import attach, check_cap, parse_policy
 from nanoexit.judge import check_judge
 from nanoexit.lora import adapters
@@ -52,16 +42,8 @@ try:
 except ImportError:  # Windows: without a lock
     fcntl = None  # type: ignore[assignment]
 
-MAY_CHANGE = {
-    "run.dir",
-    "run.wandb",
-    "run.threads",
-    "model.device",
-    "sft.save_every",
-    "rl.save_every",
-}
-MAY_CHANGE |= {"sft.micro_batch", "rl.micro_batch", "model.logits_chunk"}
-T = TypeVar("T")
+MAY_CHANGE = ["run.dir", "run.wandb", "run.threads", "model.device", "model.logits_chunk"]
+MAY_CHANGE += ["sft.save_every", "sft.micro_batch", "rl.save_every", "rl.micro_batch"]
 
 
 # --- before the work --------------------------------------------------------------------------
@@ -74,36 +56,28 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
             parse_policy(policy, where=f"evaluate.{key}: ")
     check_prompts(config.data)
     check_judge(config.judge)
-    if config.run.wandb:
-        _wandb_package()
+    if config.run.wandb and not find_spec("wandb"):
+        raise UserError("run.wandb is true, but wandb is not installed: pip install wandb")
     folder = Path(config.run.dir)
     if not resume:
         _check_folder(folder)
     elif not (folder / "config.yaml").is_file():
         raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
-    if reinforce:
-        _check_on_policy(config)
-
-
-def _check_on_policy(config: Config) -> None:
-    """The gradient of REINFORCE is only right for samples of the model's own distribution."""
-    g, processes = config.generation, int(os.environ.get("WORLD_SIZE", 1))
-    wanted = (("temperature", g.temperature, 1.0), ("top_p", g.top_p, 1.0), ("top_k", g.top_k, 0))
-    for key, value, expected in wanted:
-        if value != expected:
-            raise UserError(
-                f"generation.{key}: expected {expected} for REINFORCE, which samples from the "
-                f"model's own distribution, found {value}"
-            )
-    if config.rl.prompts < processes:
-        raise UserError(f"rl.prompts: {config.rl.prompts} is fewer than {processes} processes")
+    if reinforce:  # its gradient is only right for samples of the model's own distribution
+        for key, expected in {"temperature": 1.0, "top_p": 1.0, "top_k": 0}.items():
+            found = getattr(config.generation, key)
+            if found != expected:
+                raise UserError(f"generation.{key}: REINFORCE expects {expected}, found {found}")
+        count = int(os.environ.get("WORLD_SIZE", 1))
+        if config.rl.prompts < count:
+            raise UserError(f"rl.prompts: {config.rl.prompts} is fewer than {count} processes")
 
 
 def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     """The base with heads, adapters and cap, fresh or from run.init; and its tokenizer.
 
-    Raises UserError where the run in run.init was made with other exits or LoRA than the config
-    says, or where a prompt does not fit the model. A cap that the config leaves null is the run's.
+    A cap that the config leaves null is the run's. Raises UserError where the run in run.init has
+    other exits or LoRA than the config, or where a prompt does not fit the model.
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -148,7 +122,7 @@ def _check_lengths(model: Transformer, tokenizer: Tokenizer, config: Config) -> 
             length = len(prompt_ids(tokenizer, prompt, config)) if prompt.where else 0
             if length + most > longest:
                 raise UserError(
-                    f"{prompt.where}: the prompt has {length} tokens; with "
+                    f"{prompt.where or 'data.prompts'}: the prompt has {length} tokens; with "
                     f"generation.max_new_tokens={most} it exceeds the model's {longest} positions"
                 )
 
@@ -181,19 +155,16 @@ def run_directory(config: Config, resume: bool) -> Iterator[Path]:
 def _open_run(folder: Path, config: Config, resume: bool) -> int:
     """Make or continue the folder -> its lock."""
     _check_folder(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.dir: {folder}: {error.strerror}") from None
     lock = _lock(folder)
     if resume:
         _check_same_config(folder / "config.yaml", config)
     elif _is_used(folder):
-        numbered = (folder.with_name(f"{folder.name}.before-{i}") for i in range(1, 10**6))
-        aside = folder.rename(next(path for path in numbered if not path.exists()))
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
+            number += 1
+        folder.rename(aside)
         print(f"the earlier run in {folder} is now {aside}", file=sys.stderr)
         os.close(lock)
-        folder.mkdir()
         lock = _lock(folder)
     for left in folder.rglob("*.tmp"):  # of a process that was killed while writing
         left.unlink()
@@ -215,33 +186,36 @@ def _check_folder(folder: Path) -> None:
 
 
 def _lock(folder: Path) -> int:
-    """A lock on the folder itself, released when the process ends in any way."""
-    handle = os.open(os.devnull if fcntl is None else folder, os.O_RDONLY)
+    """Make the folder and lock it, until the handle is closed or the process ends in any way."""
     try:
-        if fcntl is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
+        if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(handle)
         raise UserError(f"run.dir: {folder} is in use by another process") from None
+    except OSError as error:
+        raise UserError(f"run.dir: {folder}: {error.strerror}") from None
     return handle
 
 
 def _check_same_config(path: Path, config: Config) -> None:
-    old = dataclasses.asdict(load_config(path))
-    for section, values in dataclasses.asdict(config).items():
+    old = asdict(load_config(path))
+    for section, values in asdict(config).items():
         for key, value in values.items():
-            before, name = old[section][key], f"{section}.{key}"
-            if before != value and name not in MAY_CHANGE:
-                found = f"{name} is {show(value)}, but {path} says {show(before)}"
+            name, before = f"{section}.{key}", old[section][key]
+            if value != before and name not in MAY_CHANGE:
+                found = f"{name} is {value!r}, but {path} says {before!r}"
                 raise UserError(f"--resume: {found}; another run needs another run.dir")
 
 
-# --- optimizer --------------------------------------------------------------------------------
+# --- steps and checkpoints --------------------------------------------------------------------
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
+def make_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> AdamW:
     """AdamW without weight decay."""
-    return torch.optim.AdamW(list(parameters), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    return AdamW(list(parameters), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
 
 
 def cosine_share(step: int, steps: int, warmup: int = 10, floor: float = 0.02) -> float:
@@ -252,7 +226,7 @@ def cosine_share(step: int, steps: int, warmup: int = 10, floor: float = 0.02) -
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * along))
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float) -> float:
+def update(optimizer: Optimizer, lr: float) -> float:
     """Add gradients over processes, clip their norm to 1, step, clear -> the norm before clipping.
 
     Raises UserError for a norm that is not finite, before any weight changes.
@@ -277,28 +251,18 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-# --- checkpoints ------------------------------------------------------------------------------
-
-
-def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> None:
     """State after `step` steps, into folder/checkpoint/state.safetensors."""
-    tensors: dict[str, Tensor] = {}
-    steps = {}
+    tensors = {}
     for name, p in trained(model).items():
-        state = optimizer.state.get(p, {})
         tensors[f"parameter.{name}"] = p.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment in state:
-                tensors[f"{moment}.{name}"] = state[moment]
-        steps[name] = float(state.get("step", 0))
-    metadata = {"step": str(step), "optimizer_steps": json.dumps(steps)}
-    path = folder / "checkpoint" / "state.safetensors"
-    replace(path, lambda beside: save_file(tensors, beside, metadata))
+        for key, value in optimizer.state.get(p, {}).items():  # step, exp_avg, exp_avg_sq
+            tensors[f"{key}.{name}"] = value
+    write = lambda beside: save_file(tensors, beside, {"step": str(step)})  # noqa: E731
+    replace(folder / "checkpoint" / "state.safetensors", write)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
     """Restore what save_checkpoint wrote -> steps done; 0 without a checkpoint.
 
     Raises UserError for a damaged file, or one of another model.
@@ -309,23 +273,20 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     try:
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        steps, done = json.loads(metadata["optimizer_steps"]), int(metadata["step"])
+            done = int(file.metadata()["step"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to train from the start") from None
     for name, p in trained(model).items():
         value = tensors.get(f"parameter.{name}")
         if value is None or value.shape != p.shape:
-            shape = list(p.shape)
-            raise UserError(f"{path}: no tensor parameter.{name} of shape {shape}: another model's")
+            expected = f"parameter.{name} of shape {list(p.shape)}"
+            raise UserError(f"{path}: no tensor {expected}: another model's")
         p.data.copy_(value)
-        if steps[name]:
-            moments = {m: tensors[f"{m}.{name}"].to(p.device) for m in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.tensor(steps[name]), **moments}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if f"{key}.{name}" in tensors:
+                value = tensors[f"{key}.{name}"]
+                optimizer.state[p][key] = value if key == "step" else value.to(p.device)
     return done
-
-
-# --- randomness and order ---------------------------------------------------------------------
 
 
 def stream(name: str, seed: int, *numbers: int) -> list[int]:
@@ -340,15 +301,13 @@ def seed_torch(name: str, seed: int, *numbers: int) -> None:
 
 
 def batch_at(step: int, items: int, batch_size: int, seed: int) -> list[int]:
-    """Items of a step: epochs are shuffled passes, and a batch may span two of them."""
-    orders: dict[int, np.ndarray] = {}
-    chosen = []
-    for place in range(step * batch_size, (step + 1) * batch_size):
-        epoch, i = divmod(place, items)
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng(stream("order", seed, epoch)).permutation(items)
-        chosen.append(int(orders[epoch][i]))
-    return chosen
+    """Items of a step: epochs are shuffled passes, and a batch may span several of them."""
+    first = step * batch_size
+    order: list[int] = []
+    for epoch in range(first // items, (first + batch_size - 1) // items + 1):
+        rng = np.random.default_rng(stream("order", seed, epoch))
+        order += rng.permutation(items).tolist()
+    return order[first % items :][:batch_size]
 
 
 # --- metrics ----------------------------------------------------------------------------------
@@ -366,35 +325,27 @@ class Metrics:
 
     def __init__(self, folder: Path, done: int, config: Config):
         self.path, self.wandb = folder / "metrics.jsonl", None
-        if not is_main():
-            return
-        text = read_text(self.path) if self.path.is_file() else ""
-        kept = text.splitlines(keepends=True)[:done]  # line n is step n
-        write_text(self.path, "".join(kept))
-        if config.run.wandb:
+        if is_main():
+            lines = self.path.read_bytes().splitlines(True) if self.path.is_file() else []
+            kept = b"".join(lines[:done])  # line n is step n
+            replace(self.path, lambda beside: beside.write_bytes(kept))
+        if is_main() and config.run.wandb:
+            import wandb
+
             names = {"project": "nanoexit", "name": folder.name, "dir": str(folder)}
-            self.wandb = _wandb_package().init(**names, config=dataclasses.asdict(config))
+            self.wandb = wandb.init(**names, config=asdict(config))
 
     def write(self, step: int, **values: Any) -> None:
         """Add the figures of step `step` (from 1). Raises UserError for one that is not finite."""
         for name, value in values.items():
             if not np.isfinite(value).all():
                 raise UserError(f"step {step}: {name} is {value}; the last checkpoint is kept")
+        row = rounded({"step": step, **values})
         if is_main():
-            row = rounded({"step": step, **values})
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            if self.wandb is not None:
-                self.wandb.log({k: v for k, v in row.items() if not isinstance(v, list)}, step=step)
-
-
-def _wandb_package() -> Any:
-    try:
-        import wandb
-    except ImportError:
-        fix = "pip install wandb"
-        raise UserError(f"run.wandb is true, but wandb is not installed: {fix}") from None
-    return wandb
+        if self.wandb is not None:
+            self.wandb.log({k: v for k, v in row.items() if not isinstance(v, list)}, step=step)
 
 
 # --- processes --------------------------------------------------------------------------------
@@ -406,10 +357,11 @@ def processes(config: Config) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
-    if torch.cuda.is_available() and config.model.device in ("auto", "cuda"):
+    cuda = torch.cuda.is_available()
+    if cuda and config.model.device in ("auto", "cuda"):
         config.model.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(config.model.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield
     finally:
@@ -428,7 +380,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def mine(items: Sequence[T]) -> list[T]:
+def mine(items: Sequence) -> list:
     """The share of a step's items that this process takes."""
     return list(items[rank() :: world()])
 
