@@ -214,6 +214,7 @@ DETAILS: tuple[Shown, ...] = (
     ("perplexity", "perplexity under the base", "{:.2f}", "not a number"),
     ("repetition", "repetition", "{:.3f}", ""),
     ("well_formed", "well formed", "{:.0%}", ""),
+    ("depth_by_kind", "mean depth, {}", "{:.2f}", ""),
 )
 
 
