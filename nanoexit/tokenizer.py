@@ -129,9 +129,7 @@ class Tokenizer:
         rows = read_object(folder / "config.json").get("vocab_size")
         for token, i in self._tokenizer.get_vocab().items():
             if type(rows) is int and i >= rows:
-                raise UserError(
-                    f"{folder}: {show(token)} has the id {i} of {rows} in the embedding"
-                )
+                raise UserError(f"{folder}: token {show(token)} is id {i}: expected below {rows}")
         template = _read_template(folder, config)
         self.has_template = template is not None
         self._template = TemplateProcess(template or "", str(folder))

@@ -92,6 +92,7 @@ LLAMA3_CHAT = (
 PLAIN = {"bos_token": "<s>", "eos_token": "</s>"}
 TURNS = PLAIN | {"eos_token": "<|im_end|>", "chat_template": CHATML}
 FLAGS = dict.fromkeys(["lstrip", "rstrip", "normalized", "single_word"], False)
+BOS_ID = 260  # in `byte_level`
 TEXTS = ["he said: hello  world", "<s>é日😀</s>", "<|im_start|> wow\n<think>x<|im_end|>", " a ", ""]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": ' 2 < 3 & "é"? '}]
 
@@ -211,7 +212,7 @@ def transformers_tokenizers() -> dict:
                 options |= {"tokenize": False, "add_generation_prompt": True}
                 found[name]["chats"].append(t.apply_chat_template(CHAT, **options))
         folders = [write_bos(Path(scratch) / f"bos{i}", *case) for i, case in enumerate(BOS)]
-        bos = [AutoTokenizer.from_pretrained(f).encode("he")[0] == 260 for f in folders]
+        bos = [AutoTokenizer.from_pretrained(f).encode("he")[0] == BOS_ID for f in folders]
     return {"layouts": found, "bos": bos}
 
 

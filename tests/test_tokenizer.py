@@ -18,19 +18,13 @@ def made(folder, tokenizer=None, **files) -> Tokenizer:
     return Tokenizer(make_golden.write_tokenizer(folder, tokenizer or byte_level(), files))
 
 
-def render(folder, template: str, **variables) -> str:
-    config = PLAIN | {"chat_template": template}
-    return made(folder, tokenizer_config=config).render(CHAT, **variables)
-
-
 # --- as transformers reads them ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_read_as_transformers_reads_them(tmp_path, name):
     """Catches: a place of special tokens, a stored truncation, a flag or a template passed over."""
-    tokenizer, files = LAYOUTS[name]
-    ours = Tokenizer(make_golden.write_tokenizer(tmp_path, tokenizer, files))
+    ours = Tokenizer(make_golden.write_tokenizer(tmp_path, *LAYOUTS[name]))
     theirs = GOLDEN["layouts"][name]
     rows = [ours.encode(text) for text in TEXTS]
     assert rows == theirs["ids"]
@@ -38,12 +32,11 @@ def test_layouts_read_as_transformers_reads_them(tmp_path, name):
     assert [ours.decode(row, skip_special=True) for row in rows] == theirs["words"]
     assert ours.stop_ids == {theirs["eos"]}
     assert ours.has_template == bool(theirs["chats"])
-    if ours.has_template:
-        options = [{}, {"enable_thinking": False}][: len(theirs["chats"])]
-        assert [ours.render(CHAT, **variables) for variables in options] == theirs["chats"]
-        chat = ours.prompt_ids(CHAT[1]["content"], CHAT[0]["content"])
-        assert chat == ours.encode(theirs["chats"][0])  # no second BOS
-    else:
+    for chat, options in zip(theirs["chats"], [{}, {"enable_thinking": False}]):
+        assert ours.render(CHAT, **options) == chat
+        ids = ours.prompt_ids(CHAT[1]["content"], CHAT[0]["content"], **options)
+        assert ids == ours.encode(chat)  # no second BOS
+    if not ours.has_template:
         assert [ours.prompt_ids(text) for text in TEXTS] == theirs["prompts"]
 
 
@@ -51,7 +44,7 @@ def test_layouts_read_as_transformers_reads_them(tmp_path, name):
 def test_bos_as_transformers_puts_it(tmp_path, case):
     """Catches: tokenizer_config.json overruling the post-processor of tokenizer.json."""
     ours = Tokenizer(make_golden.write_bos(tmp_path, *BOS[case]))
-    assert (ours.prompt_ids("he")[0] == 260) == GOLDEN["bos"][case]
+    assert (ours.prompt_ids("he")[0] == make_golden.BOS_ID) == GOLDEN["bos"][case]
 
 
 def test_the_golden_file_is_up_to_date():
@@ -63,7 +56,8 @@ def test_the_golden_file_is_up_to_date():
 def test_plain_prompts(tmp_path):
     """Catches: a system text lost without a template; variables that nothing reads."""
     ours = made(tmp_path, byte_level(bos=True))
-    assert ours.prompt_ids("x", "Be brief.") == [260, *ours.encode("Be brief.\n\nx")]
+    ids = ours.encode("Be brief.\n\nx")
+    assert ours.prompt_ids("x", "Be brief.") == [make_golden.BOS_ID, *ids]
     with pytest.raises(UserError, match="no chat template"):
         ours.prompt_ids("x", enable_thinking=False)
 
@@ -83,13 +77,11 @@ def test_stop_ids_that_are_none(tmp_path, eos):
         made(tmp_path, config={"eos_token_id": eos, "vocab_size": 266}).stop_ids  # noqa: B018
 
 
-@pytest.mark.parametrize("config", [PLAIN | {"pad_token": "<more>"}, PLAIN])
-def test_ids_beyond_the_embedding(tmp_path, config):
+def test_ids_beyond_the_embedding(tmp_path):
     """Catches: an index error in the middle of a run. Six special tokens follow 260 others."""
-    rows = {"vocab_size": 266 if "pad_token" in config else 259}
-    word = "<more>.*266" if "pad_token" in config else "259"
-    with pytest.raises(UserError, match=word):
-        made(tmp_path, config=rows, tokenizer_config=config)
+    with pytest.raises(UserError, match=r"<more>.*266"):
+        config = PLAIN | {"pad_token": "<more>"}
+        made(tmp_path, config={"vocab_size": 266}, tokenizer_config=config)
 
 
 BROKEN = {"tokenizer.json": ["{", None, "version https://git-lfs.github.com/spec/v1\noid 0"]}
@@ -107,22 +99,18 @@ BROKEN["tokenizer_config.json"] = """[1]
 
 @pytest.mark.parametrize("name, content", [(n, c) for n in BROKEN for c in BROKEN[n]])
 def test_broken_files(tmp_path, name, content):
-    """Catches: a traceback, or a default taken for what a broken file says."""
-    made(tmp_path)
-    (tmp_path / name).unlink(missing_ok=True)
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    word = "git-lfs pointer" if content and "git-lfs" in content else "token"
-    with pytest.raises(UserError, match=word):
-        Tokenizer(tmp_path)
-
-
-def test_an_incomplete_snapshot(tmp_path):
-    """Catches: a link without its blob, reported as a file that never was."""
+    """Catches: a traceback, a default taken for what a broken file says, a link without its blob
+    reported as a file that never was.
+    """
     folder = tmp_path / "snapshots" / "abc"
-    folder.mkdir(parents=True)
-    (folder / "tokenizer.json").symlink_to(tmp_path / "blobs" / "gone")
-    with pytest.raises(UserError, match="incomplete snapshot"):
+    made(folder)
+    (folder / name).unlink(missing_ok=True)
+    if content is None:
+        (folder / name).symlink_to(tmp_path / "blobs" / "gone")
+    else:
+        (folder / name).write_text(content)
+    words = {"{": "not a tokenizer", None: "incomplete snapshot"}
+    with pytest.raises(UserError, match=words.get(content, "token|git-lfs pointer")):
         Tokenizer(folder)
 
 
@@ -139,7 +127,6 @@ HOSTILE = r"""{{ messages.__class__.__mro__ }}
 {{ raise_exception('no\x1b[31m') }}
 {{ messages[7]['role'] }}
 {{ range(10**9) | list }}
-{{ 'x' * 10**10 }}
 {{ 'x'|center(10**10) }}
 {{ [0] * 10**9 }}
 {% macro f() %}{{ f() }}{% endmacro %}{{ f() }}
@@ -149,10 +136,10 @@ HOSTILE = r"""{{ messages.__class__.__mro__ }}
 
 
 @pytest.mark.parametrize("template", [*HOSTILE, "{{" + "[" * 20000])
-def test_a_hostile_or_broken_template(tmp_path, template):
+def test_a_hostile_or_broken_template(template):
     """Catches: a foreign template that reaches Python, fills memory, or ends in a traceback."""
     with pytest.raises(UserError, match="the chat template failed") as caught:
-        assert "built-in" not in render(tmp_path, template)
+        assert "built-in" not in TemplateProcess(template, "here").render(CHAT, {}, {})
     assert str(caught.value).isprintable()
 
 
@@ -167,13 +154,14 @@ def test_templates_are_stopped_and_started_again(work):
     assert process.render([], {}, {}) == process.render([], {}, {}) == ""
 
 
-def test_variables_of_templates(tmp_path):
+def test_variables_of_templates():
     """Catches: a misspelled variable that silently changes nothing."""
-    template = "{{ enable_thinking }}{{ bos_token }}"
-    assert render(tmp_path, template, enable_thinking=[1], bos_token="B") == "[1]B"
+    process = TemplateProcess("{{ enable_thinking }}{{ bos_token }}", "here")
+    given = {"enable_thinking": [1], "bos_token": "B"}
+    assert process.render(CHAT, {"bos_token": "A"}, given) == "[1]B"
     for wrong in ({"enable_thinkin": 1}, {"messages": []}):
         with pytest.raises(UserError, match=r"read 'enable_thinkin'; did|'messages'"):
-            render(tmp_path, template, **wrong)
+            process.render(CHAT, {}, wrong)
 
 
 def test_the_environment_is_not_there(monkeypatch):
@@ -185,25 +173,21 @@ def test_the_environment_is_not_there(monkeypatch):
     assert not environment.exists() or b"planted" not in environment.read_bytes()
 
 
-# --- pieces -----------------------------------------------------------------------------------
+# --- pieces and texts -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level(), byte_fallback()])
 def test_pieces_join_to_the_text(tmp_path, tokenizer):
     """Catches: a character split over tokens that is shown broken, twice, late or not at all."""
-    ours = made(tmp_path, tokenizer)
-    for text in ("hello wow", "naïve — 你好 👩‍🚀🎉🎉!", "he\n\tll</s>", "", "\ufffd ok \ufffd"):
-        ids = ours.encode(text)
-        pieces = ours.pieces(ids)
-        assert len(pieces) == len(ids)
-        assert "".join(pieces) == ours.decode(ids) == text
-        assert all(len(piece) < 5 or piece in ("</s>",) for piece in pieces)
-    draw = random.Random(0)
-    for _ in range(300):
-        ids = [draw.randrange(275) for _ in range(draw.randrange(1, 25))]
-        pieces = ours.pieces(ids)
-        assert len(pieces) == len(ids)
-        assert "".join(pieces) == ours.decode(ids)
+    ours, draw = made(tmp_path, tokenizer), random.Random(0)
+    texts = ["hello wow", "naïve — 你好 👩‍🚀🎉🎉!", "he\n\tll</s>", "", "\ufffd ok \ufffd"]
+    rows = [ours.encode(text) for text in texts]
+    assert [ours.decode(row) for row in rows] == texts
+    assert all(len(piece) < 5 for row in rows for piece in ours.pieces(row))
+    rows += [[draw.randrange(275) for _ in range(draw.randrange(1, 25))] for _ in range(300)]
+    for row in rows:
+        pieces = ours.pieces(row)
+        assert len(pieces) == len(row) and "".join(pieces) == ours.decode(row)
 
 
 def test_texts_and_names_that_cannot_be(tmp_path):
