@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from nanoexit import training
 from nanoexit.adapters import save_adapter
 from nanoexit.config import Config, RLConfig, read_json_lines, write_json_lines
 from nanoexit.model import Transformer
@@ -35,23 +35,6 @@ from nanoexit.score import readout_logprobs
 from nanoexit.tasks import Prompt, Response, load_prompts
 from nanoexit.teacher import against_base, rescore, respond, show_response
 from nanoexit.tokenizer import Tokenizer
-from nanoexit.training import (
-    Metrics,
-    barrier,
-    batch_at,
-    cosine_share,
-    is_main,
-    load_checkpoint,
-    make_optimizer,
-    mine,
-    progress,
-    save_checkpoint,
-    seed_torch,
-    stream,
-    total,
-    trained,
-    update,
-)
 
 
 @dataclass
@@ -101,19 +84,19 @@ def collect(
 ) -> list[Rollout]:
     """rl.rollouts responses to each of this process's prompts; a prompt's rollouts are adjacent."""
     rl, K = config.rl, config.rl.rollouts
-    places = mine(range(len(prompts)))  # the noise of a rollout depends on its place in the step
+    places = training.mine(range(len(prompts)))  # noise depends on the place in the step
     streams = [place * K + k for place in places for k in range(K)]
     asked = [prompts[place] for place in places for _ in range(K)]
     policy = "full" if model.exits is None else "head"
-    seed = stream("rollouts", config.run.seed, step)
-    responses = respond(
-        model, tokenizer, asked, config, policy, seed, batch_size=len(asked), streams=streams
-    )
+    seed = training.stream("rollouts", config.run.seed, step)
+    who = (model, tokenizer, asked, config)
+    responses = respond(*who, policy, seed, batch_size=len(asked), streams=streams)
     kls = [0.0] * len(responses)
     if rl.kl_weight:
         kls, _ = against_base(model, responses, rl.micro_batch, config.model.logits_chunk)
-    parts = [reward_parts(r, kl, rl, model.full_depth) for r, kl in zip(responses, kls)]
-    rollouts = [Rollout(r, p) for r, p in zip(responses, parts)]
+    rollouts = [
+        Rollout(r, reward_parts(r, kl, rl, model.full_depth)) for r, kl in zip(responses, kls)
+    ]
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64).view(-1, K)
     for rollout, advantage in zip(rollouts, leave_one_out(rewards).flatten().tolist()):
         rollout.advantage = advantage
@@ -136,23 +119,23 @@ def accumulate(model: Transformer, rollouts: Sequence[Rollout], config: Config, 
 
 def figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float]:
     """Means over a step's rollouts, of all processes: reward and parts, accuracy, depth, text."""
-    responses = [r.response for r in rollouts]
-    depths = [r.generation.depths for r in responses]
-    columns: dict[str, list[float]] = {
-        "reward": [r.reward for r in rollouts],
-        "accuracy": [r.verdict.correct for r in responses],
-        "mean_depth": [float(np.mean(d)) for d in depths],
-        "max_depth": [max(d) for d in depths],
-        "written": [r.verdict.written or 0.0 for r in responses],
-        "tokens": [len(r.generation.tokens) for r in responses],
-    }
-    for part in rollouts[0].parts:
-        columns[f"reward_{part}"] = [r.parts[part] for r in rollouts]
+    rows = []
+    for r in rollouts:
+        depths, verdict = r.response.generation.depths, r.response.verdict
+        row = {
+            "reward": r.reward,
+            "accuracy": float(verdict.correct),
+            "mean_depth": sum(depths) / len(depths),
+            "max_depth": max(depths),
+            "written": verdict.written or 0.0,
+            "tokens": len(depths),
+        }
+        rows.append(row | {f"reward_{name}": part for name, part in r.parts.items()})
     groups = torch.tensor([r.advantage for r in rollouts]).view(-1, config.rl.rollouts)
-    flat = float((groups.abs().amax(1) < 1e-12).sum())  # groups that teach nothing
-    sums = [*map(sum, columns.values()), len(rollouts), flat]
-    *means, count, flat = total(torch.tensor(sums, dtype=torch.float32)).tolist()
-    return {name: value / count for name, value in zip(columns, means)} | {"flat_groups": flat}
+    flat = (groups.abs().amax(1) < 1e-12).sum()  # groups that teach nothing
+    sums = torch.tensor([[*row.values(), 1.0] for row in rows]).sum(0)
+    *means, count, flat = training.total(torch.cat((sums, flat[None]))).tolist()
+    return {name: value / count for name, value in zip(rows[0], means)} | {"flat_groups": flat}
 
 
 # --- the loop ---------------------------------------------------------------------------------
@@ -162,31 +145,30 @@ def train(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path
     """The loop: draw prompts, roll out, update, log, save. Continues from folder/checkpoint."""
     rl, seed = config.rl, config.run.seed
     prompts = load_prompts(config.data, "train", config.data.count, seed)
-    optimizer = make_optimizer(trained(model).values(), rl.lr)
-    done = load_checkpoint(folder, model, optimizer)
-    metrics, samples = Metrics(folder, done, config), kept_samples(folder, done)
-    with progress(rl.steps, "REINFORCE", "step", done) as bar:
+    optimizer = training.make_optimizer(training.trained(model).values(), rl.lr)
+    done = training.load_checkpoint(folder, model, optimizer)
+    metrics, samples = training.Metrics(folder, done, config), kept_samples(folder, done)
+    with training.progress(rl.steps, "REINFORCE", "step", done) as bar:
         for step in range(done, rl.steps):
-            chosen = [prompts[i] for i in batch_at(step, len(prompts), rl.prompts, seed)]
+            chosen = [prompts[i] for i in training.batch_at(step, len(prompts), rl.prompts, seed)]
             model.eval()
             rollouts = collect(model, tokenizer, chosen, config, step)
-            seed_torch("dropout", seed, step)
+            training.seed_torch("dropout", seed, step)
             accumulate(model, rollouts, config, rl.prompts * rl.rollouts)
             row = figures(rollouts, config)
-            norm = update(optimizer, rl.lr * cosine_share(step, rl.steps))
+            norm = training.update(optimizer, rl.lr * training.cosine_share(step, rl.steps))
             metrics.write(step + 1, **row, grad_norm=norm)
-            if is_main():
-                kept = rollouts[: rl.keep_samples]
-                samples += [show_rollout(model, tokenizer, r, step + 1) for r in kept]
+            kept = rollouts[: rl.keep_samples] if training.is_main() else []
+            samples += [show_rollout(model, tokenizer, r, step + 1) for r in kept]
             bar.set_postfix_str(
                 f"reward {row['reward']:.2f} right {row['accuracy']:.2f} depth "
                 f"{row['max_depth']:.2f} written {row['written']:.2f}",
                 refresh=False,
             )
             bar.update()
-            if is_main() and ((step + 1) % rl.save_every == 0 or step + 1 == rl.steps):
+            if training.is_main() and ((step + 1) % rl.save_every == 0 or step + 1 == rl.steps):
                 write_json_lines(folder / "samples.jsonl", samples)
-                save_checkpoint(folder, step + 1, model, optimizer)
+                training.save_checkpoint(folder, step + 1, model, optimizer)
 
 
 def show_rollout(model: Transformer, tokenizer: Tokenizer, rollout: Rollout, step: int) -> dict:
@@ -207,6 +189,6 @@ def kept_samples(folder: Path, done: int) -> list[dict]:
 def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
     """The whole job: training, the adapter saved."""
     train(model, tokenizer, config, folder)
-    if is_main():
+    if training.is_main():
         save_adapter(model, folder / "adapter")
-    barrier()
+    training.barrier()

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoexit import training
 from nanoexit.adapters import save_adapter
 from nanoexit.config import Config
 from nanoexit.exits import Ask, Policy, Watch, as_base, exit_depths, target_chance
@@ -37,23 +38,6 @@ from nanoexit.model import Transformer
 from nanoexit.score import Aligned, align, readout_kl, run_and_score
 from nanoexit.teacher import Trace, make_traces
 from nanoexit.tokenizer import Tokenizer
-from nanoexit.training import (
-    Metrics,
-    barrier,
-    batch_at,
-    cosine_share,
-    is_main,
-    load_checkpoint,
-    make_optimizer,
-    mine,
-    progress,
-    save_checkpoint,
-    seed_torch,
-    stream,
-    total,
-    trained,
-    update,
-)
 
 MOST_KL = 2.0
 
@@ -77,9 +61,10 @@ class Draw(Policy):
         super().__init__("draw")
         self.teacher, self.uniform, self.chunk, self.base_kl = teacher, uniform, chunk, base_kl
         self.depths = exit_depths(model)
-        self.slot = torch.full((a.ids.numel(),), -1, device=a.ids.device)  # readout of a place
-        self.slot[a.at] = torch.arange(len(a.at), device=a.ids.device)
-        self.kl = torch.zeros(len(a.at), len(self.depths), device=a.ids.device)
+        device, n = a.ids.device, len(a.at)
+        self.slot = torch.full((a.ids.numel(),), -1, device=device)  # readout of a place
+        self.slot[a.at] = torch.arange(n, device=device)
+        self.kl = torch.zeros(n, len(self.depths), device=device)
         self.reached = torch.zeros_like(self.kl, dtype=torch.bool)
 
     def layers(self, model: Transformer) -> tuple[int, ...]:
@@ -89,11 +74,11 @@ class Draw(Policy):
         column, slot = self.depths.index(depth), self.slot[at]
         asked = slot >= 0  # prompt tokens before the first readout do not exit
         k = slot[asked]
-        if self.base_kl is None:
+        if self.base_kl is not None:
+            self.kl[k, column] = self.base_kl[k, column]
+        else:
             early = h[asked].detach()
             self.kl[k, column] = readout_kl(ask.model, self.teacher[k], early, self.chunk)
-        else:
-            self.kl[k, column] = self.base_kl[k, column]
         self.reached[k, column] = True
         left = len(self.depths) + 1 - column  # depths still to choose from
         chance = torch.where(self.uniform[slot], 1 / left, z.detach().sigmoid())
@@ -109,32 +94,32 @@ def exit_loss(z: Tensor, kl: Tensor, strength: float) -> Tensor:
 
 def student_losses(
     model: Transformer, a: Aligned, draw: Draw, noise: Tensor, strength: float
-) -> dict[str, Tensor]:
-    """One forward with drawn exits -> sums over its readouts: kl, exit, depth; by head [E]:
-    reached, target, chance.
+) -> tuple[Tensor, Tensor]:
+    """One forward with drawn exits -> its loss; its figures [3 + 3 E].
+
+    Both are sums over readouts. The figures are the two parts of the loss and the depths, then of
+    each head: how often it was reached, the target chances there, and its own chances.
     """
     scored = run_and_score(model, a.ids, draw, a.depths > 0, a.prompt_lens, noise)
-    student = scored.hidden.flatten(0, 1)[a.at]
-    assert scored.head_logits is not None
-    z, reached = scored.head_logits.flatten(0, 1)[a.at], draw.reached  # [n, E]
-    return {
-        "kl": readout_kl(model, draw.teacher, student, draw.chunk).sum(),
-        "exit": (exit_loss(z, draw.kl, strength) * reached).sum(),
-        "depth": scored.depths.flatten()[a.at].sum(),
-        "reached": reached.sum(0),
-        "target": (target_chance(draw.kl, strength) * reached).sum(0),
-        "chance": (z.detach().sigmoid() * reached).sum(0),
-    }
+    student, z = scored.hidden.flatten(0, 1)[a.at], scored.head_logits.flatten(0, 1)[a.at]
+    kl = readout_kl(model, draw.teacher, student, draw.chunk).sum()
+    exits = (exit_loss(z, draw.kl, strength) * draw.reached).sum()
+    depth = scored.depths.flatten()[a.at].sum()
+    heads = torch.stack((torch.ones_like(z), target_chance(draw.kl, strength), z.sigmoid()))
+    by_head = (heads * draw.reached).sum(1)  # [3, E]
+    figures = torch.cat((torch.stack((kl, exits, depth)), by_head.flatten()))
+    return kl + exits, figures.detach()
 
 
 @torch.no_grad()
 def teacher_pass(model: Transformer, a: Aligned, config: Config) -> tuple[Tensor, Tensor | None]:
     """-> the teacher's residuals at the readouts [n, D]; with sft.targets=base, base_kl [n, E]."""
     depths, chunk = exit_depths(model), config.model.logits_chunk
-    watch = Watch(depths if config.sft.targets == "base" else ())
+    from_base = config.sft.targets == "base"
+    watch = Watch(depths if from_base else ())
     with as_base(model):
         teacher = model.run(a.ids, stop=watch).hidden.flatten(0, 1)[a.at]
-    if config.sft.targets != "base":
+    if not from_base:
         return teacher, None
     kl = [readout_kl(model, teacher, watch.seen[depth][a.at], chunk) for depth in depths]
     return teacher, torch.stack(kl, -1)
@@ -148,7 +133,7 @@ def draw_noise(
     A row's draws depend on its place in the step alone, however rows are split up.
     """
     noise, device = torch.ones(a.ids.numel(), exits), a.ids.device
-    seeds = (stream("exits", config.run.seed, step, place) for place in places)
+    seeds = (training.stream("exits", config.run.seed, step, place) for place in places)
     rngs = [np.random.default_rng(seed) for seed in seeds]
     broad = torch.tensor([rng.random() < config.sft.broad for rng in rngs])
     drawn = [rng.random((count, exits), dtype=np.float32) for rng, count in zip(rngs, a.counts)]
@@ -159,10 +144,9 @@ def draw_noise(
 def step_losses(model: Transformer, traces: Sequence[Trace], config: Config, step: int) -> dict:
     """Backward through one step's traces, a micro-batch at a time -> the step's mean figures."""
     size, exits = config.sft.micro_batch, len(exit_depths(model))
-    places = mine(range(len(traces)))
     tokens = sum(len(trace.tokens) for trace in traces)
-    sums = {name: torch.zeros((), device=model.device) for name in ("kl", "exit", "depth")}
-    sums |= {n: torch.zeros(exits, device=model.device) for n in ("reached", "target", "chance")}
+    sums = torch.zeros(3 + 3 * exits, device=model.device)
+    places = training.mine(range(len(traces)))
     for piece in [places[i : i + size] for i in range(0, len(places), size)]:
         batch = [traces[i] for i in piece]
         prompts, responses = [t.prompt_ids for t in batch], [t.tokens for t in batch]
@@ -170,48 +154,47 @@ def step_losses(model: Transformer, traces: Sequence[Trace], config: Config, ste
         teacher, base_kl = teacher_pass(model, a, config)
         noise, uniform = draw_noise(a, piece, exits, config, step)
         draw = Draw(model, a, teacher, uniform, config.model.logits_chunk, base_kl)
-        seed_torch("dropout", config.run.seed, step, piece[0])
-        losses = student_losses(model, a, draw, noise, config.teacher.kl_strength)
-        ((losses["kl"] + losses["exit"]) / tokens).backward()
-        sums = {name: value + losses[name].detach() for name, value in sums.items()}
-    sums = {name: total(value) for name, value in sums.items()}
-    reached = sums["reached"].clamp(min=1)
-    kl, exit_loss_mean, depth = ((sums[name] / tokens).item() for name in ("kl", "exit", "depth"))
+        training.seed_torch("dropout", config.run.seed, step, piece[0])
+        loss, figures = student_losses(model, a, draw, noise, config.teacher.kl_strength)
+        (loss / tokens).backward()
+        sums += figures
+    kl, exit_part, depth = (training.total(sums)[:3] / tokens).tolist()
+    reached, target, chance = sums[3:].view(3, exits)
     return {
-        "loss": kl + exit_loss_mean,
+        "loss": kl + exit_part,
         "kl": kl,
-        "exit_loss": exit_loss_mean,
+        "exit_loss": exit_part,
         "mean_depth": depth,
-        "target_exit": (sums["target"] / reached).tolist(),
-        "student_exit": (sums["chance"] / reached).tolist(),
+        "target_exit": (target / reached.clamp(min=1)).tolist(),
+        "student_exit": (chance / reached.clamp(min=1)).tolist(),
     }
 
 
 def train(model: Transformer, traces: Sequence[Trace], config: Config, folder: Path) -> None:
     """The loop: draw traces, losses, step, log, save. Continues from folder/checkpoint."""
     sft = config.sft
-    optimizer = make_optimizer(trained(model).values(), sft.lr)
-    done = load_checkpoint(folder, model, optimizer)
-    metrics = Metrics(folder, done, config)
+    optimizer = training.make_optimizer(training.trained(model).values(), sft.lr)
+    done = training.load_checkpoint(folder, model, optimizer)
+    metrics = training.Metrics(folder, done, config)
     model.train()
-    with progress(sft.steps, "SFT", "step", done) as bar:
+    with training.progress(sft.steps, "SFT", "step", done) as bar:
         for step in range(done, sft.steps):
-            chosen = batch_at(step, len(traces), sft.batch_size, config.run.seed)
+            chosen = training.batch_at(step, len(traces), sft.batch_size, config.run.seed)
             figures = step_losses(model, [traces[i] for i in chosen], config, step)
-            lr = sft.lr * cosine_share(step, sft.steps)
-            norm = update(optimizer, lr)
+            lr = sft.lr * training.cosine_share(step, sft.steps)
+            norm = training.update(optimizer, lr)
             metrics.write(step + 1, **figures, grad_norm=norm, lr=lr)
             depth = f"{figures['mean_depth']:.2f}/{model.full_depth}"
             bar.set_postfix(kl=f"{figures['kl']:.3f}", depth=depth, refresh=False)
             bar.update()
-            if is_main() and ((step + 1) % sft.save_every == 0 or step + 1 == sft.steps):
-                save_checkpoint(folder, step + 1, model, optimizer)
+            if training.is_main() and ((step + 1) % sft.save_every == 0 or step + 1 == sft.steps):
+                training.save_checkpoint(folder, step + 1, model, optimizer)
     model.eval()
 
 
 def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
     """The whole job: traces (those that are missing are written), training, the adapter saved."""
     train(model, make_traces(model, tokenizer, config), config, folder)
-    if is_main():
+    if training.is_main():
         save_adapter(model, folder / "adapter")
-    barrier()
+    training.barrier()

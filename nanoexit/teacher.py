@@ -2,19 +2,19 @@
 
 Contract. `respond` writes one verified response a prompt. `against_base` compares the distributions
 behind a response with the teacher's: the base model, adapters off, full depth. `make_traces` lets
-the teacher write the responses of all training prompts.
+the teacher respond to all training prompts.
 
 Traces are JSONL files in a folder named by a hash of everything they depend on: token ids of the
-prompts (so prompts, tokenizer and template), weights and settings. A changed prompt file means new
-traces, and old ones are never read by mistake. Each chunk of traces is a function of (seed, chunk
-number), so interrupted work continues to the same traces, and processes share the chunks.
+prompts (so prompts, tokenizer and template), weights and settings. Old traces are never read by
+mistake. A chunk of traces is a function of (seed, chunk number), so interrupted work continues to
+the same traces, and processes share the chunks.
 """
 
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from nanoexit.model import Transformer
 from nanoexit.score import Aligned, Score, align, divergence, score, token_logprob
 from nanoexit.tasks import Prompt, Response, load_prompts, task_of
 from nanoexit.tokenizer import Tokenizer
-from nanoexit.training import barrier, is_main, progress, prompt_ids, rank, stream, world
+from nanoexit.training import barrier, is_main, mine, progress, prompt_ids, stream
 
 # --- responses --------------------------------------------------------------------------------
 
@@ -82,8 +82,7 @@ def rescore(model: Transformer, responses: Sequence[Response]) -> tuple[Aligned,
 def against_base(
     model: Transformer, responses: Sequence[Response], rows: int, chunk: int
 ) -> tuple[list[float], float]:
-    """-> KL(teacher || student) of each response, mean nats a token; perplexity of all under the
-    base.
+    """-> KL(teacher || student) of each response, mean nats a token; the base's perplexity of all.
 
     rows: responses in one forward. chunk: tokens whose logits are in memory at once.
     """
@@ -112,29 +111,32 @@ def show_response(
     """One line of samples.jsonl: every token with its depth, exit chances and alternatives."""
     g, prompt, layers = response.generation, response.prompt, exit_depths(model)
     a, scored = rescore(model, [response])
-    p = model.readout(scored.hidden[0, a.at]).float().softmax(-1)
-    top = p.topk(min(5, model.shape.vocab), -1)
-    chances = None if scored.head_logits is None else scored.head_logits[0, a.at].sigmoid().tolist()
+    top = model.readout(scored.hidden[0, a.at]).float().softmax(-1).topk(min(5, model.shape.vocab))
+    chances = scored.head_logits[0, a.at].sigmoid().tolist()
     pieces = tokenizer.pieces(g.tokens)
     tokens = []
     for i, kind in enumerate(token_kinds(pieces, response)):
         depth, likely = g.depths[i], zip(top.indices[i].tolist(), top.values[i].tolist())
-        asked = [] if chances is None else zip(layers, chances[i])
-        probs = [round(p, 4) if depth >= d else None for d, p in asked]
-        others = [[tokenizer.pieces([t])[0], round(p, 4)] for t, p in likely]
-        shown = {
+        token = {
             "text": pieces[i],
             "depth": depth,
             "kind": kind,
-            "exit_probs": probs,
-            "top": others,
+            "exit_probs": [round(p, 4) if depth >= d else None for d, p in zip(layers, chances[i])],
+            "top": [[tokenizer.pieces([t])[0], round(p, 4)] for t, p in likely],
         }
-        tokens.append(shown)
-    correct = None if prompt.checker == "none" else response.verdict.correct
+        tokens.append(token)
     return {
-        **{"id": prompt.id, "prompt": prompt.prompt, "answer": prompt.answer, "variant": variant},
-        **{"text": response.text, "correct": correct, "finish": g.finish, "tokens": tokens},
-        **{"full_depth": model.full_depth, "exit_layers": list(layers), "cap": model.cap},
+        "id": prompt.id,
+        "prompt": prompt.prompt,
+        "answer": prompt.answer,
+        "variant": variant,
+        "text": response.text,
+        "correct": None if prompt.checker == "none" else response.verdict.correct,
+        "finish": g.finish,
+        "tokens": tokens,
+        "full_depth": model.full_depth,
+        "exit_layers": list(layers),
+        "cap": model.cap,
     }
 
 
@@ -165,46 +167,28 @@ class Trace:
 
 
 def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> list[Trace]:
-    """Write the traces that are missing, then read them all."""
+    """Let the base write the traces that are missing, at full depth; then read them all."""
     prompts = load_prompts(config.data, "train", config.data.count, config.run.seed)
     jobs = [prompt for prompt in prompts for _ in range(config.teacher.traces)]
-    folder = traces_folder(model, tokenizer, config, jobs)
-    size = config.teacher.chunk
+    folder, size = traces_folder(model, tokenizer, config, jobs), config.teacher.chunk
     chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-    missing = [n for n in range(rank(), len(chunks), world()) if not _chunk(folder, n).is_file()]
-    todo = sum(len(chunks[n]) for n in missing)
-    with progress(todo, "teacher writes traces") as bar:
-        for n in missing:
-            traces = write_traces(model, tokenizer, chunks[n], config, n, bar.update)
-            write_json_lines(_chunk(folder, n), map(asdict, traces))
+    paths = [folder / f"{number:05d}.jsonl" for number in range(len(chunks))]
+    missing = [number for number in mine(range(len(chunks))) if not paths[number].is_file()]
+    with progress(len(missing), "teacher writes traces", "chunk") as bar, as_base(model):
+        for number in missing:
+            seed, rows = stream("traces", config.run.seed, number), config.generation.batch_size
+            who = (model, tokenizer, chunks[number], config)
+            written = respond(*who, "full", seed, rows, show=f"chunk {number}")
+            write_json_lines(paths[number], [asdict(as_trace(tokenizer, r)) for r in written])
+            bar.update()
     barrier()
-    return [
-        trace for n in range(len(chunks)) for trace in read_traces(_chunk(folder, n), chunks[n])
-    ]
+    return [trace for path, chunk in zip(paths, chunks) for trace in read_traces(path, chunk)]
 
 
-def write_traces(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    config: Config,
-    chunk: int,
-    tick: Callable[[int], object],
-) -> list[Trace]:
-    """One trace a prompt, written by the base at full depth. tick(1) is called as rows finish."""
-    g, seed = config.generation, stream("traces", config.run.seed, chunk)
-    ids = [prompt_ids(tokenizer, prompt, config) for prompt in prompts]
-    settings = Sampling(g.top_p, g.top_k, None, g.batch_size, (), (), lambda *_: tick(1), g.fast)
-    with as_base(model):
-        written = generate(model, ids, "full", g.max_new_tokens, g.temperature, seed, settings)
-    return [
-        Trace(p.id, p.prompt, tokenizer.decode(w.tokens), i, w.tokens, w.finish)
-        for p, i, w in zip(prompts, ids, written)
-    ]
-
-
-def _chunk(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.jsonl"
+def as_trace(tokenizer: Tokenizer, r: Response) -> Trace:
+    """A response as SFT reads it; the end token is in its text."""
+    g, text = r.generation, tokenizer.decode(r.generation.tokens)
+    return Trace(r.prompt.id, r.prompt.prompt, text, r.prompt_ids, g.tokens, g.finish)
 
 
 def read_traces(path: Path, prompts: Sequence[Prompt]) -> list[Trace]:
@@ -233,10 +217,8 @@ def traces_folder(
     folder = base / hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
     if is_main() and not (folder / "origin.json").is_file():
         if base.is_dir() and any(base.iterdir()):
-            print(
-                f"{base} holds traces of other prompts or settings; new ones go to {folder.name}/",
-                file=sys.stderr,
-            )
+            kept = f"{base} holds traces of other prompts or settings"
+            print(f"{kept}; new ones go to {folder.name}/", file=sys.stderr)
         write_text(folder / "origin.json", json.dumps(origin, indent=2) + "\n")
     barrier()
     return folder
