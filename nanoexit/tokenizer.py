@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from huggingface_hub import constants, snapshot_download
 
-from nanoexit.config import ROOT, UserError, nearest, printable, read_json, read_text, show
+from nanoexit.config import KINDS, ROOT, UserError, nearest, printable, read_json, read_text, show
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -99,8 +99,7 @@ class Rule(NamedTuple):
     high: float = 0
 
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-KINDS |= {dict: "an object", list: "a list", NoneType: "null"}
+JSON_KINDS = KINDS | {list: "a list", NoneType: "null"}
 
 
 def check_values(given: dict[str, Any], rules: dict[str, Rule], where: str | Path) -> None:
@@ -109,7 +108,7 @@ def check_values(given: dict[str, Any], rules: dict[str, Rule], where: str | Pat
         value, (kinds, low, high) = given[key], rules[key]
         kind = float if type(value) is int and float in kinds else type(value)
         if kind not in kinds or (kind in (int, float) and not low <= value <= high):
-            expected = " or ".join(KINDS[kind] for kind in kinds)
+            expected = " or ".join(JSON_KINDS[kind] for kind in kinds)
             limits = f" from {low} to {high}" if high else ""
             raise UserError(f"{where}: {key}: expected {expected}{limits}, found {show(value)}")
 
