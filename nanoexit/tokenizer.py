@@ -301,10 +301,9 @@ class TemplateProcess:
 
     def _start(self) -> Any:
         """A bare interpreter that runs `serve_templates`, without the environment's secrets."""
-        program = f"{inspect.getsource(serve_templates)}serve_templates()"
         kept = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
         return subprocess.Popen(
-            [sys.executable, "-I", "-c", program, str(self.seconds), *sys.path],
+            [sys.executable, "-I", "-c", SERVE_TEMPLATES, str(self.seconds), *sys.path],
             env={name: os.environ[name] for name in kept if name in os.environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -357,3 +356,7 @@ def serve_templates() -> None:
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"[:500]}
         print(json.dumps(reply), flush=True)
+
+
+# Read while this module is imported: the file may change under a long run.
+SERVE_TEMPLATES = f"{inspect.getsource(serve_templates)}serve_templates()"
