@@ -94,21 +94,23 @@ def exit_loss(z: Tensor, kl: Tensor, strength: float) -> Tensor:
 
 def student_losses(
     model: Transformer, a: Aligned, draw: Draw, noise: Tensor, strength: float
-) -> tuple[Tensor, Tensor]:
-    """One forward with drawn exits -> its loss; its figures [3 + 3 E].
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One forward with drawn exits -> its loss and figures, both sums over readouts.
 
-    Both are sums over readouts. The figures are the two parts of the loss and the depths, then of
-    each head: how often it was reached, the target chances there, and its own chances.
+    Of each head [E]: how often it was reached, the target chances there, and its own chances.
     """
     scored = run_and_score(model, a.ids, draw, a.depths > 0, a.prompt_lens, noise)
     student, z = scored.hidden.flatten(0, 1)[a.at], scored.head_logits.flatten(0, 1)[a.at]
     kl = readout_kl(model, draw.teacher, student, draw.chunk).sum()
     exits = (exit_loss(z, draw.kl, strength) * draw.reached).sum()
-    depth = scored.depths.flatten()[a.at].sum()
-    heads = torch.stack((torch.ones_like(z), target_chance(draw.kl, strength), z.sigmoid()))
-    by_head = (heads * draw.reached).sum(1)  # [3, E]
-    figures = torch.cat((torch.stack((kl, exits, depth)), by_head.flatten()))
-    return kl + exits, figures.detach()
+    return kl + exits, {
+        "kl": kl.detach(),
+        "exit_loss": exits.detach(),
+        "mean_depth": scored.depths.flatten()[a.at].sum().float(),
+        "reached": draw.reached.sum(0).float(),
+        "target_exit": (target_chance(draw.kl, strength) * draw.reached).sum(0),
+        "student_exit": (z.detach().sigmoid() * draw.reached).sum(0),
+    }
 
 
 @torch.no_grad()
@@ -145,7 +147,9 @@ def step_losses(model: Transformer, traces: Sequence[Trace], config: Config, ste
     """Backward through one step's traces, a micro-batch at a time -> the step's mean figures."""
     size, exits = config.sft.micro_batch, len(exit_depths(model))
     tokens = sum(len(trace.tokens) for trace in traces)
-    sums = torch.zeros(3 + 3 * exits, device=model.device)
+    names = ("kl", "exit_loss", "mean_depth", "reached", "target_exit", "student_exit")
+    sizes = dict.fromkeys(names[:3], ()) | dict.fromkeys(names[3:], (exits,))
+    sums = {name: torch.zeros(size, device=model.device) for name, size in sizes.items()}
     places = training.mine(range(len(traces)))
     for piece in [places[i : i + size] for i in range(0, len(places), size)]:
         batch = [traces[i] for i in piece]
@@ -157,17 +161,11 @@ def step_losses(model: Transformer, traces: Sequence[Trace], config: Config, ste
         training.seed_torch("dropout", config.run.seed, step, piece[0])
         loss, figures = student_losses(model, a, draw, noise, config.teacher.kl_strength)
         (loss / tokens).backward()
-        sums += figures
-    kl, exit_part, depth = (training.total(sums)[:3] / tokens).tolist()
-    reached, target, chance = sums[3:].view(3, exits)
-    return {
-        "loss": kl + exit_part,
-        "kl": kl,
-        "exit_loss": exit_part,
-        "mean_depth": depth,
-        "target_exit": (target / reached.clamp(min=1)).tolist(),
-        "student_exit": (chance / reached.clamp(min=1)).tolist(),
-    }
+        sums = {name: value + figures[name] for name, value in sums.items()}
+    sums = {name: training.total(value) for name, value in sums.items()}
+    reached = sums.pop("reached").clamp(min=1)  # heads have their own count
+    means = {n: (v / (reached if v.dim() else tokens)).tolist() for n, v in sums.items()}
+    return {"loss": means["kl"] + means["exit_loss"], **means}
 
 
 def train(model: Transformer, traces: Sequence[Trace], config: Config, folder: Path) -> None:
