@@ -342,11 +342,8 @@ class FastModel:
         position, which must be in the cache.
         """
         D, at = len(self.blocks), positions[:, 0]
-        live, rows = list(range(len(ids))), torch.arange(len(ids), device=ids.device)
-        going = None
-        if alive is not None:
-            going = rows = rows[alive[:, 0]]
-            live = rows.tolist()  # host sync
+        rows = None if alive is None else alive[:, 0].nonzero()[:, 0]  # host sync
+        going, live = rows, list(range(len(ids))) if rows is None else rows.tolist()
         depths = dict.fromkeys(live, D)
         h = self.model.model.embed_tokens(ids[:, 0])  # [B, D]
         run = self._stretches(at, cache)
@@ -366,7 +363,9 @@ class FastModel:
             depths |= {row: depth for row, leave in zip(live, leaving) if leave}
             live = [row for row, leave in zip(live, leaving) if not leave]
             if not live:
-                cache.owe(depth, h[rows], rows, at[rows])
+                owing = (h, at) if rows is None else (h[rows], at[rows])
+                rows = torch.arange(len(ids), device=h.device) if rows is None else rows
+                cache.owe(depth, owing[0], rows, owing[1])
                 break
             going = torch.tensor(live, device=h.device)
         each = [depths.get(row, 0) for row in range(len(ids))]

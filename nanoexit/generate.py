@@ -218,9 +218,9 @@ class _Decoder:
             alive = torch.tensor([[row is not None] for row in self.slots], device=device)
         places = [row.position for row in seats]
         self.cache.place(places[0] if len(set(places)) == 1 else None, max(places) + 1)
-        ids = torch.tensor([[row.last] for row in seats], device=device)
-        positions = torch.tensor(places, device=device)[:, None]
-        noise = np.stack([row.noise[len(row.out.tokens)] for row in seats])
+        read = np.array([(row.last, row.position) for row in seats], dtype=np.int64)
+        ids, positions = torch.from_numpy(read).to(device).split(1, 1)  # each [B, 1]
+        noise = np.array([row.noise[len(row.out.tokens)] for row in seats])
         u = torch.from_numpy(noise).to(device)  # [B, 1 + depths of the policy]
         run, exit_logprobs = self._run(ids, positions, alive, u[:, 1:])
         logits = self.engine.readout(run.hidden[at, 0]).float()  # [n, V]
@@ -230,7 +230,7 @@ class _Decoder:
             if len(row.out.tokens) < len(row.forced):
                 tokens[i] = row.forced[len(row.out.tokens)]
         columns = (tokens, run.depths[at, 0], token_logprob(logits, tokens), exit_logprobs[at])
-        drawn = torch.stack([column.double() for column in columns]).tolist()  # host sync
+        drawn = torch.stack(columns).tolist()  # host sync; float32 holds integers up to 2**24
         for row, token, depth, logp, exit_logp in zip(rows, *drawn):
             self._note(row, int(token), int(depth), logp, exit_logp)
         self.slots = [None if row is None or row.out.finish else row for row in self.slots]
