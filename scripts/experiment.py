@@ -42,7 +42,6 @@ from nanoexit.tokenizer import content_hash
 from nanoexit.training import check, load_student, run_directory
 
 BLOCKS = 8  # of every base
-JOBS = min(2, os.cpu_count() or 1)
 BASES = {  # name -> (task, flags of scripts/pretrain_tiny.py)
     "shipped": ("clock", []),
     "second-base": ("clock", ["seed=1"]),
@@ -51,7 +50,6 @@ BASES = {  # name -> (task, flags of scripts/pretrain_tiny.py)
     "permute": ("permute", []),
 }
 PER_BLOCK, AROUND = 98, 23  # operations in a row of these bases: 98 d + 23 (arXiv 2603.09786)
-ROUTE = 0.95  # mean accuracy of written words from which the pre-flight calls them a route
 
 
 # --- arms -------------------------------------------------------------------------------------
@@ -151,14 +149,14 @@ def run_arm(arm: Arm, seed: int, runs: Path, overrides: Sequence[str], made_by: 
     config = arm_config(arm, seed, runs, overrides)
     folder = Path(config.run.dir)
     model, tokenizer = load_student(config)
-    known = read_json(Path(config.run.init) / "evaluation.json")["rows"] if config.run.init else []
+    start = arm.start and arm.start.folder(runs, seed)
+    base = read_json(start / "evaluation.json")["rows"][0] if start else None
     same = read_json(folder / "made_by.json") == made_by
     with run_directory(config, resume=same and (folder / "checkpoint").is_dir()):
         write_text(folder / "made_by.json", json.dumps(made_by))
         train = run_sft if arm.weight is None else run_reinforce
         train(model, tokenizer, config, folder)
-        thorough, base = arm.strength is None, known[0] if known else None
-        evaluate_run(model, tokenizer, config, folder, thorough, base)
+        evaluate_run(model, tokenizer, config, folder, arm.strength is None, base)
         rows = read_json(folder / "evaluation.json")["rows"]
         found = [entry(arm, seed, rows[-1], made_by)]
         if arm == Arm(base=arm.base):
@@ -208,7 +206,8 @@ def status(runs: Path) -> str:
             found.append(f"{path.parent.name} step {len(path.read_text().splitlines())}")
     for path in sorted(runs.glob("bases/*.log")):
         if not (path.with_suffix("") / "tokenizer.json").is_file():
-            found += [f"{path.stem} {path.read_text(errors='replace').splitlines()[-1:]}"]
+            last = path.read_text(errors="replace").splitlines()[-1:]
+            found.append(" ".join([path.stem, *last]))
     return " | ".join(found)
 
 
@@ -250,7 +249,7 @@ def look_at_base(base: str, runs: Path, overrides: Sequence[str]) -> dict:
     model, tokenizer = load_student(config)
     prompts = load_prompts(config.data, "held_out", config.evaluate.count, 0)
     with as_base(model):
-        found = preflight(Subject(model, tokenizer, config, "full"), prompts)
+        found = preflight(Subject(model, tokenizer, config, "full"), prompts, range(2, 7))
     print(preflight_text(base, found), flush=True)
     code = content_hash(ROOT.glob("nanoexit/*.py"))
     return {"preflight": found, "made_by": origin(model, config) | {"code": code}}
@@ -268,7 +267,7 @@ def preflight_text(base: str, found: dict) -> str:
         answers = [row[-1] for row in groups.values()]
         shown = [f"{np.mean(ps):.2f} ({min(ps):.2f})" for ps in (words, answers)]
         lines.append(f"  {d}   {shown[0]:<27}   {shown[1]}")
-        routes += [d] if np.mean(words) >= ROUTE else []
+        routes += [d] if np.mean(words) >= 0.95 else []
     route = f"a written route {routes[0]} blocks deep" if routes else "no shallow written route"
     return "\n".join([*lines, f"  there is {route}; REINFORCE shifts only to what is there"])
 
@@ -367,7 +366,7 @@ def draw(results: Sequence[dict]) -> dict[str, Figure]:
     pairs = {t: [(r["mean_depth"], r["accuracy"]) for r in rows] for t, rows in rules.items()}
     title, lines = "SFT: whose readouts set the targets?", [curve(*pair) for pair in pairs.items()]
     found["sft_frontier"] = line_figure(title, "mean depth", "accuracy", lines, None, (0, 1))
-    return {key: figure for key, figure in found.items() if "<polyline" in figure.body}
+    return {key: figure for key, figure in found.items() if figure.body.count("<polyline") > 1}
 
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">
@@ -403,7 +402,7 @@ def main() -> None:
     add("overrides", nargs="*", metavar="a.b=c", help="keys of configs/tiny_rl.yaml, for all arms")
     add("--full", action="store_true", help="all arms, seeds 0, 1 and 2")
     add("--seeds", type=int, nargs="+", metavar="N", help="other seeds")
-    add("--jobs", type=int, default=JOBS, metavar="N", help="runs side by side (%(default)s)")
+    add("--jobs", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="runs at a time")
     add("--runs", default="runs/experiment", metavar="DIR", help="run directories (%(default)s)")
     add("--out", metavar="DIR", help="for table, figures and page (as --runs)")
     args = parser.parse_intermixed_args()
@@ -414,8 +413,7 @@ def main() -> None:
     command = " ".join(["python scripts/experiment.py", *flags, *args.overrides])
     write(results, out, f"{command} (commit {results[0]['made_by']['commit']})")
     shown = [row for row in results if row["seed"] == seeds[0] and row["arm"] in MAIN]
-    print(f"\n{table(shown)}\n")
-    print(f"{out / 'index.html'} shows all arms; table.md, results.json and figures are beside it")
+    print(f"\n{table(shown)}\n\n{out / 'index.html'} shows all arms, beside table.md, results.json")
 
 
 if __name__ == "__main__":
