@@ -218,8 +218,8 @@ class _Decoder:
             alive = torch.tensor([[row is not None] for row in self.slots], device=device)
         places = [row.position for row in seats]
         self.cache.place(places[0] if len(set(places)) == 1 else None, max(places) + 1)
-        read = np.array([(row.last, row.position) for row in seats], dtype=np.int64)
-        ids, positions = torch.from_numpy(read).to(device).split(1, 1)  # each [B, 1]
+        read = torch.from_numpy(np.array([[row.last for row in seats], places])).to(device)
+        ids, positions = read[..., None].unbind()  # each [B, 1]
         noise = np.array([row.noise[len(row.out.tokens)] for row in seats])
         u = torch.from_numpy(noise).to(device)  # [B, 1 + depths of the policy]
         run, exit_logprobs = self._run(ids, positions, alive, u[:, 1:])
