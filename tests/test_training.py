@@ -327,3 +327,11 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path):
 def test_named_streams_are_distinct():
     """Catches: [0, 5] and [0, 5, 0], which numpy takes for one stream, used for two things."""
     assert stream("a", 0, 5) != stream("b", 0, 5) and stream("a", 0)[0] != stream("b", 0)[0]
+
+
+def test_a_student_without_exits_trains(tmp_path):
+    """Catches: exits.layers=[], which the help allows, ending in a traceback."""
+    config = load_config(TINY, [f"run.dir={tmp_path}", "data.count=10", "exits.layers=[]"])
+    model, tokenizer = load_student(config)
+    figures = sft.step_losses(model, make_traces(model, tokenizer, config), config, step=0)
+    assert figures["mean_depth"] == 8 and figures["exit_loss"] == 0 and figures["loss"] >= 0
