@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from nanoexit.cache import Cache, Debt
 from nanoexit.lora import LoRA
-from nanoexit.model import Block, Linear, RMSNorm, Run, Shape, Stop, Transformer, rotations
+from nanoexit.model import Block, Linear, RMSNorm, Run, Shape, Stop, Transformer, rope_frequencies
 
 Product = Callable[[Tensor], Tensor]  # [n, in] -> [n, out]
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]  # see capture_cuda
@@ -158,6 +158,13 @@ def fast_norm(norm: RMSNorm) -> Product:
     return on_cpu
 
 
+def turn_frequencies(s: Shape, device: torch.device) -> Tensor:
+    """[H + 2 K, head_dim]: by how much a position turns each entry of q, k and v; v stays."""
+    freq = rope_frequencies(s, device)
+    turned = torch.cat((-freq, freq)).expand(s.heads + s.kv_heads, -1)
+    return torch.cat((turned, freq.new_zeros(s.kv_heads, s.head_dim)))
+
+
 class FastBlock:
     """model.Block for one token a row."""
 
@@ -211,17 +218,16 @@ class Step:
     paid beside them.
     """
 
-    def __init__(
-        self, shape: Shape, positions: Tensor, kv: Tensor, span: int, aligned: bool, call: int
-    ):
-        self.shape, self.dtype, self.call = shape, kv.dtype, call
+    def __init__(self, fast: "FastModel", positions: Tensor, kv: Tensor, span: int, aligned: bool):
+        _, B, _, self.kv_heads, capacity, head_dim = kv.shape
+        self.dtype, self.call, self.frequencies = kv.dtype, fast.attention_call, fast.frequencies
         self.own_turns = self.turns_of(positions[:1] if aligned else positions)
         self.keys = kv[:, :, 0, :, :span].unbind(0)  # of each block [B, K, span, head_dim]
         self.values = kv[:, :, 1, :, :span].unbind(0)
-        self.capacity = kv.shape[-2]
-        self.slots = kv.view(len(kv), -1, shape.head_dim).unbind(0)  # [B * 2 K * capacity, ...]
-        self.planes = torch.arange(2 * shape.kv_heads, device=kv.device)
-        self.own_places = self.places_of(torch.arange(len(positions), device=kv.device), positions)
+        self.slots = kv.view(len(kv), -1, head_dim).unbind(0)  # [B * 2 K * capacity, head_dim]
+        planes = torch.arange(0, B * 2 * self.kv_heads * capacity, capacity, device=kv.device)
+        self.planes = planes.view(B, -1)  # where the 2 K planes of each row begin
+        self.own_places = (self.planes + positions[:, None]).view(-1)  # [B * 2 K] in `slots`
         self.mask = None
         if not aligned:
             seen = torch.arange(span, device=kv.device) <= positions[:, None]
@@ -229,16 +235,8 @@ class Step:
 
     def turns_of(self, positions: Tensor) -> list[Tensor]:
         """Positions [n] -> cos and sin for all heads of q, k and v, [n, H + 2 K, head_dim]."""
-        s, (cos, sin) = self.shape, rotations(self.shape, positions, self.dtype)
-        turned, still = (-1, s.heads + s.kv_heads, -1), (len(cos), s.kv_heads, s.head_dim)
-        cos = torch.cat((torch.cat((cos, cos), -1).expand(turned), cos.new_ones(still)), 1)
-        sin = torch.cat((torch.cat((-sin, sin), -1).expand(turned), sin.new_zeros(still)), 1)
-        return [cos, sin]
-
-    def places_of(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Rows [n], positions [n] -> indices [n * 2 K] into `slots` of their keys and values."""
-        planes = rows[:, None] * len(self.planes) + self.planes
-        return (planes * self.capacity + positions[:, None]).view(-1)
+        angles = positions[:, None, None].float() * self.frequencies
+        return [angles.cos().to(self.dtype), angles.sin().to(self.dtype)]
 
     def keep(self, going: Tensor | None, due: Debt | None) -> None:
         self.going, self.due, self.runs = going, due, self._runs(going)
@@ -246,7 +244,8 @@ class Step:
         if due is not None:
             own = [turn.expand(len(self.keys[0]), -1, -1) for turn in self.own_turns]
             self.turns = [torch.cat(both) for both in zip(own, self.turns_of(due.positions))]
-            self.places = torch.cat((self.own_places, self.places_of(due.rows, due.positions)))
+            places = (self.planes[due.rows] + due.positions[:, None]).view(-1)
+            self.places = torch.cat((self.own_places, places))
 
     def _runs(self, going: Tensor | None) -> list[slice] | None:
         """The runs of neighbours among the rows that run on.
@@ -267,7 +266,7 @@ class Step:
         """q [B, H, d], new keys and values [B + m, 2 K, d] -> [n, H * d] of rows that run on."""
         B, H, d = q.shape
         self.slots[layer].index_copy_(0, self.places, new.reshape(-1, d))
-        q = q.reshape(B, self.shape.kv_heads, -1, d)  # the group takes the place of queries
+        q = q.reshape(B, self.kv_heads, -1, d)  # the group takes the place of queries
         k, v, mask = self.keys[layer], self.values[layer], self.mask
         if self.runs is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H * d)
@@ -320,6 +319,7 @@ class FastModel:
         self.blocks = [FastBlock(block, laid) for block in model.blocks[: model.deepest]]
         self._readout = laid.product(model.lm_head or model.model.embed_tokens)
         self._norm = fast_norm(model.model.norm)
+        self.frequencies = turn_frequencies(model.shape, model.device)
         if capture is None and model.device.type == "cuda":
             capture = capture_cuda
         self.graphs = None if capture is None else Graphs(self, capture)
@@ -378,7 +378,7 @@ class FastModel:
         if self.graphs is not None:
             return functools.partial(self.graphs, cache)
         aligned = cache.start is not None
-        step = Step(self.model.shape, positions, cache.kv, cache.span, aligned, self.attention_call)
+        step = Step(self, positions, cache.kv, cache.span, aligned)
         return functools.partial(self.stretch, step)
 
     def stretch(self, step: Step, start: int, end: int, given: Given) -> Tensor:
@@ -446,8 +446,7 @@ class Graphs:
         return out.clone()  # the next replay writes there
 
     def _run(self, kv: Tensor, span: int, start: int, end: int, given: Given) -> Tensor:
-        shape, call = self.fast.model.shape, self.fast.attention_call
-        step = Step(shape, given.positions, kv, span, False, call)
+        step = Step(self.fast, given.positions, kv, span, False)
         return self.fast.stretch(step, start, end, given)
 
 

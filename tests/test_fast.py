@@ -109,7 +109,8 @@ def test_neighbours_that_run_on_share_a_call():
     """Catches: runs that are split or merged wrongly, or taken where a call costs more."""
     kv, positions = torch.zeros(5, 5, 2, 2, 8, 6), torch.zeros(5, dtype=torch.int64)
     for call, expected in ((0, [slice(0, 2), slice(3, 4)]), (10**9, None)):
-        step = Step(random_model("llama").shape, positions, kv, 4, True, call)
+        engine = FastModel(random_model("llama"), 5, attention_call=call)
+        step = Step(engine, positions, kv, 4, aligned=True)
         step.keep(torch.tensor([0, 1, 3]), None)
         assert step.runs == expected
 
