@@ -1,0 +1,45 @@
+"""The README: its figures are those of the committed results, and it stays short."""
+
+import json
+import re
+
+import numpy as np
+
+from nanoexit.config import ROOT
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = json.loads((ROOT / "data" / "experiment" / "results.json").read_text())
+
+
+def row(arm: str) -> str:
+    """A line of the README's table: means over the seeds."""
+    found = [r for r in RESULTS if r["arm"] == arm]
+    kept = [dict(map(tuple, r["same_answer"])) for r in found]
+    cells = [
+        *(f"{np.mean([r[key] for r in found]):.3f}" for key in ("accuracy", "written")),
+        *(f"{np.mean([r[key] for r in found]):.2f}" for key in ("mean_depth", "max_depth")),
+        f"{np.mean([r['capped_accuracy']['4'] for r in found]):.3f}",
+        *(f"{np.mean([k[share] for k in kept]):.2f}" for share in (0.25, 0.0)),
+        *(f"{np.mean([r['changed_value'][key] for r in found]):.3f}" for key in ("follow", "stay")),
+    ]
+    return f"| {arm} | {' | '.join(cells)} |"
+
+
+def test_the_table_is_that_of_the_results():
+    """Catches: a table of an older experiment, or a figure typed by hand."""
+    for arm in ("base", "SFT", "lambda 0", "lambda 3"):
+        assert row(arm) in TEXT, row(arm)
+
+
+def test_the_tree_counts_lines():
+    """Catches: line counts of last week."""
+    for name, lines in re.findall(r"^  (\w+\.py) +(\d+)  ", TEXT, re.MULTILINE):
+        found = (ROOT / "nanoexit" / name).read_text(encoding="utf-8").count("\n")
+        assert abs(found - int(lines)) <= 10, f"{name}: {found} lines, the README says {lines}"
+
+
+def test_it_can_be_read_in_a_quarter_of_an_hour():
+    """Catches: a README that grows with every feature."""
+    assert len(TEXT.split()) <= 2500 and TEXT.count("\n") <= 250
+    for path in re.findall(r"\]\(([\w/.]+)\)|src=\"([\w/.]+)\"", TEXT):
+        assert (ROOT / (path[0] or path[1])).is_file(), path
