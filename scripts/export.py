@@ -1,9 +1,10 @@
 """Write a run's result as others read it.
 
-    python scripts/export.py runs/tiny-sft out            the adapter in PEFT's format, with the exit heads
-    python scripts/export.py runs/tiny-sft out --merge    a whole model folder, adapters merged, for AutoModelForCausalLM
+    python scripts/export.py runs/tiny-sft out            a PEFT adapter, with the exit heads
+    python scripts/export.py runs/tiny-sft out --merge    a model folder, adapters merged
 
-A merged model runs at full depth: the exit heads lie beside it and need code that knows them.
+A merged model loads in AutoModelForCausalLM and runs at full depth: the exit heads are saved beside
+it and need code that knows them.
 """
 
 import argparse
@@ -19,12 +20,20 @@ from nanoexit.weights import load_model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", metavar="RUN_DIR")
     parser.add_argument("out", metavar="OUT_DIR")
-    parser.add_argument("--merge", action="store_true", help="write the whole model with the adapters merged into its weights")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="write the whole model with the adapters merged into its weights",
+    )
     parser.add_argument("--model", help="the base, where it is no longer where the run found it")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
+    )
     args = parser.parse_args()
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -1,4 +1,6 @@
-"""Small random models of the three families, with heads and adapters that are not zero: what most tests run on."""
+"""Small random models of the three families, with heads and adapters that are not zero: what most
+tests run on.
+"""
 
 from pathlib import Path
 
@@ -21,7 +23,9 @@ SHAPES = {
 
 
 def random_model(family: str, seed: int = 0) -> Transformer:
-    """Every tensor random, biases and norms too, so that no forgotten term can hide behind a zero or a one."""
+    """Every tensor random, biases and norms too, so that no forgotten term can hide behind a zero
+    or a one.
+    """
     model = Transformer(SHAPES[family])
     scramble(model.named_parameters(), seed)
     return model.requires_grad_(False)

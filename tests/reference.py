@@ -1,6 +1,8 @@
-"""The obvious implementation: one token at a time, one head at a time, everything recomputed, nothing batched or cached.
+"""The obvious implementation: one token at a time, one head at a time, everything recomputed,
+nothing batched or cached.
 
-It is slow and meant to be seen right at a glance. The fast path in nanoexit/ must equal it (laws 2 and 3).
+It is slow and meant to be seen right at a glance. The fast path in nanoexit/ must equal it (laws
+2 and 3).
 """
 
 import math
@@ -15,7 +17,9 @@ def norm(x, weight, eps):
 
 
 def turn(x, position, frequencies):
-    """RoPE of one head's vector x [head_dim], written as complex numbers: pair (i, i + head_dim / 2) turns by its angle."""
+    """RoPE of one head's vector x [head_dim], written as complex numbers: pair (i, i + head_dim /
+    2) turns by its angle.
+    """
     half = len(x) // 2
     turned = torch.complex(x[:half], x[half:]) * torch.exp(1j * position * frequencies)
     return torch.cat([turned.real, turned.imag])
@@ -33,7 +37,8 @@ def linear(module, x):
 def hidden_states(model, ids, depths):
     """ids, depths: one row, lists of T ints -> [T, D]: each token's residual at its own depth.
 
-    A frozen token leaves keys and values in every later block, made from its frozen residual, and runs nothing else.
+    A frozen token leaves keys and values in every later block, made from its frozen residual, and
+    runs nothing else.
     """
     s, frequencies = model.shape, rope_frequencies(model.shape, torch.device("cpu"))
     keys = [[] for _ in range(s.blocks)]  # keys[l][t][k]: kv head k of token t in block l

@@ -125,7 +125,9 @@ def test_the_first_readout_chooses_its_depth(family):
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_packed_forward_equals_the_slow_reference(family, head):
-    """Catches: a mask, rotation or key that is wrong only beside exited tokens; padding that leaks."""
+    """Catches: a mask, rotation or key that is wrong only beside exited tokens; padding that
+    leaks.
+    """
     model = with_exits(random_model(family), head=head)
     rng = np.random.default_rng(0)
     lengths = [9, 4, 7]
