@@ -8,10 +8,9 @@ it and need code that knows them.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _path  # noqa: F401
 
 from nanoexit.adapters import adapter_base, load_adapter, save_adapter, save_merged
 from nanoexit.config import UserError, run_script

@@ -5,10 +5,9 @@ python scripts/report.py runs/sft runs/rl --out both.html
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _path  # noqa: F401
 
 from nanoexit.config import run_script
 from nanoexit.report import read_run, write_page
