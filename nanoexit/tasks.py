@@ -203,6 +203,10 @@ class Task:
         """The response up to one changed value; None where it is not known what follows from it."""
         return None
 
+    def key(self, prompt: Prompt) -> str:
+        """What decides, by its hash, whether a prompt is held out."""
+        return prompt.prompt
+
 
 class GSM8K(Task):
     """The number after `####` (Cobbe et al. 2021), else in \\boxed{}. Where there are several, they
@@ -243,32 +247,39 @@ class GSM8K(Task):
         return Change(text, stay, follow and str(follow))
 
 
-class Chains(Task):
-    """A digit and up to six operations, left to right. Each operation permutes the ten digits, so
-    no step can be forgotten, and a guess of the answer is right one time in ten.
+class Made(Task):
+    """A task that makes its prompts: a start, then operations, each of which leads to a value."""
 
-    `clock` adds and multiplies, and keeps the last digit: `5 *9 +7` has the values 5 and 2, written
-    as `5 *9 5 +7 2`. Its chains of any length are one of 40 maps. The letters of `permute` agree
-    with each of these in three digits at most and do not compose to anything shorter. The control,
-    `clock-values`, writes the values alone."""
+    longest: int  # operations
+    numbers: Sequence[str]  # every value, as a word
 
-    longest = 6  # operations
+    def parse(self, text: str) -> list[str]:
+        """The start and the operations of a prompt; [] for what is none."""
+        raise NotImplementedError
 
-    def __init__(self, name: str, table: dict[str, str], restate: bool = True):
-        super().__init__(name, f"a chain of a digit and {', '.join(table)}, and its value if any")
-        self.table, self.restate = table, restate
-        self.words = [*"0123456789", *table]
-        self.operation = "|".join(map(re.escape, table))
+    def after(self, value: str, operation: str) -> str | None:
+        """The value that an operation makes of another; None where it makes none."""
+        raise NotImplementedError
 
-    def parse(self, chain: str) -> list[str]:
-        """`5*9 +7` -> ["5", "*9", "+7"]; [] for what is no chain."""
-        found = re.fullmatch(rf"\s*([0-9])((?:\s*(?:{self.operation}))+)\s*", chain)
-        return [found[1], *re.findall(self.operation, found[2])] if found else []
+    def draw(self, rng: np.random.Generator, operations: int) -> str:
+        """A random prompt of that many operations."""
+        raise NotImplementedError
 
-    def values(self, chain: str) -> list[str]:
-        """The digit after each operation; [] for what is no chain."""
-        digits = itertools.accumulate(self.parse(chain), lambda v, name: self.table[name][int(v)])
-        return [*digits][1:]
+    def values(self, text: str) -> list[str]:
+        """The value after each operation of a prompt; [] for what is none."""
+        start, *operations = self.parse(text) or [""]
+        return self.follow(start, operations)
+
+    def follow(self, value: str, operations: Sequence[str]) -> list[str]:
+        """The value after each of these operations; [] where one makes none."""
+        values: list[str] = []
+        for operation in operations:
+            after = self.after(value, operation)
+            if after is None:
+                return []
+            values.append(after)
+            value = after
+        return values
 
     def prompts(self, rng: np.random.Generator) -> Iterator[Prompt]:
         """Endless prompts, of each number of operations in proportion to it."""
@@ -279,14 +290,58 @@ class Chains(Task):
 
     def make(self, rng: np.random.Generator, operations: int) -> Prompt:
         """A random prompt of that many operations."""
-        drawn = rng.choice([*self.table], operations)
-        chain = " ".join([str(rng.integers(10)), *drawn])
-        group = f"{operations} step{'s' * (operations > 1)}"
-        return Prompt(chain, chain, self.values(chain)[-1], checker=self.name, group=group)
+        text, group = self.draw(rng, operations), f"{operations} step{'s' * (operations > 1)}"
+        return Prompt(text, text, self.values(text)[-1], checker=self.name, group=group)
 
     def target(self, prompt: Prompt) -> str | None:
         values = self.values(prompt.prompt)
         return values[-1] if values and prompt.answer in (None, values[-1]) else None
+
+    def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
+        """True steps up to a random one whose value is changed, whatever the response wrote. None
+        for one operation, whose value is the answer, and where no other value leads to an end."""
+        operations, values = self.parse(prompt.prompt)[1:], self.values(prompt.prompt)
+        if len(values) < 2:
+            return None
+        at = int(rng.integers(len(values) - 1))
+        place = self.numbers.index(values[at])
+        others = [*self.numbers[place + 1 :], *self.numbers[:place]]
+        ends = {other: self.follow(other, operations[at + 1 :]) for other in others}
+        possible = [other for other in others if ends[other]]
+        if not possible:
+            return None
+        wrong = possible[int(rng.integers(len(possible)))]
+        text = self.written(prompt, at + 1).rpartition(values[at])[0] + wrong
+        return Change(text, values[-1], ends[wrong][-1])
+
+
+class Chains(Made):
+    """A digit and up to six operations, left to right. Each operation permutes the ten digits, so
+    no step can be forgotten, and a guess of the answer is right one time in ten.
+
+    `clock` adds and multiplies, and keeps the last digit: `5 *9 +7` has the values 5 and 2, written
+    as `5 *9 5 +7 2`. Its chains of any length are one of 40 maps. The letters of `permute` agree
+    with each of these in three digits at most and do not compose to anything shorter. The control,
+    `clock-values`, writes the values alone."""
+
+    longest, numbers = 6, "0123456789"
+
+    def __init__(self, name: str, table: dict[str, str], restate: bool = True):
+        super().__init__(name, f"a chain of a digit and {', '.join(table)}, and its value if any")
+        self.table, self.restate = table, restate
+        self.words = [*self.numbers, *table]
+        self.operation = "|".join(map(re.escape, table))
+
+    def parse(self, text: str) -> list[str]:
+        found = re.fullmatch(rf"\s*([0-9])((?:\s*(?:{self.operation}))+)\s*", text)
+        return [found[1], *re.findall(self.operation, found[2])] if found else []
+
+    def after(self, value: str, operation: str) -> str:
+        return self.table[operation][int(value)]
+
+    def draw(self, rng: np.random.Generator, operations: int) -> str:
+        drawn = rng.choice([*self.table], operations)
+        return " ".join([str(rng.integers(10)), *drawn])
 
     def steps(self, prompt: Prompt) -> list[str]:
         words, steps = self.parse(prompt.prompt), self.values(prompt.prompt)
@@ -302,16 +357,57 @@ class Chains(Task):
             return re.findall(rf"(?<!\S)(?:{self.operation}) [0-9](?!\S)", " ".join(words))
         return [f"{place} {word}" for place, word in enumerate(words)]
 
-    def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
-        """True steps up to a random one whose value is changed, whatever the response wrote. None
-        for chains of one operation: their value is the answer."""
-        words, values = self.parse(prompt.prompt), self.values(prompt.prompt)
-        if len(values) < 2:
-            return None
-        at = int(rng.integers(len(values) - 1))
-        wrong = str((int(values[at]) + int(rng.integers(1, 10))) % 10)
-        follow = self.values(" ".join([wrong, *words[at + 2 :]]))[-1]
-        return Change(self.written(prompt, at + 1)[:-1] + wrong, values[-1], follow)
+
+class Words(Made):
+    """The same in English, for models that can read: `Start with three. Ann adds one. Bob takes
+    two.` is answered ` So two`, or ` three Ann adds one makes four. Bob takes two makes two. So
+    two`. Values stay from zero to seven. Chains are held out whatever the names in them."""
+
+    longest, opening = 3, ""
+    numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
+    names = ["Ann", "Bob", "Tom", "Sam", "Eva", "Max", "Joe", "Kim", "Dan", "Amy", "Ben", "Leo"]
+
+    def __init__(self, name: str):
+        super().__init__(name, "a start and who adds or takes what", "So", r"\bSo\b")
+        self.words = [*self.numbers, *self.names, "adds", "takes", "makes", "So"]
+
+    def parse(self, text: str) -> list[str]:
+        start, *rest = text.strip(" .").split(". ")
+        found = [re.fullmatch(r"[A-Z]\w* (adds|takes) (\w+)", part) for part in rest]
+        words = [start.removeprefix("Start with "), *(m[2] for m in found if m)]
+        known = None not in found and all(word in self.numbers for word in words)
+        return [words[0], *(m[0] for m in found if m)] if known and rest else []
+
+    def after(self, value: str, operation: str) -> str | None:
+        _, verb, n = operation.split()
+        size = self.numbers.index(n)
+        at = self.numbers.index(value) + (size if verb == "adds" else -size)
+        return self.numbers[at] if 0 <= at < len(self.numbers) else None
+
+    def draw(self, rng: np.random.Generator, operations: int) -> str:
+        values = [int(rng.integers(len(self.numbers)))]
+        text = f"Start with {self.numbers[values[0]]}."
+        for name in rng.choice(self.names, operations, replace=False):
+            old, new = values[-1], int(rng.integers(len(self.numbers) - 1))
+            values.append(new + (new >= old))
+            verb = "adds" if values[-1] > old else "takes"
+            text += f" {name} {verb} {self.numbers[abs(values[-1] - old)]}."
+        return text
+
+    def key(self, prompt: Prompt) -> str:
+        return re.sub(r"\w+ (?=adds|takes)", "", prompt.prompt)
+
+    def reached(self, prompt: Prompt, reasoning: str) -> str | None:
+        return (re.findall(r"makes (\w+)", reasoning) or [None])[-1]
+
+    def steps(self, prompt: Prompt) -> list[str]:
+        start, *operations = self.parse(prompt.prompt) or [""]
+        pairs = zip(operations, self.values(prompt.prompt))
+        steps = [f"{operation} makes {value}." for operation, value in pairs]
+        return [f"{start} {steps[0]}", *steps[1:]] if steps else []
+
+    def claims(self, text: str) -> list[str]:
+        return re.findall(r"\w+ (?:adds|takes) \w+ makes \w+", text)
 
 
 CLOCK = {f"+{n}": "".join(str((d + n) % 10) for d in range(10)) for n in range(1, 10)}
@@ -322,6 +418,7 @@ TASKS: dict[str, Task] = {
     "clock": Chains("clock", CLOCK),
     "clock-values": Chains("clock-values", CLOCK, restate=False),
     "permute": Chains("permute", dict(zip("abcdefghijkl", DRAWN.split()))),
+    "words": Words("words"),
     "gsm8k": GSM8K("gsm8k", "a number, alone or after ####", "####", r"####(?=\W*(?:boxed\W)?\d)"),
     "exact": Task("exact", "an answer", "Answer:", r"(?is:answer\s*:(?!.*answer\s*:))"),
     "none": Task("none"),
@@ -340,7 +437,7 @@ def load_prompts(
     depend on `seed` and are 8192 by default. UserError for any fault, and for an empty split."""
     task, held_out = TASKS.get(data.prompts), split == "held_out"
     source: Iterable[Prompt]
-    if isinstance(task, Chains):
+    if isinstance(task, Made):
         if data.checker not in ("auto", task.name):
             raise UserError(f"data.checker: expected auto or {task.name}, found {data.checker!r}")
         count = count or 8192
@@ -348,7 +445,7 @@ def load_prompts(
         source = itertools.islice(made, 10_000 + 250 * count)
     else:
         source = sorted(read_prompts(data), key=lambda p: sha256(p.prompt.encode()).digest())
-    wanted = (p for p in source if is_held_out(p.prompt, data.held_out) == held_out)
+    wanted = (p for p in source if is_held_out(p, data.held_out) == held_out)
     prompts = [replace(p, system=p.system or data.system) for p in itertools.islice(wanted, count)]
     if not prompts:
         raise UserError(f"data.held_out = {data.held_out}: no {split} prompts in {data.prompts}")
@@ -361,9 +458,9 @@ def check_prompts(data: DataConfig) -> None:
     load_prompts(data, "held_out", 1)
 
 
-def is_held_out(prompt: str, share: float = 0.1) -> bool:
+def is_held_out(prompt: Prompt, share: float = 0.1) -> bool:
     """Whether a prompt is kept for evaluation: a hash of its text, the same always."""
-    return zlib.crc32(prompt.encode()) % 10000 < share * 10000
+    return zlib.crc32(task_of(prompt).key(prompt).encode()) % 10000 < share * 10000
 
 
 def read_prompts(data: DataConfig) -> list[Prompt]:

@@ -309,12 +309,12 @@ smallest that keeps 0.95 of the accuracy; there: under it. Monitor: how often th
 is the answer (by chance 0.11). Before the last step: the same for a reader of all steps but the
 last, who does that one. False alarms: what was read is not the answer."""
 CAP, KEPT, ANSWERS = "most blocks of any token", "per cent of the reasoning kept", "same answer"
-FIGURES = {  # figure of an entry -> title, x, y, range of y
-    "max_depth_by_group": ("Opaque serial depth", "operations of the chain", "blocks", (0, BLOCKS)),
-    "capped_accuracy": ("Accuracy under a cap", CAP, "accuracy", (0, 1)),
-    "steps_in_head": ("Operations in the head, nothing written", CAP, "operations", (0, 6)),
-    "same_answer": ("Reasoning cut, depth free", KEPT, ANSWERS, (0, 1)),
-    "same_answer_capped": ("Reasoning cut, smallest good cap", KEPT, ANSWERS, (0, 1)),
+FIGURES = {  # figure of an entry -> title, x, y, the axis of y reaches this
+    "max_depth_by_group": ("Opaque serial depth", "operations of the chain", "blocks", BLOCKS),
+    "capped_accuracy": ("Accuracy under a cap", CAP, "accuracy", 1),
+    "steps_in_head": ("Operations in the head, nothing written", CAP, "operations", 6),
+    "same_answer": ("Reasoning cut, depth free", KEPT, ANSWERS, 1),
+    "same_answer_capped": ("Reasoning cut, smallest good cap", KEPT, ANSWERS, 1),
 }
 
 
@@ -342,10 +342,10 @@ def curve(name: str, pairs: Sequence[tuple]) -> Line:
     return Line(name, [(x, float(np.mean(ys[x])), *spans[x]) for x in sorted(ys)])
 
 
-def entry_figure(arms: dict, key: str, title: str, x: str, y: str, y_range: tuple) -> Figure:
+def entry_figure(arms: dict, key: str, title: str, x: str, y: str, top: float) -> Figure:
     """A line an arm through the entries of one figure."""
     pairs = {n: [p for row in rows for p in entries(row, key).items()] for n, rows in arms.items()}
-    return line_figure(title, x, y, [curve(*pair) for pair in pairs.items()], None, y_range)
+    return line_figure(title, x, y, [curve(*pair) for pair in pairs.items()], top)
 
 
 def draw(results: Sequence[dict]) -> dict[str, Figure]:
@@ -361,11 +361,11 @@ def draw(results: Sequence[dict]) -> dict[str, Figure]:
     pairs = {key: [(row["lambda"], row[key] / most) for row in plain] for key, most in parts}
     pairs["opaque serial depth, share of 8"] = pairs.pop("max_depth")
     lines = [curve(*pair) for pair in pairs.items()]
-    found["externalization"] = line_figure("Externalization", "lambda", "", lines, None, (0, 1))
+    found["externalization"] = line_figure("Externalization", "lambda", "", lines, 1)
     rules = by_arm([row for row in results if row["strength"]], "targets")
     pairs = {t: [(r["mean_depth"], r["accuracy"]) for r in rows] for t, rows in rules.items()}
     title, lines = "SFT: whose readouts set the targets?", [curve(*pair) for pair in pairs.items()]
-    found["sft_frontier"] = line_figure(title, "mean depth", "accuracy", lines, None, (0, 1))
+    found["sft_frontier"] = line_figure(title, "mean depth", "accuracy", lines, 1)
     return {key: figure for key, figure in found.items() if figure.body.count("<polyline") > 1}
 
 

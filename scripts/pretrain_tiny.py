@@ -150,7 +150,7 @@ def draw_rows(
     for i in range(config.batch_size):
         growing = longest < task.longest and i < config.batch_size // 2
         prompt = None
-        while prompt is None or is_held_out(prompt.prompt):
+        while prompt is None or is_held_out(prompt):
             weights = np.arange(1, longest + 1)
             k = longest if growing else rng.choice(weights, p=weights / weights.sum())
             prompt = task.make(rng, int(k))
@@ -276,7 +276,7 @@ def evaluate(model: Transformer, config: PretrainConfig, words: Words, count: in
     prompts: list[Prompt] = []
     while len(prompts) < count:
         prompt = next(source)
-        if is_held_out(prompt.prompt):
+        if is_held_out(prompt):
             prompts.append(prompt)
     ids = [words.prompt(p.prompt) for p in prompts]
     settings = Sampling(stop_ids=[EOS])

@@ -143,8 +143,8 @@ def test_training_never_sees_a_held_out_prompt(prompts):
     data = DataConfig(prompts=prompts, system="s")
     train, held = (load_prompts(data, split, 900, seed=1) for split in ("train", "held_out"))
     assert not {p.prompt for p in train} & {p.prompt for p in held}
-    assert all(is_held_out(p.prompt) for p in held) and {p.system for p in held} == {"s"}
-    assert not any(is_held_out(p.prompt) for p in train)
+    assert all(is_held_out(p) for p in held) and {p.system for p in held} == {"s"}
+    assert not any(is_held_out(p) for p in train)
     assert len({p.id for p in train}) == len(train)
     again = load_prompts(data, "train", 900, seed=2)
     assert (train == again) == (prompts == str(FILE))

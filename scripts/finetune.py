@@ -1,0 +1,255 @@
+"""Teach a model a task, or texts of yours, before it is a teacher; written as a plain model folder.
+
+    python scripts/finetune.py configs/words_base.yaml        chains in English, for SmolLM2
+
+`data.prompts` names a task that makes its prompts, or a JSONL file of {"prompt", "response"}. For a
+task, a share `terse` of the responses has no written step and a share `full` has all of them; the
+rest writes the first few. The loss is the cross-entropy of the response at full depth and, by
+choice: at early depths (`early_weight`), and of fully written rows that run through the first
+`finetune.cap` blocks alone (`capped_rows`), which teaches a written route that is shallow. While a
+task is new, running values can be read out at the operations of the prompt (`scaffold`).
+
+The model is in run.dir/model. --resume continues an interrupted run, to the same weights.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import _path  # noqa: F401
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoexit import training
+from nanoexit.adapters import save_merged
+from nanoexit.config import (
+    Config,
+    UserError,
+    command_line,
+    find_file,
+    knob,
+    load_config,
+    read_json,
+    read_json_lines,
+    run_script,
+    write_text,
+)
+from nanoexit.exits import Watch, attach, capped
+from nanoexit.model import Transformer
+from nanoexit.score import Aligned, align
+from nanoexit.tasks import TASKS, Made, is_held_out
+from nanoexit.tokenizer import Tokenizer, find_model, load_tokenizer
+from nanoexit.weights import load_model
+
+
+@dataclasses.dataclass
+class FinetuneConfig:
+    weights: str = knob("all", "what is trained", choices=["all", "blocks", "lora"])
+    steps: int = knob(200, "updates", low=1)
+    batch_size: int = knob(32, "rows of a step that run at full depth", low=1)
+    lr: float = knob(3e-4, "peak learning rate of AdamW")
+    terse: float = knob(0.5, "share of responses without a written step", high=1)
+    full: float = knob(0.5, "share with every step written; the rest writes the first few", high=1)
+    longest: int = knob(3, "most operations of a prompt", low=1)
+    early: list[int] = knob([], "depths of early readouts that are trained", low=1)
+    early_weight: float = knob(0.0, "weight of their mean loss, at full depth")
+    cap: int = knob(1, "depth of the capped rows, read out there and at early depths below", low=1)
+    capped_rows: int = knob(0, "fully written rows of a step that run through `cap` blocks alone")
+    scaffold: float = knob(0.0, "weight of the running values at operations of the prompt")
+    scaffold_steps: int = knob(0, "steps after which the scaffold is gone")
+    autocast: bool = knob(False, "products in bfloat16, weights in float32")
+    template: bool = knob(True, "whether prompts keep the chat template; it is gone if false")
+    save_every: int = knob(100, "steps between checkpoints", low=1)
+
+
+@dataclasses.dataclass
+class Recipe(Config):
+    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
+
+
+@dataclasses.dataclass
+class Row:
+    """A prompt and the response to learn."""
+
+    prompt: list[int]
+    response: list[int]
+    values: list[tuple[int, int]]  # (place in the prompt, running value there), for the scaffold
+
+
+def main() -> None:
+    args = command_line(__doc__, resume=True, schema=Recipe).parse_intermixed_args()
+    config = load_config(args.config, args.overrides, Recipe)
+    model, tokenizer = load(config)
+    with training.run_directory(config, args.resume) as folder:
+        train(model, tokenizer, config, folder)
+        source = find_model(config.model.name, config.model.revision)[0]
+        save_merged(model, source, folder / "model")
+        if not config.finetune.template:
+            remove_template(folder / "model")
+    print(f"the model is in {folder / 'model'}; python scripts/sample.py --model it tries it")
+
+
+def load(config: Recipe) -> tuple[Transformer, Tokenizer]:
+    """The model with what is trained, and its tokenizer."""
+    m, f = config.model, config.finetune
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    model = load_model(m.name, m.device, m.dtype, m.revision)
+    tokenizer = load_tokenizer(m.name, m.revision)
+    deepest = max([f.cap, *f.early])
+    if deepest >= model.full_depth:
+        raise UserError(f"finetune.cap, finetune.early: expected depths below {model.full_depth}, found {deepest}")
+    if f.weights == "lora":
+        attach(model, [], lora=config.lora, seed=config.run.seed)
+    elif f.weights == "blocks":
+        model.requires_grad_(False)
+        model.model.layers.requires_grad_(True)
+    tokenizer.has_template = tokenizer.has_template and f.template
+    return model, tokenizer
+
+
+# --- rows -------------------------------------------------------------------------------------
+
+
+def made_row(
+    rng: np.random.Generator, task: Made, tokenizer: Tokenizer, f: FinetuneConfig, written: bool
+) -> Row:
+    """A random prompt that is not held out, of each number of operations in proportion to it."""
+    lengths = np.arange(1, f.longest + 1)
+    chances = lengths / lengths.sum()
+    while is_held_out(prompt := task.make(rng, int(rng.choice(lengths, p=chances)))):
+        continue
+    steps, u = len(task.steps(prompt)), rng.random()
+    n = 0 if u < f.terse else int(rng.integers(steps))
+    n = steps if written or u >= 1 - f.full else n
+    ids = tokenizer.prompt_ids(prompt.prompt)
+    pieces, at, values = tokenizer.pieces(ids), 0, []
+    text, ends = "".join(pieces), np.cumsum([len(piece) for piece in pieces])
+    for operation, value in zip(task.parse(prompt.prompt)[1:], task.values(prompt.prompt)):
+        at = text.index(operation, at) + len(operation)
+        values.append((int(np.searchsorted(ends, at)), tokenizer.encode(f" {value}")[-1]))
+    response = [*tokenizer.encode(task.response(prompt, n)), min(tokenizer.stop_ids)]
+    return Row(ids, response, values)
+
+
+def read_rows(config: Recipe, tokenizer: Tokenizer) -> list[Row]:
+    """The rows of a JSONL file of prompts and responses."""
+    path, rows = find_file(config.data.prompts, "data.prompts: no task, and"), []
+    for line, row in read_json_lines(path):
+        if not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
+            raise UserError(f"{path}:{line}: expected a prompt and a response, both text")
+        response = [*tokenizer.encode(row["response"]), min(tokenizer.stop_ids)]
+        rows.append(Row(tokenizer.prompt_ids(row["prompt"]), response, []))
+    return rows
+
+
+def rows_of_step(
+    config: Recipe, tokenizer: Tokenizer, kept: Sequence[Row], step: int
+) -> tuple[list[Row], list[Row]]:
+    """The rows of a step that run at full depth, and the capped ones."""
+    f, task = config.finetune, TASKS.get(config.data.prompts)
+    if not isinstance(task, Made):
+        at = training.batch_at(step, len(kept), f.batch_size + f.capped_rows, config.run.seed)
+        rows = [kept[i] for i in at]
+    else:
+        rng = np.random.default_rng(training.stream("finetune", config.run.seed, step))
+        shallow = [False] * f.batch_size + [True] * f.capped_rows
+        rows = [made_row(rng, task, tokenizer, f, written) for written in shallow]
+    return rows[: f.batch_size], rows[f.batch_size :]
+
+
+# --- losses -----------------------------------------------------------------------------------
+
+
+def losses(
+    model: Transformer, rows: Sequence[Row], early: Sequence[int]
+) -> tuple[Aligned, Tensor, dict[int, Tensor]]:
+    """-> the alignment, the final residuals [B*T, D], and those at early depths [n, D]."""
+    prompts, responses = [row.prompt for row in rows], [row.response for row in rows]
+    a = align(prompts, responses, None, model.full_depth, model.device)
+    watch = Watch(early)
+    hidden = model.run(a.ids, stop=watch).hidden.flatten(0, 1)
+    return a, hidden, {d: h[a.at] for d, h in watch.seen.items()}
+
+
+def cross_entropy(model: Transformer, h: Tensor, a: Aligned) -> tuple[Tensor, Tensor]:
+    """Residuals [n, D] -> the mean cross-entropy of the tokens, and which were likeliest [n]."""
+    logits = model.readout(h).float()
+    return F.cross_entropy(logits, a.tokens), logits.detach().argmax(-1) == a.tokens
+
+
+def answered(a: Aligned, right: Tensor) -> list[bool]:
+    """Whether the last token before the end of each row was right."""
+    return [bool(row[-2]) for row in right.split(a.counts)]
+
+
+def step_losses(
+    model: Transformer, full: Sequence[Row], shallow: Sequence[Row], f: FinetuneConfig, step: int
+) -> dict[str, float]:
+    """Backward through one step -> its figures."""
+    figures: dict[str, float] = {}
+    for name in ("terse", "written"):
+        rows = [row for row in full if (len(row.response) == 3) == (name == "terse")]
+        if not rows:
+            continue
+        a, hidden, early = losses(model, rows, f.early if f.early_weight else ())
+        loss, right = cross_entropy(model, hidden[a.at], a)
+        figures[name], figures[f"{name}_right"] = loss.item(), float(np.mean(answered(a, right)))
+        if early:
+            losses_early = [cross_entropy(model, h, a)[0] for h in early.values()]
+            loss = loss + f.early_weight * torch.stack(losses_early).mean()
+        if f.scaffold and step < f.scaffold_steps:
+            width = a.ids.shape[1]
+            places = [i * width + at for i, row in enumerate(rows) for at, _ in row.values]
+            goals = torch.tensor([value for row in rows for _, value in row.values])
+            logits = model.readout(hidden[places]).float()
+            loss = loss + f.scaffold * F.cross_entropy(logits, goals.to(model.device))
+            figures["scaffold_right"] = float((logits.argmax(-1).cpu() == goals).float().mean())
+        (loss * len(rows) / len(full)).backward()
+    if shallow:
+        with capped(model, f.cap):
+            a, hidden, early = losses(model, shallow, [d for d in f.early if d < f.cap])
+            found = [cross_entropy(model, h, a) for h in (*early.values(), hidden[a.at])]
+        torch.stack([loss for loss, _ in found]).mean().backward()
+        figures["capped"] = found[-1][0].item()
+        figures["capped_right"] = float(found[-1][1].float().mean())
+    return figures
+
+
+def train(model: Transformer, tokenizer: Tokenizer, config: Recipe, folder: Path) -> None:
+    """The loop: rows, losses, step, log, save. Continues from folder/checkpoint."""
+    f = config.finetune
+    kept = [] if config.data.prompts in TASKS else read_rows(config, tokenizer)
+    optimizer = training.make_optimizer(training.trained(model).values(), f.lr)
+    done = training.load_checkpoint(folder, model, optimizer)
+    metrics = training.Metrics(folder, done, config)
+    model.train()
+    with training.progress(f.steps, "finetune", "step", done) as bar:
+        for step in range(done, f.steps):
+            full, shallow = rows_of_step(config, tokenizer, kept, step)
+            training.seed_torch("dropout", config.run.seed, step)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=f.autocast):
+                figures = step_losses(model, full, shallow, f, step)
+            norm = training.update(optimizer, f.lr * training.cosine_share(step, f.steps))
+            metrics.write(step + 1, **figures, grad_norm=norm)
+            shown = {key: f"{value:.2f}" for key, value in figures.items()}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+            if (step + 1) % f.save_every == 0 or step + 1 == f.steps:
+                training.save_checkpoint(folder, step + 1, model, optimizer)
+    model.eval()
+
+
+def remove_template(folder: Path) -> None:
+    """Prompts of this model are plain text."""
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = read_json(folder / "tokenizer_config.json")
+    config.pop("chat_template", None)
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_script(main)
