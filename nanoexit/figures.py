@@ -1,18 +1,16 @@
-"""Depth as colour, on a page and in a terminal, and figures as SVG.
+"""Depth as colour in a terminal, and figures as SVG.
 
-`paint` and `legend` colour a response for a terminal with 256 colours; a pipe, another terminal and
-NO_COLOR (no-color.org) get plain text. `line_figure` draws a `Figure`, whose `.svg()` is a file of
-its own, 380 pixels wide, light or dark as its reader is. Its legend says what is not drawn.
-
-All colours of depth keep a contrast of 3 to 1 on white and on black: a program cannot know the
-background of a terminal. `safe` also darkens with depth, for all kinds of colour blindness.
+`paint` and `legend` give plain text to a pipe, under NO_COLOR (no-color.org), and to a terminal
+without 256 colours. A colour of depth has a contrast of 3 to 1 on white and on black: a program
+cannot know the background of a terminal. In report.css, `safe` darkens with depth, for all kinds of
+colour blindness. The `.svg()` of a `Figure` is a file of its own, light or dark as its reader is.
 """
 
 import itertools
 import math
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -20,27 +18,17 @@ from typing import Any, TextIO
 
 from nanoexit.config import printable
 
-TERMINAL = (
-    160,
-    166,
-    136,
-    100,
-    64,
-    29,
-    30,
-    31,
-    26,
-)  # of the 256 colours, from the first depth to full depth
+TERMINAL = (160, 166, 136, 100, 64, 29, 30, 31, 26)  # of 256 colours, from depth 1 to full depth
 CSS = Path(__file__).with_name("figures.css").read_text(encoding="utf-8")
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 380, 42, 346, 12, 180  # of a drawing and of its axes
 MOST_LINES, MOST_POINTS, MOST_MARKS = 8, 120, 30
 
 
-def has_colors(stream: TextIO, variables: Mapping[str, str] = os.environ) -> bool:
+def has_colors(stream: TextIO) -> bool:
     """Whether `stream` shows 256 colours, and NO_COLOR does not forbid them."""
-    term = variables.get("TERM", "dumb")
-    able = term != "dumb" and ("256" in term or "COLORTERM" in variables)
-    return able and stream.isatty() and not variables.get("NO_COLOR")
+    term = os.environ.get("TERM", "dumb")
+    able = term != "dumb" and ("256" in term or "COLORTERM" in os.environ)
+    return able and stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def paint(pieces: Sequence[str], depths: Sequence[int], full_depth: int, stream: TextIO) -> str:
@@ -52,8 +40,8 @@ def paint(pieces: Sequence[str], depths: Sequence[int], full_depth: int, stream:
     for depth, run in itertools.groupby(zip(pieces, depths, strict=True), key=lambda pair: pair[1]):
         text = printable("".join(piece for piece, _ in run))
         text = text.encode(encoding, "replace").decode(encoding)
-        spared = (full_depth - depth) / max(1, full_depth - 1)
-        code = TERMINAL[round((1 - spared) * (len(TERMINAL) - 1))]
+        share = (depth - 1) / (full_depth - 1) if full_depth > 1 else 1
+        code = TERMINAL[round(share * (len(TERMINAL) - 1))]
         painted += f"\x1b[38;5;{code}m{text}\x1b[0m" if colored else text
     return painted
 
@@ -85,9 +73,9 @@ class Figure:
         """Add `text`, wrapped; behind a stroke if it names a line of that colour."""
         if color and text:
             self.body += f'<path class="key" d="M0 {self.height + 14}h14" style="stroke:{color}"/>'
+        x = 20 if color else 0
         for line in textwrap.wrap(text, 44 if kind else 54):
             self.height += 18
-            x = 20 if color else 0
             self.body += f'<text class="{kind}" x="{x}" y="{self.height}">{escape(line)}</text>'
 
     def svg(self, alone: bool = True) -> str:
@@ -101,21 +89,16 @@ class Figure:
         )
 
 
-def line_figure(
-    title: str, x: str, y: str, lines: Sequence[Line], x_range: Any = None, y_range: Any = None
-) -> Figure:
-    """Lines over axes that span the points and a range (low, high), or zero; (0, 1) is a share."""
+def line_figure(title: str, x: str, y: str, lines: Sequence[Line], top: float = 0) -> Figure:
+    """Lines over axes that span zero and all points; the vertical one reaches `top` at least."""
     lines = [line for line in lines if line.points]
-    drawn = [
-        sorted(p for p in line.points if all(map(is_number, p))) for line in lines[:MOST_LINES]
-    ]
-    xs = [point[0] for points in drawn for point in points]
-    ys = [value for points in drawn for point in points for value in point[1:]]
-    across, up = Axis(xs, x_range, LEFT, RIGHT), Axis(ys, y_range, BOTTOM, TOP)
+    drawn = [sorted(p for p in line.points if all(map(is_number, p))) for line in lines]
+    drawn = drawn[:MOST_LINES]
+    across = Axis([point[0] for points in drawn for point in points], LEFT, RIGHT)
+    up = Axis([top, *(v for points in drawn for point in points for v in point[1:])], BOTTOM, TOP)
     figure = Figure(title)
     figure.write(title, kind="title")
-    if y != title:
-        figure.write(y)
+    figure.write("" if y == title else y)
     figure.body += f'<g transform="translate(0 {figure.height + 12})" data-x="{across}" '
     figure.body += f'data-y="{up}">{_axes(across, up, x)}'
     for index, points in enumerate(drawn):
@@ -124,7 +107,7 @@ def line_figure(
     figure.height += BOTTOM + 54
     for index, (line, points) in enumerate(zip(lines, drawn)):
         missing = len(line.points) - len(points)
-        remark = f" (not numbers: {missing} of {len(line.points)} points)" if missing else ""
+        remark = f" (without {missing} points that are not numbers)" if missing else ""
         figure.write(line.name + remark, f"var(--s{index})")
     for line in lines[MOST_LINES:]:
         figure.write(f"{line.name} (not drawn, beyond {MOST_LINES} lines)")
@@ -132,36 +115,32 @@ def line_figure(
 
 
 class Axis:
-    """Values low..high, drawn from `start` to `end`; its text is what the page's script reads."""
+    """Values from zero, drawn from `start` to `end`; its text is what the page's script reads."""
 
-    def __init__(self, values: Sequence[float], span: Any, start: float, end: float) -> None:
-        self.share, self.start, self.end = span == (0, 1), start, end
-        values = [*values, *(span or [0])]
-        low, high = min(values), max(values)
-        size = (high - low) or abs(high) or 1.0
+    def __init__(self, values: Sequence[float], start: float, end: float) -> None:
+        self.start, self.end = start, end
+        low, high = min([0, *values]), max([0, *values])
+        size = (high - low) or 1.0
         power = 10.0 ** math.floor(math.log10(size / 5))
         step = power * next(m for m in (1, 2, 5, 10, 20) if size <= 5 * power * m)
-        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-        self.ticks = [i * step for i in range(first, max(last, first + 1) + 1)]
+        first, last = math.floor(low / step + 1e-9), math.ceil((low + size) / step - 1e-9)
+        self.ticks = [i * step for i in range(first, last + 1)]
 
     def at(self, value: float) -> float:
         share = (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0])
         return round(self.start + share * (self.end - self.start), 1)
 
-    def marks(self) -> list[tuple[float, str]]:
-        return [(self.at(t), f"{t:.0%}" if self.share else f"{t:.6g}") for t in self.ticks]
-
     def __str__(self) -> str:
-        return f"{self.ticks[0]} {self.ticks[-1]} {self.start} {self.end} {int(self.share)}"
+        return f"{self.ticks[0]} {self.ticks[-1]} {self.start} {self.end}"
 
 
 def _axes(x: Axis, y: Axis, label: str) -> str:
     out = f'<text class="mid" x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 36}">{escape(label)}</text>'
-    for at, mark in y.marks():
-        out += f'<path class="grid" d="M{LEFT} {at}H{RIGHT}"/>'
-        out += f'<text class="end" x="{LEFT - 7}" y="{at + 4}">{mark}</text>'
-    for at, mark in x.marks():
-        out += f'<text class="mid" x="{at}" y="{BOTTOM + 18}">{mark}</text>'
+    for tick in y.ticks:
+        out += f'<path class="grid" d="M{LEFT} {y.at(tick)}H{RIGHT}"/>'
+        out += f'<text class="end" x="{LEFT - 7}" y="{y.at(tick) + 4}">{tick:.6g}</text>'
+    for tick in x.ticks:
+        out += f'<text class="mid" x="{x.at(tick)}" y="{BOTTOM + 18}">{tick:.6g}</text>'
     return out
 
 

@@ -289,11 +289,9 @@ function readCurves(figure) {
   const plot = figure.querySelector("g[data-x]"), lines = plot ? [...plot.querySelectorAll("polyline[points*=',']")] : [];
   if (!lines.length) return;
   const axis = (text) => { // where a value is drawn -> the value, as a label
-    const [low, high, start, end, share] = text.split(" ").map(Number);
-    return { start, end, label: (at) => {
-      const value = low + ((at - start) / (end - start)) * (high - low);
-      return share ? `${(100 * value).toFixed(1)}%` : `${Number(value.toPrecision(4))}`;
-    } };
+    const [low, high, start, end] = text.split(" ").map(Number);
+    const value = (at) => low + ((at - start) / (end - start)) * (high - low);
+    return { start, end, label: (at) => String(Number(value(at).toPrecision(4))) };
   };
   const x = axis(plot.dataset.x), y = axis(plot.dataset.y);
   const curves = lines.map((line) => [line.dataset.name, [...line.points].map((p) => [p.x, p.y])]);

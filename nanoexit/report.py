@@ -31,7 +31,7 @@ BUDGET = 2_050_000  # bytes of compressed responses
 FILES = ("samples.jsonl", "metrics.jsonl", "evaluation.json")
 PARTS = ("text", "exit_probs", "top")  # of a response; the last are left out first
 BASE = ("policy", "accuracy", "perplexity", "prompt", "text")  # where equal, the base is the same
-SHARES = ("accuracy", "written", "target exit", "student exit", "kept", "same answer", "exits")
+SHARES = ("accuracy", "written", "target exit", "student exit", "same answer", "exits")
 CURVES = (  # title, key of a row of evaluation.json, horizontal axis, vertical axis
     ("Accuracy under a cap", "capped_accuracy", "cap", "accuracy"),
     ("Reasoning cut, depth free", "same_answer", "kept", "same answer"),
@@ -192,12 +192,11 @@ def _training(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _figures(charts: Sequence[Chart]) -> str:
-    """The charts that have a point, as HTML. Axes start at zero; those of shares end at 100 %."""
+    """The charts that have a point, as HTML. Axes start at zero; those of shares end at 1."""
     html = ""
     for title, x, y, found in charts:
         if any(all(map(is_number, point)) for points in found.values() for point in points):
             lines = [Line(name, points) for name, points in found.items()]
-            ranges = [(0, 1) if label in SHARES else None for label in (x, y)]
-            svg = line_figure(title, x, y, lines, *ranges).svg(alone=False)
+            svg = line_figure(title, x, y, lines, float(y in SHARES)).svg(alone=False)
             html += f'<figure class="figure">{svg}</figure>\n'
     return html
