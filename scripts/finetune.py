@@ -101,7 +101,9 @@ def load(config: Recipe) -> tuple[Transformer, Tokenizer]:
     tokenizer = load_tokenizer(m.name, m.revision)
     deepest = max([f.cap, *f.early])
     if deepest >= model.full_depth:
-        raise UserError(f"finetune.cap, finetune.early: expected depths below {model.full_depth}, found {deepest}")
+        raise UserError(
+            f"finetune.cap, finetune.early: expected depths below {model.full_depth}, found {deepest}"
+        )
     if f.weights == "lora":
         attach(model, [], lora=config.lora, seed=config.run.seed)
     elif f.weights == "blocks":
