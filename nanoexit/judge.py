@@ -3,8 +3,8 @@
 A score is four parts from 1 to 10, their sum, and one sentence why. What has no clear verdict has
 no score and enters no mean. A response stands between fences with a random marker, so no text can
 close its fence. Scores are appended to a JSONL cache as they come, under a hash of all that was
-asked; the next run asks for the rest. One thread decides and daemon threads fetch: deadlines,
-limits and Ctrl-C hold whatever an endpoint does. The key is cut out of every text that is kept.
+asked; the next run asks for the rest. Daemon threads fetch, so that deadlines and Ctrl-C hold
+whatever an endpoint does. The key is cut out of every text that is kept.
 """
 
 import contextlib
@@ -39,20 +39,19 @@ Reply with one JSON object and nothing else:
 # A flat JSON object. A backslash outside quotes ends the match, which keeps the search linear.
 OBJECT = r'\{[^{}"\\]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^{}"\\]*)*\}'
 URL = r'https?://(\[[\da-fA-F:.]+\]|[A-Za-z\d.-]+)(:\d{1,5})?(/[!"$->@-~]*)?'
-Answer = tuple[int, str]  # HTTP's status and the text; 0 and the reason where there is no reply
+Outcome = tuple[dict[str, float], str]  # as Item.scores and Item.why
 
 
 @dataclass
 class Item:
-    """A response to score, with the right `answer` if one is known. The outcome: the four parts and
-    `overall`, with the judge's sentence; or {}, with the reason why it was not judged."""
+    """A response to score, and the outcome."""
 
     id: str
     prompt: str
     response: str
-    answer: str | None = None
-    scores: dict[str, float] = field(default_factory=dict)
-    why: str = ""
+    answer: str | None = None  # the right one, if it is known
+    scores: dict[str, float] = field(default_factory=dict)  # four parts, `overall`; {}: not judged
+    why: str = ""  # the judge's sentence, or the reason why there are no scores
 
 
 def judge_messages(item: Item) -> list[dict[str, str]]:
@@ -63,13 +62,15 @@ def judge_messages(item: Item) -> list[dict[str, str]]:
         texts["RIGHT ANSWER"] = item.answer
     fenced = [f"<<<{name} {marker}>>>\n{text}\n<<<END {marker}>>>" for name, text in texts.items()]
     user = "\n".join([*fenced, "Reply with the JSON object."])
-    rules = RUBRIC.format(marker=marker)
-    return [{"role": "system", "content": rules}, {"role": "user", "content": user}]
+    system = RUBRIC.format(marker=marker)
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-def parse_scores(text: str) -> tuple[dict[str, float], str]:
-    """-> (the four parts and `overall`, why) from the JSON object in a reply, in linear time. Prose
-    and drafts before `</think>` are skipped. UserError unless one verdict is left, in range."""
+def parse_scores(text: str) -> Outcome:
+    """A reply -> (the four parts and `overall`, why), in linear time.
+
+    Prose and drafts before `</think>` are skipped. UserError unless one verdict is left, in range.
+    """
     verdicts: list[dict] = []
     for piece in re.findall(f"</think>|{OBJECT}", text):
         if piece == "</think>":
@@ -136,71 +137,68 @@ def check_judge(config: JudgeConfig) -> str:
         raise UserError("judge.model: expected the model's name at the endpoint, found null")
     key = os.environ.get(config.api_key_env, "").strip()
     if not re.fullmatch("[!-~]+", key):
-        found = "characters that no HTTP header carries" if key else "null (any word may do)"
-        expected = f"expected a key in ${config.api_key_env}"
+        found = "another character" if key else "null (any word may do)"
+        expected = f"expected a key of printable ASCII in ${config.api_key_env}"
         raise UserError(f"judge.api_key_env: {expected}, found {found}")
     return key
 
 
 class Judge:
-    """Asks `config.model` at `config.base_url`, a batch of `config.concurrency` items at a time."""
+    """Asks `config.model` at `config.base_url`, `config.concurrency` items at a time."""
 
     def __init__(self, config: JudgeConfig, cache: Path | None = None, base_wait: float = 0.5):
         """`cache`: a JSONL file; `base_wait`: the first backoff in seconds. Raises UserError."""
         self.config, self.cache, self.base_wait = config, cache, base_wait
-        self.requests, self.stopped = 0, ""  # `stopped`: why nothing more is asked
-        self._lost = 0  # responses in a row without a verdict
         self._key = check_judge(config)
         self._url = f"{config.base_url}".rstrip("/") + "/chat/completions"
+        self._options = {"max_tokens": config.max_tokens, "temperature": 0.0}
         self._opener = OpenerDirector()  # it follows no redirect: the key would go along
         for handler in (ProxyHandler(), HTTPHandler(), HTTPSHandler()):
             self._opener.add_handler(handler)
-        self._options = {"max_tokens": config.max_tokens, "temperature": 0.0}
 
     def score(self, items: Sequence[Item]) -> list[Item]:
         """The items with their outcomes, in order. UserError where none could be judged."""
-        known, size = self._read_cache(), min(self.config.concurrency, self.config.max_requests)
+        known, size, lost = self._read_cache(), self.config.concurrency, 0
         scored = [replace(item, **known.get(self._digest(item), {})) for item in items]
         waiting = [item for item in scored if not item.scores]
         for start in tqdm(range(0, len(waiting), size), "judge", disable=None):
-            self._judge(waiting[start : start + size])
+            batch = waiting[start : start + size]
+            if lost < 16:
+                self._judge(batch)
+                lost = 0 if any(item.scores for item in batch) else lost + len(batch)
+            else:
+                for item in batch:
+                    item.why = f"not asked: no verdict on {lost} responses in a row"
         if waiting and not any(item.scores for item in scored):
-            raise UserError(f"judge.base_url {self._url}: {waiting[-1].why}")
+            raise UserError(f"judge.base_url {self._url}: {waiting[0].why}")
         return scored
 
     def _judge(self, batch: list[Item]) -> None:
-        """Ask for a batch together, and once more for what failed, up to judge.retries times."""
-        waiting, wait = batch, 0.0
+        """Ask for a batch, and up to judge.retries times for what failed, with a longer wait."""
         for attempt in range(self.config.retries + 1):
-            if self.requests + len(waiting) > self.config.max_requests:
-                self.stopped = self.stopped or "the limit of judge.max_requests is reached"
-            if self.stopped:
-                for item in waiting:
-                    item.why = self.stopped
-                return
-            time.sleep(wait)
-            answers = self._ask(waiting)
-            waiting = [item for item, answer in zip(waiting, answers) if self._fails(item, *answer)]
-            busy = waiting and any(status != 200 for status, _ in answers)
-            wait = min(self.base_wait * 2**attempt, 60) if busy else 0.0
-        self._lost = 0 if any(item.scores for item in batch) else self._lost + len(batch)
-        if self._lost >= 16:
-            self.stopped = f"no verdict on {self._lost} responses in a row: {batch[-1].why}"
+            waiting = [item for item in batch if not item.scores]
+            if waiting and attempt:
+                time.sleep(min(self.base_wait * 2 ** (attempt - 1), 60))
+            for item, (scores, why) in zip(waiting, self._ask(waiting)):
+                item.scores, item.why = scores, self._clean(why)
+                if scores and self.cache:
+                    row = {"digest": self._digest(item), "scores": scores, "why": item.why}
+                    with self.cache.open("a") as file:  # "\n" first: the last line may be torn
+                        file.write("\n" + json.dumps(row))
 
-    def _ask(self, batch: list[Item]) -> list[Answer]:
-        """An answer to each item. The threads of those that come too late are left behind."""
-        answers = [(0, "no whole reply within judge.timeout")] * len(batch)
-        jobs = [(item, answers, place) for place, item in enumerate(batch)]
+    def _ask(self, batch: list[Item]) -> list[Outcome]:
+        """The outcome of one request an item. Threads that come too late are left behind."""
+        found: list[Outcome] = [({}, "no whole reply within judge.timeout")] * len(batch)
+        jobs = [(item, found, place) for place, item in enumerate(batch)]
         threads = [threading.Thread(target=self._fetch, args=job, daemon=True) for job in jobs]
         for thread in threads:
             thread.start()
-        self.requests += len(batch)
         deadline = time.monotonic() + self.config.timeout
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        return [*answers]
+        return [*found]
 
-    def _fetch(self, item: Item, answers: list[Answer], place: int) -> None:
+    def _fetch(self, item: Item, found: list[Outcome], place: int) -> None:
         """One request, in a thread of its own; whatever comes of it goes to its place."""
         chat = {"model": self.config.model, "messages": judge_messages(item), **self._options}
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
@@ -208,31 +206,16 @@ class Judge:
         try:
             with self._opener.open(request, timeout=self.config.timeout) as reply:
                 body = reply.read(1 << 20).decode(errors="replace")
-            text = f"HTTP {reply.status}: {body}"
-            if reply.status == 200:
-                choice = parse_json(body, "the reply")["choices"][0]
-                cut = choice.get("finish_reason") == "length"
-                text = "cut off at judge.max_tokens" if cut else str(choice["message"]["content"])
-            answers[place] = reply.status, text
+            if reply.status == 400 and "unsupported" in body.lower():
+                self._options = {}  # the newest models refuse both
+            if reply.status != 200:
+                raise UserError(f"HTTP {reply.status}")
+            choice = parse_json(body, "the reply")["choices"][0]
+            if choice.get("finish_reason") == "length":
+                raise UserError("cut off at judge.max_tokens")
+            found[place] = parse_scores(str(choice["message"]["content"]))
         except Exception as error:  # each layer has errors of its own, and a body may be anything
-            answers[place] = 0, f"{error!r} {body}"
-
-    def _fails(self, item: Item, status: int, text: str) -> bool:
-        """Put what an answer means into the item; -> whether to ask again."""
-        why, again = text, status in (0, 408, 429) or status >= 500
-        if status == 200:
-            try:
-                item.scores, why = parse_scores(text)
-            except UserError as error:
-                why, again = f"unreadable: {error}: {text}", True
-        elif status == 400 and "unsupported" in text.lower():
-            self._options, again = {}, True  # the newest models refuse both
-        item.why = self._clean(why)
-        if item.scores and self.cache:
-            row = {"digest": self._digest(item), "scores": item.scores, "why": item.why}
-            with self.cache.open("a") as file:  # "\n" first: the last line may be torn
-                file.write("\n" + json.dumps(row))
-        return again
+            found[place] = {}, f"{type(error).__name__}: {error}: {body}"
 
     def _read_cache(self) -> dict[str, dict]:
         """`scores` and `why` by digest. A torn line is skipped: its item is asked again."""
