@@ -12,7 +12,6 @@ function el(tag, properties = {}, ...children) {
 
 // ---- the data: JSON, deflated, in base64 -----------------------------------------------------------------------------
 
-const PARTS = { text: "text", exit_probs: "exit chances", top: "likeliest tokens" };
 let data;
 let prompts = []; // { id, prompt, answer, samples }, in the order of the file
 
@@ -21,27 +20,19 @@ async function load() {
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   data = JSON.parse(await new Response(stream).text());
   const byPrompt = new Map();
-  for (const [index, sample] of data.text.entries()) {
-    if (!sample) continue;
+  for (const sample of data.samples) {
     const { id, answer } = sample, prompt = string(sample.prompt);
     if (!byPrompt.has(prompt)) byPrompt.set(prompt, { id, prompt, answer, samples: [] });
     byPrompt.get(prompt).samples.push(sample);
     sample.label = sample.step === undefined ? sample.variant : `${sample.variant} · step ${sample.step}`;
-    sample.words = sample.text.map(string);
+    sample.words = sample.tokens.map((token) => string(token.text));
     sample.text = sample.words.join("");
+    sample.depth = sample.tokens.map((token) => token.depth);
     sample.exits = list(sample.exit_layers).filter(Number.isInteger);
-    sample.heads = data.exit_probs[index];
-    sample.top = data.top[index];
     sample.ends = []; // layers run when token i is written: replay gives every token the time that its depth costs
     sample.depth.reduce((sum, depth) => (sample.ends.push(sum + depth), sum + depth), 0);
   }
   prompts = [...byPrompt.values()];
-}
-
-function leftOut() { // what did not fit into the page
-  const counts = Object.entries(PARTS).map(([part, name]) => [name, data[part].filter((value) => value === null).length]);
-  const left = counts.filter(([, count]) => count).map(([name, count]) => `the ${name} of the last ${count} responses`);
-  return left.length ? `Left out to keep this page under 3 MB: ${left.join("; ")}.` : "";
 }
 
 function color(depth, { full_depth: full }) { // between five stops, from the first depth to full depth
@@ -54,7 +45,7 @@ const list = (value) => (Array.isArray(value) ? value : []);
 const fixed = (value, digits) => (isNumber(value) ? value.toFixed(digits) : "–");
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
-const chance = (p) => (p < 0.001 ? "<0.1%" : percent(p)); // the data has three digits
+const chance = (p) => (p < 0.001 ? "<0.1%" : percent(p));
 
 // ---- state and the prompt picker -------------------------------------------------------------------------------------
 
@@ -220,15 +211,15 @@ function inspect(card, index = -1) {
   const box = $("inspect");
   box.hidden = index < 0;
   if (index < 0) return;
-  const { sample, spans } = card, span = spans[index], depth = sample.depth[index], token = sample.words[index];
-  const where = [sample.kind[index], `token ${index + 1} of ${spans.length}`].filter(Boolean).join(", ");
-  box.replaceChildren(el("h4", { textContent: shown(token) }), el("p", { textContent: `${why(sample, depth)} · ${where}` }));
-  const heads = list(sample.heads?.[index]).slice(0, sample.exits.length).map((p, i) => { // a head beyond the exit was not reached
+  const { sample, spans } = card, span = spans[index], token = sample.tokens[index], { depth } = token;
+  const word = sample.words[index], where = [token.kind, `token ${index + 1} of ${spans.length}`].filter(Boolean).join(", ");
+  box.replaceChildren(el("h4", { textContent: shown(word) }), el("p", { textContent: `${why(sample, depth)} · ${where}` }));
+  const heads = list(token.exit_probs).slice(0, sample.exits.length).map((p, i) => { // a head beyond the exit was not reached
     const at = sample.exits[i];
     return [`depth ${at}`, p, at > depth ? "not asked" : "–", color(at, sample), at === depth];
   });
-  const top = list(sample.top?.[index]).filter(Array.isArray).map(([text, p]) =>
-    [shown(string(text)), p, "–", "var(--soft)", text === token]);
+  const top = list(token.top).filter(Array.isArray).map(([text, p]) =>
+    [shown(string(text)), p, "–", "var(--soft)", text === word]);
   if (heads.length) box.append(bars("Chance to exit at each head", heads));
   if (top.length) box.append(bars("Likeliest tokens", top));
   span.setAttribute("aria-describedby", "inspect");
@@ -336,7 +327,6 @@ function tableOf([corner, ...names], lines) {
 
 function showTable() { // a row a figure, a column a variant; under it why there are dashes
   const [[head, ...lines], reasons] = data.table, first = lines.findIndex((line) => line[0].startsWith("steps written")) + 1;
-  if (!lines.length) return;
   const [headlines, details] = first ? [lines.slice(0, first), lines.slice(first)] : [lines, []], box = $("table").querySelector("div");
   box.append(tableOf(head, headlines));
   if (details.length) box.append(el("details", {}, el("summary", { textContent: "All figures" }), tableOf(head, details)));
@@ -385,7 +375,7 @@ function showVariants() { // those that this prompt has: a run may keep one roll
 function showResponses() {
   $("responses").hidden = false;
   root.classList.toggle("single", prompts.length === 1); // one prompt needs no picker
-  $("left-out").textContent = leftOut();
+  if (data.left_out) $("left-out").textContent = `The last ${data.left_out} responses are left out to keep this page small.`;
   fillPicker();
   choose(0);
   $("search").addEventListener("input", fillPicker);
@@ -410,8 +400,8 @@ addEventListener("scroll", followFocus, { passive: true });
 load().then(() => {
   setScale(recall("scale") === "safe" ? "safe" : "heat");
   $("scale").addEventListener("change", () => setScale($("scale").value));
-  if (data.single) showTiles();
-  showTable();
+  if (data.table && data.single) showTiles();
+  if (data.table) showTable();
   if (prompts.length) showResponses();
   root.dataset.ready = "";
 }).catch((error) => {

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from nanoexit.config import UserError, write_json_lines
-from nanoexit.report import PARTS, Run, fit, read_run, write_page
+from nanoexit import report
+from nanoexit.config import UserError, rounded, write_json_lines
+from nanoexit.report import Run, read_run, write_page
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "report.py"
 EVIL = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
@@ -68,8 +69,7 @@ def example(name: str = "tiny") -> Run:
         metrics.append({"step": i, **losses})
     rows = [row("base", "full", 0.93, 28), row("student", "head", 0.91, 14)]
     rows.append(row(EVIL, EVIL, 0.8, 9))
-    evaluation = {"rows": rows, "frontier": [*rows, row("student", "kl:2", 0.9, 18)]}
-    return Run(name, samples, metrics, evaluation, f"{name}/")
+    return Run(name, samples, metrics, rows, [*rows, row("student", "kl:2", 0.9, 18)])
 
 
 def data_of(path: Path) -> dict:
@@ -82,31 +82,26 @@ def data_of(path: Path) -> dict:
 
 
 def test_two_hundred_responses_under_three_megabytes(tmp_path):
-    """Catches: a page that browsers choke on, details dropped without need, a column one token
-    off, chances of the wrong head, rollouts before results."""
+    """Catches: a page that browsers choke on, responses left out without need, rounded away, or in
+    another order: results before rollouts."""
     samples = [response(f"prompt {i}", "student", i, (STORY * 20)[:400]) for i in range(200)]
     samples[0]["step"] = 1
     write_page(tmp_path / "r.html", [Run("", samples)], "Big")
     assert (tmp_path / "r.html").stat().st_size < 3_000_000
     data = data_of(tmp_path / "r.html")
-    assert all(len(data[part]) == 200 and None not in data[part] for part in PARTS)
-    for at, sample in ((0, samples[1]), (198, samples[199]), (199, samples[0])):
-        for i, token in enumerate(sample["tokens"]):
-            found = [data["text"][at][key][i] for key in ("text", "depth")]
-            assert found == [token["text"], token["depth"]]
-            assert data["exit_probs"][at][i] == pytest.approx(token["exit_probs"], abs=6e-4)
-            chances = [[text, pytest.approx(chance, abs=6e-4)] for text, chance in token["top"]]
-            assert data["top"][at][i] == chances
+    assert data["left_out"] == 0 and data["samples"] == rounded([*samples[1:], samples[0]])
 
 
-def test_a_tight_budget_drops_details_of_the_last():
-    """Catches: whole responses, or the first ones, dropped while details of the last could go."""
-    for budget, most in ((10_000, [10, 10, 10]), (400, [10, 10, 9]), (10, [1, 1, 1])):
-        data = {part: [part * 99 + str(i) for i in range(10)] for part in PARTS}
-        fit(data, budget)
-        kept = [10 - data[part].count(None) for part in PARTS]
-        assert kept[:2] == most[:2] and 1 <= kept[2] <= most[2], (budget, kept)
-        assert all(found[0] for found in data.values()), "one response is always kept"
+def test_a_tight_budget_leaves_out_the_last(tmp_path, monkeypatch):
+    """Catches: a page without end; the first responses left out; no word of it; an empty page."""
+    samples = [response(f"prompt {i}", "student", i) for i in range(20)]
+    for budget, most in ((5_000, 19), (10, 1)):
+        monkeypatch.setattr(report, "BUDGET", budget)
+        write_page(tmp_path / "r.html", [Run("", samples)])
+        data = data_of(tmp_path / "r.html")
+        kept = len(data["samples"])
+        assert 1 <= kept <= most and data["left_out"] == 20 - kept
+        assert data["samples"] == rounded(samples[:kept])
 
 
 def test_no_text_of_a_model_is_markup(tmp_path):
@@ -124,13 +119,13 @@ def test_no_text_of_a_model_is_markup(tmp_path):
 def test_a_base_of_three_runs_is_shown_once(tmp_path):
     """Catches: the same base three times, another base left out, runs that become one line."""
     runs = [example(name) for name in ("first", "second", "third")]
-    runs[2].evaluation["rows"][0]["perplexity"] = 2.5
+    runs[2].rows[0]["perplexity"] = 2.5
     write_page(tmp_path / "r.html", runs)
     data, text = data_of(tmp_path / "r.html"), (tmp_path / "r.html").read_text()
     head = [name for name in data["table"][0][0] if "script" not in name]
     assert head[:4] == ["", "base (full)", "first · student (head)", "second · student (head)"]
     assert head[4:] == ["third · base (full)", "third · student (head)"]
-    variants = [sample["variant"] for sample in data["text"] if sample["prompt"] == ASKED]
+    variants = [sample["variant"] for sample in data["samples"] if sample["prompt"] == ASKED]
     assert variants[:4] == ["base", *(f"{run} · student" for run in ("first", "second", "third"))]
     for name in ("first", "second", "first · student (kl)", "second exit 2"):
         assert f'data-name="{name}"' in text
@@ -147,13 +142,12 @@ def places(value: object, path: tuple = ()) -> list[tuple]:
     return [path, *(found for key, item in items for found in places(item, (*path, key)))]
 
 
-@pytest.mark.parametrize("part", ["samples", "metrics", "evaluation"])
+@pytest.mark.parametrize("part", ["samples", "metrics", "rows", "frontier"])
 def test_hostile_files(part, tmp_path):
     """Catches: a traceback, or an error that names no file, for a wrong type anywhere."""
     run, draw = example(), random.Random(0)
     run.samples = [response("p", "student", 1, STORY[:2]) | {"rewards": {"depth": 1.0}}]
-    run.metrics, run.evaluation["rows"] = run.metrics[:2], run.evaluation["rows"][1:2]
-    run.evaluation["frontier"] = run.evaluation["frontier"][1:2]
+    run.metrics, run.rows, run.frontier = run.metrics[:2], run.rows[1:2], run.frontier[1:2]
     lines = part in ("samples", "metrics")  # that each is an object is checked where lines are read
     for *path, key in [found for found in places(getattr(run, part)) if len(found) > lines]:
         broken = copy.deepcopy(run)
@@ -162,13 +156,13 @@ def test_hostile_files(part, tmp_path):
             write_page(tmp_path / "r.html", [broken])
             data_of(tmp_path / "r.html")
         except UserError as error:
-            assert f"tiny/{part}.json" in str(error), error
+            assert f"tiny/{part if lines else 'evaluation'}.json" in str(error), error
 
 
 def test_the_script(tmp_path):
     """Catches: a traceback, or an error without file and key, for what people get wrong."""
     sample = response("p", "student", 0)
-    bad = "samples.jsonl: responses[0].tokens[2].depth: expected a depth from 1 to 28, found 29\n"
+    bad = "samples.jsonl: not as nanoexit writes it: ValueError('depth 29 of 28 at token 2 of "
     for depth, code, wanted in ((28, 0, "1 responses, 0 steps"), (29, 2, bad)):
         sample["tokens"][2]["depth"] = depth
         write_json_lines(tmp_path / "samples.jsonl", [sample])
