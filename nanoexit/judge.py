@@ -67,20 +67,17 @@ def judge_messages(item: Item) -> list[dict[str, str]]:
 
 
 def parse_scores(text: str) -> Outcome:
-    """A reply -> (the four parts and `overall`, why), in linear time.
-
-    Prose and drafts before `</think>` are skipped. UserError unless one verdict is left, in range.
-    """
-    verdicts: list[dict] = []
+    """The outcome in a reply, in linear time. UserError unless it has one verdict after drafts."""
+    verdicts: list[str] = []
     for piece in re.findall(f"</think>|{OBJECT}", text):
         if piece == "</think>":
             verdicts = []
         elif any(f'"{part}"' in piece for part in PARTS):
-            verdicts.append(parse_json(piece, "the object"))
-    different = {tuple(checked_scores(verdict).items()) for verdict in verdicts}
-    if len(different) != 1:
-        raise UserError(f"expected one JSON object with the four parts, found {len(different)}")
-    return dict(different.pop()), str(verdicts[-1].get("why") or "")
+            verdicts.append(piece)
+    if len(verdicts) != 1:
+        raise UserError(f"expected one JSON object with the four parts, found {len(verdicts)}")
+    verdict = parse_json(verdicts[0], "the object")
+    return checked_scores(verdict), str(verdict.get("why") or "")
 
 
 def checked_scores(verdict: dict) -> dict[str, float]:
@@ -97,8 +94,8 @@ def offline_rubric(
 ) -> dict[str, float]:
     """The four parts and `overall` from what a task's checker found.
 
-    Of `written` steps `true` are true; a whole chain has `needed`. `right`: None where no answer is
-    given. `repeated`: the `repetition`, which a well-formed chain of true steps may have.
+    Of `written` steps `true` are true; a whole chain has `needed`. `right`: None without an answer.
+    `repeated`: the `repetition`, which a well-formed chain of true steps may have.
     """
     given = right is not None
     wrong = written - true + (right is False)

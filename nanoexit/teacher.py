@@ -1,13 +1,9 @@
 """What a model writes for prompts, what its base says of it, and the traces that SFT learns from.
 
-Contract. `respond` writes one verified response a prompt. `against_base` compares the distributions
-behind a response with the teacher's: the base model, adapters off, full depth. `make_traces` lets
-the teacher respond to all training prompts.
-
-Traces are JSONL files in a folder named by a hash of everything they depend on: token ids of the
-prompts (so prompts, tokenizer and template), weights and settings. Old traces are never read by
-mistake. A chunk of traces is a function of (seed, chunk number), so interrupted work continues to
-the same traces, and processes share the chunks.
+The teacher is the base model: adapters off, full depth. Its traces are JSONL files in a folder
+named by a hash of everything they depend on: token ids of the prompts (so prompts, tokenizer and
+template), weights and settings. A chunk of traces is a function of (seed, chunk number), so
+interrupted work continues to the same traces, and processes share the chunks.
 """
 
 import hashlib
@@ -21,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nanoexit.config import Config, UserError, read_json_lines, write_json_lines, write_text
+from nanoexit.config import Config, UserError, read_json_lines, write_json_lines
 from nanoexit.exits import as_base, exit_depths
 from nanoexit.generate import Generation, Sampling, generate
 from nanoexit.model import Transformer
@@ -29,8 +25,6 @@ from nanoexit.score import Aligned, Score, align, divergence, score, token_logpr
 from nanoexit.tasks import Prompt, Response, load_prompts, task_of
 from nanoexit.tokenizer import Tokenizer
 from nanoexit.training import barrier, is_main, mine, progress, prompt_ids, stream
-
-# --- responses --------------------------------------------------------------------------------
 
 
 def respond(
@@ -46,7 +40,7 @@ def respond(
     streams: Sequence[int] = (),
     show: str = "",
 ) -> list[Response]:
-    """One response a prompt, with the generation settings of the config.
+    """One verified response a prompt, with the generation settings of the config.
 
     temperature: default the config's. forced, streams: see generate.Sampling. show: the name of a
     progress bar, "" for none.
@@ -89,8 +83,7 @@ def against_base(
     kls: list[float] = []
     nll, count = 0.0, 0
     for start in range(0, len(responses), rows):
-        batch = responses[start : start + rows]
-        a, scored = rescore(model, batch)
+        a, scored = rescore(model, responses[start : start + rows])
         student = scored.hidden.flatten(0, 1)
         with as_base(model):
             teacher = model.run(a.ids).hidden.flatten(0, 1)
@@ -117,13 +110,10 @@ def show_response(
     tokens = []
     for i, kind in enumerate(token_kinds(pieces, response)):
         depth, likely = g.depths[i], zip(top.indices[i].tolist(), top.values[i].tolist())
-        token = {
-            "text": pieces[i],
-            "depth": depth,
-            "kind": kind,
-            "exit_probs": [round(p, 4) if depth >= d else None for d, p in zip(layers, chances[i])],
-            "top": [[tokenizer.pieces([t])[0], round(p, 4)] for t, p in likely],
-        }
+        token = {"text": pieces[i], "depth": depth, "kind": kind}
+        heads = zip(layers, chances[i])
+        token["exit_probs"] = [round(p, 4) if depth >= d else None for d, p in heads]
+        token["top"] = [[tokenizer.pieces([t])[0], round(p, 4)] for t, p in likely]
         tokens.append(token)
     return {
         "id": prompt.id,
@@ -156,7 +146,7 @@ def token_kinds(pieces: Sequence[str], response: Response) -> list[str]:
 
 @dataclass
 class Trace:
-    """One response of the base model."""
+    """One response of the teacher, as SFT reads it; the end token is in the completion."""
 
     id: str
     prompt: str
@@ -167,7 +157,7 @@ class Trace:
 
 
 def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> list[Trace]:
-    """Let the base write the traces that are missing, at full depth; then read them all."""
+    """Let the teacher write the traces that are missing, then read them all."""
     prompts = load_prompts(config.data, "train", config.data.count, config.run.seed)
     jobs = [prompt for prompt in prompts for _ in range(config.teacher.traces)]
     folder, size = traces_folder(model, tokenizer, config, jobs), config.teacher.chunk
@@ -179,16 +169,16 @@ def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> lis
             seed, rows = stream("traces", config.run.seed, number), config.generation.batch_size
             who = (model, tokenizer, chunks[number], config)
             written = respond(*who, "full", seed, rows, show=f"chunk {number}")
-            write_json_lines(paths[number], [asdict(as_trace(tokenizer, r)) for r in written])
+            write_json_lines(paths[number], [trace_row(tokenizer, r) for r in written])
             bar.update()
     barrier()
     return [trace for path, chunk in zip(paths, chunks) for trace in read_traces(path, chunk)]
 
 
-def as_trace(tokenizer: Tokenizer, r: Response) -> Trace:
-    """A response as SFT reads it; the end token is in its text."""
+def trace_row(tokenizer: Tokenizer, r: Response) -> dict:
+    """A response as a line of a chunk."""
     g, text = r.generation, tokenizer.decode(r.generation.tokens)
-    return Trace(r.prompt.id, r.prompt.prompt, text, r.prompt_ids, g.tokens, g.finish)
+    return asdict(Trace(r.prompt.id, r.prompt.prompt, text, r.prompt_ids, g.tokens, g.finish))
 
 
 def read_traces(path: Path, prompts: Sequence[Prompt]) -> list[Trace]:
@@ -208,17 +198,13 @@ def traces_folder(
 ) -> Path:
     """The folder of the traces of these prompts, named by a hash of all that they depend on."""
     base = Path(config.data.traces or Path(config.run.dir) / "traces")
-    ids = [[job.id, *prompt_ids(tokenizer, job, config)] for job in jobs]
+    ids = json.dumps([[job.id, *prompt_ids(tokenizer, job, config)] for job in jobs])
     origin: dict[str, Any] = {"model": model.content, "seed": config.run.seed}
-    origin["prompts"] = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-    origin["chunk"] = config.teacher.chunk
+    origin |= {"prompts": hashlib.sha256(ids.encode()).hexdigest(), "chunk": config.teacher.chunk}
     for key in ("max_new_tokens", "temperature", "top_p", "top_k"):
         origin[key] = getattr(config.generation, key)
     folder = base / hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
-    if is_main() and not (folder / "origin.json").is_file():
-        if base.is_dir() and any(base.iterdir()):
-            kept = f"{base} holds traces of other prompts or settings"
-            print(f"{kept}; new ones go to {folder.name}/", file=sys.stderr)
-        write_text(folder / "origin.json", json.dumps(origin, indent=2) + "\n")
-    barrier()
+    if is_main() and base.is_dir() and any(base.iterdir()) and not folder.is_dir():
+        other = f"{base} holds traces of other prompts or settings"
+        print(f"{other}; new ones go to {folder.name}/", file=sys.stderr)
     return folder

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
@@ -58,26 +59,21 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
     check_judge(config.judge)
     if config.run.wandb and not find_spec("wandb"):
         raise UserError("run.wandb is true, but wandb is not installed: pip install wandb")
-    folder = Path(config.run.dir)
-    if not resume:
-        _check_folder(folder)
-    elif not (folder / "config.yaml").is_file():
-        raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
+    _check_folder(Path(config.run.dir), resume)
     if reinforce:  # its gradient is only right for samples of the model's own distribution
         for key, expected in {"temperature": 1.0, "top_p": 1.0, "top_k": 0}.items():
             found = getattr(config.generation, key)
             if found != expected:
                 raise UserError(f"generation.{key}: REINFORCE expects {expected}, found {found}")
-        count = int(os.environ.get("WORLD_SIZE", 1))
-        if config.rl.prompts < count:
-            raise UserError(f"rl.prompts: {config.rl.prompts} is fewer than {count} processes")
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        if config.rl.prompts < ranks:
+            raise UserError(f"rl.prompts: {config.rl.prompts} is fewer than {ranks} processes")
 
 
 def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     """The base with heads, adapters and cap, fresh or from run.init; and its tokenizer.
 
-    A cap that the config leaves null is the run's. Raises UserError where the run in run.init has
-    other exits or LoRA than the config, or where a prompt does not fit the model.
+    UserError where run.init has other exits or LoRA than the config, or a prompt does not fit.
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -94,7 +90,7 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
             if found != wanted[key]:
                 said = f"the config says {wanted[key]}, the run in run.init, {init}, has {found}"
                 raise UserError(f"{key}: {said}")
-        model.cap = exits.cap = exits.cap or model.cap
+        model.cap = exits.cap = exits.cap or model.cap  # null in the config: the run's
     for cap in config.evaluate.caps:
         check_cap(model, cap, "evaluate.caps")
     _check_lengths(model, tokenizer, config)
@@ -106,8 +102,8 @@ def _attached(model: Transformer) -> dict[str, Any]:
     heads: Any = model.exits
     ours = adapters(model)
     return {
-        "exits.layers": [] if heads is None else list(heads.layers),
-        "exits.head": None if heads is None else heads.kind,
+        "exits.layers": list(heads.layers) if heads else [],
+        "exits.head": heads.kind if heads else None,
         "lora.r": sorted({adapter.lora_A.shape[0] for adapter in ours.values()}),
         "lora.alpha / lora.r": sorted({adapter.scale for adapter in ours.values()}),
         "lora.targets": sorted({name.rsplit(".", 1)[-1] for name in ours}),
@@ -117,8 +113,8 @@ def _attached(model: Transformer) -> dict[str, Any]:
 def _check_lengths(model: Transformer, tokenizer: Tokenizer, config: Config) -> None:
     """Every prompt of a file leaves room for a response; prompts made on the spot are short."""
     most, longest = config.generation.max_new_tokens, model.shape.max_positions
-    for split, count in (("train", config.data.count), ("held_out", config.evaluate.count)):
-        for prompt in load_prompts(config.data, split, count, config.run.seed):
+    for split, number in (("train", config.data.count), ("held_out", config.evaluate.count)):
+        for prompt in load_prompts(config.data, split, number, config.run.seed):
             length = len(prompt_ids(tokenizer, prompt, config)) if prompt.where else 0
             if length + most > longest:
                 raise UserError(
@@ -154,14 +150,13 @@ def run_directory(config: Config, resume: bool) -> Iterator[Path]:
 
 def _open_run(folder: Path, config: Config, resume: bool) -> int:
     """Make or continue the folder -> its lock."""
-    _check_folder(folder)
+    used = _check_folder(folder, resume)
     lock = _lock(folder)
     if resume:
         _check_same_config(folder / "config.yaml", config)
-    elif _is_used(folder):
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
-            number += 1
+    elif used:
+        places = (folder.with_name(f"{folder.name}.before-{number}") for number in count(1))
+        aside = next(place for place in places if not place.exists())
         folder.rename(aside)
         print(f"the earlier run in {folder} is now {aside}", file=sys.stderr)
         os.close(lock)
@@ -172,31 +167,31 @@ def _open_run(folder: Path, config: Config, resume: bool) -> int:
     return lock
 
 
-def _is_used(folder: Path) -> bool:
-    """Whether the folder holds more than a config and traces, which a new run can use."""
-    return any(path.name not in ("config.yaml", "traces") for path in folder.iterdir())
+def _check_folder(folder: Path, resume: bool) -> bool:
+    """-> whether it holds more than a config and traces, which a new run can use.
 
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that is not a run of ours, or not a folder."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"run.dir: {folder} is a file; expected a new folder or that of a run")
-    if folder.is_dir() and _is_used(folder) and not (folder / "config.yaml").is_file():
+    Raises UserError where that is not a run of ours, and where there is no run to resume.
+    """
+    ours = (folder / "config.yaml").is_file()
+    if resume and not ours:
+        raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
+    inside = os.listdir(folder) if folder.is_dir() else [folder.name] * folder.exists()
+    used = bool({*inside} - {"config.yaml", "traces"})
+    if used and not ours:
         raise UserError(f"run.dir: {folder} is not a run (no config.yaml), so it is left alone")
+    return used
 
 
 def _lock(folder: Path) -> int:
     """Make the folder and lock it, until the handle is closed or the process ends in any way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise UserError(f"run.dir: {folder} is in use by another process") from None
-    except OSError as error:
-        raise UserError(f"run.dir: {folder}: {error.strerror}") from None
     return handle
 
 
@@ -210,7 +205,7 @@ def _check_same_config(path: Path, config: Config) -> None:
                 raise UserError(f"--resume: {found}; another run needs another run.dir")
 
 
-# --- steps and checkpoints --------------------------------------------------------------------
+# --- steps, checkpoints, metrics --------------------------------------------------------------
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> AdamW:
@@ -232,7 +227,7 @@ def update(optimizer: Optimizer, lr: float) -> float:
     Raises UserError for a norm that is not finite, before any weight changes.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in parameters if world() > 1 else ():  # the same order in every process
+    for p in parameters if dist.is_initialized() else ():  # the same order in every process
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         total(p.grad)
     norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
@@ -271,9 +266,9 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
     if not path.is_file():
         return 0
     try:
-        tensors = load_file(path)
         with safe_open(path, "pt") as file:
             done = int(file.metadata()["step"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to train from the start") from None
     for name, p in trained(model).items():
@@ -310,9 +305,6 @@ def batch_at(step: int, items: int, batch_size: int, seed: int) -> list[int]:
     return order[first % items :][:batch_size]
 
 
-# --- metrics ----------------------------------------------------------------------------------
-
-
 def progress(total: int, name: str, unit: str = "row", done: int = 0) -> tqdm:
     """A progress bar of process 0; none without a name or anything to do. An inner one vanishes."""
     hidden = not name or not is_main() or done >= total
@@ -325,11 +317,12 @@ class Metrics:
 
     def __init__(self, folder: Path, done: int, config: Config):
         self.path, self.wandb = folder / "metrics.jsonl", None
-        if is_main():
-            lines = self.path.read_bytes().splitlines(True) if self.path.is_file() else []
-            kept = b"".join(lines[:done])  # line n is step n
-            replace(self.path, lambda beside: beside.write_bytes(kept))
-        if is_main() and config.run.wandb:
+        if not is_main():
+            return
+        lines = self.path.read_bytes().splitlines(True) if self.path.is_file() else []
+        kept = b"".join(lines[:done])  # line n is step n
+        replace(self.path, lambda beside: beside.write_bytes(kept))
+        if config.run.wandb:
             import wandb
 
             names = {"project": "nanoexit", "name": folder.name, "dir": str(folder)}
@@ -340,11 +333,12 @@ class Metrics:
         for name, value in values.items():
             if not np.isfinite(value).all():
                 raise UserError(f"step {step}: {name} is {value}; the last checkpoint is kept")
+        if not is_main():
+            return
         row = rounded({"step": step, **values})
-        if is_main():
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        if self.wandb is not None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.wandb:
             self.wandb.log({k: v for k, v in row.items() if not isinstance(v, list)}, step=step)
 
 
@@ -354,7 +348,7 @@ class Metrics:
 @contextlib.contextmanager
 def processes(config: Config) -> Iterator[None]:
     """Join the processes that torchrun started; each takes the CUDA device of its local rank."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     cuda = torch.cuda.is_available()
@@ -368,21 +362,15 @@ def processes(config: Config) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def is_main() -> bool:
-    return rank() == 0
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def mine(items: Sequence) -> list:
     """The share of a step's items that this process takes."""
-    return list(items[rank() :: world()])
+    if not dist.is_initialized():
+        return list(items)
+    return list(items[dist.get_rank() :: dist.get_world_size()])
 
 
 def total(tensor: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def test_scores_are_read_in_every_wrapping():
     tricky = json.dumps({**GOOD, "why": r'its </think> and "}" and \frac{1}{2}'})
     fenced = f"{{so}}:\n```json\n{BARE}\n``` Done."
     for reply in (BARE, fenced, json.dumps({"scores": GOOD}), tricky):
-        for before in ("", f"<think>{BEST}</think>", f"First {BEST}, no.\n</think>\n", BARE):
+        for before in ("", f"<think>{BEST}</think>", f"First {BEST}, no.\n</think>\n"):
             assert parse_scores(before + reply)[0] == SCORES
 
 
@@ -50,7 +50,7 @@ def test_what_is_not_clearly_a_score_is_no_number():
     """Catches guesses: clipping to the range, filling in a part, half a number, one of two."""
     odd = (0, 11, -7, None, True, "high", "7/10", float("nan"), float("inf"), [7], 10**9)
     replies = [json.dumps({**GOOD, "clarity": value}) for value in odd]
-    replies += ["", "I refuse.", BARE[:60], BARE.replace("7", "7" * 5000)]
+    replies += ["", "I refuse.", BARE[:60], BARE + BARE, BARE.replace("7", "7" * 5000)]
     for reply in [*replies, f"It says {BEST}. I: {BARE}", f"It says {BEST}. I: {BARE[:-1]},}}"]:
         with pytest.raises(UserError):
             parse_scores(reply)

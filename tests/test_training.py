@@ -122,10 +122,9 @@ def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("...")
     (tmp_path / "file").write_text("x")
-    for name, says in (("thesis", "not a run"), ("file", "is a file")):
-        config = load_config(TINY, [f"run.dir={tmp_path / name}"])
-        with pytest.raises(UserError, match=says):
-            check(config)
+    for name in ("thesis", "file"):
+        with pytest.raises(UserError, match=f"{name} is not a run"):
+            check(load_config(TINY, [f"run.dir={tmp_path / name}"]))
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["chapter1.tex", "file", "thesis"]
 
 
@@ -144,10 +143,8 @@ def test_a_second_process_on_one_run_is_refused(whole, tmp_path):
 def test_a_damaged_run_file_is_named(whole, tmp_path, file, damage):
     """Catches: a traceback, or half of a file used, after a disk was full."""
     shutil.copytree(whole, tmp_path / "run")
-    path, config = (
-        tmp_path / "run" / file,
-        load_config(TINY, [f"run.dir={tmp_path / 'run'}", *SMALL]),
-    )
+    path = tmp_path / "run" / file
+    config = load_config(TINY, [f"run.dir={tmp_path / 'run'}", *SMALL])
     data = path.read_bytes()
     path.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "other": b"[3]"}[damage])
     model, _ = load_student(config)
