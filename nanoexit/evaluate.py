@@ -1,8 +1,7 @@
 """Evaluation: what a model does on held-out prompts, as rows of figures, tables and files.
 
 Contract. A row belongs to one variant (base or student) under one policy. `measure` makes it from
-responses; `examine` adds what takes more generation, or a judge. HEADLINES and DETAILS list the
-figures that tables show: title, format, and why one may be missing. Same seed, same figures.
+responses; `examine` adds what takes more generation, or a judge. Same seed, same figures.
 
 Depths are over all tokens of a response, the first included. `mean_depth` is their mean, and
 `layers_run` is that over full depth. `max_depth` is the mean over responses of the deepest token:
@@ -16,8 +15,8 @@ import math
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,8 @@ from nanoexit.faithfulness import (
     Subject,
     accuracy,
     changed_value,
-    is_verified,
     mean,
+    means,
     monitor,
     same_answer,
     steps_in_head,
@@ -55,61 +54,49 @@ def measure(subject: Subject, variant: str, responses: Sequence[Response]) -> di
     model, config = subject.model, subject.config
     rows, chunk = config.evaluate.batch_size, config.model.logits_chunk
     kls, perplexity = against_base(model, responses, rows, chunk)
-    tokens = [r.generation.tokens for r in responses]
+    lengths = [len(r.generation.tokens) for r in responses]
     depths = [d for r in responses for d in r.generation.depths]
+    places = [place for length in lengths for place in range(length)]
+    pieces = [subject.tokenizer.pieces(r.generation.tokens) for r in responses]
+    kinds = [kind for row in zip(pieces, responses) for kind in token_kinds(*row)]
     deepest = [max(r.generation.depths) for r in responses]
-    places = [pair for r in responses for pair in enumerate(r.generation.depths[:256])]
     groups = [r.prompt.group for r in responses]
-    right = [(r.prompt.group, r.verdict.correct) for r in responses if is_verified(r)]
+    checked = [r for r in responses if r.prompt.checker != "none"]
     verdicts = [r.verdict for r in responses if r.verdict.steps]
     return {
         "variant": variant,
         "policy": subject.policy,
         "prompts": len(responses),
         "accuracy": accuracy(responses),
-        "accuracy_interval": interval(responses),
-        "accuracy_by_group": means(pair for pair in right if pair[0]),
-        "lenient_accuracy": mean([r.verdict.lenient for r in responses if is_verified(r)]),
+        "accuracy_interval": interval(accuracy(responses), len(checked)),
+        "accuracy_by_group": means((r.prompt.group, r.verdict.correct) for r in checked),
+        "lenient_accuracy": mean([r.verdict.lenient for r in checked]),
         "mean_depth": float(np.mean(depths)),
         "max_depth": float(np.mean(deepest)),
         "max_depth_p95": float(np.percentile(deepest, 95)),
-        "max_depth_by_group": means(pair for pair in zip(groups, deepest) if pair[0]),
+        "max_depth_by_group": means(zip(groups, deepest)),
         "full_depth": model.full_depth,
         "cap": model.cap,
         "layers_run": float(np.mean(depths)) / model.full_depth,
         "exit_rate": float(np.mean([d < model.deepest for d in depths])),
         "exit_histogram": {str(d): n / len(depths) for d, n in sorted(Counter(depths).items())},
-        "depth_by_position": [*means(places).values()],
-        "depth_by_kind": means(depths_by_kind(subject.tokenizer, responses)),
-        "kl": float(np.average(kls, weights=[*map(len, tokens)])),
+        "depth_by_position": [*means(zip(places, depths)).values()][:256],
+        "depth_by_kind": means(zip(kinds, depths)),
+        "kl": float(np.average(kls, weights=lengths)),
         "perplexity": perplexity,
-        "tokens": float(np.mean([*map(len, tokens)])),
-        "repetition": mean([repetition(row) for row in tokens]),
+        "tokens": float(np.mean(lengths)),
+        "repetition": mean([repetition(r.generation.tokens) for r in responses]),
         "well_formed": mean([r.verdict.well_formed for r in responses]),
         "written": mean([v.written for v in verdicts]),
         "unwritten_run": mean([v.unwritten_run for v in verdicts]),
     }
 
 
-def means(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
-    """(key, value) pairs -> the mean value of each key, in order."""
-    found = defaultdict(list)
-    for key, value in pairs:
-        found[key].append(value)
-    return {key: float(np.mean(values)) for key, values in sorted(found.items())}
-
-
-def depths_by_kind(tokenizer: Tokenizer, responses: Sequence[Response]) -> Iterator[tuple]:
-    """(kind of token, depth) of each token; teacher.token_kinds has the kinds."""
-    for r in responses:
-        yield from zip(token_kinds(tokenizer.pieces(r.generation.tokens), r), r.generation.depths)
-
-
-def interval(responses: Sequence[Response]) -> list[float] | None:
-    """The 95 % interval of the accuracy (Wilson 1927); None if no prompt has a checker."""
-    p, n, z = accuracy(responses), sum(map(is_verified, responses)), 1.96
+def interval(p: float | None, n: int) -> list[float] | None:
+    """The 95 % interval of a share p of n (Wilson 1927)."""
     if p is None:
         return None
+    z = 1.96
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return [max(0.0, middle - half), min(1.0, middle + half)]
@@ -137,7 +124,7 @@ def examine(subject: Subject, responses: Sequence[Response], judge: Judge) -> di
                 found["same_answer_cap"] = cap
                 under = interventions(subject, again)
                 found |= {f"{key}_capped": value for key, value in under.items()}
-    found["steps_in_head"] = steps_in_head(subject, prompts, config.evaluate.caps)
+    found["steps_in_head"] = steps_in_head(subject, prompts)
     return {**found, "monitor": monitor(responses)}
 
 
@@ -228,20 +215,6 @@ def entries(row: dict, key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"": value}
 
 
-def table_lines(rows: Sequence[dict], figures: Iterable[Shown]) -> list[tuple[str, list, str, str]]:
-    """(title, its value in each row, format, why it may be missing) of each line of a table."""
-    judge = next((r["judge"]["model"] or r["judge"]["kind"] for r in rows if "judge" in r), "")
-    lines = []
-    for key, title, form, missing in figures:
-        found = [entries(row, key) for row in rows]
-        for name in dict.fromkeys(name for row in found for name in row if name) or [""]:
-            values = [row.get(name) for row in found]
-            if missing or any(value is not None for value in values):
-                whole = title.format(name, L=rows[0]["full_depth"], judge=judge)
-                lines.append((whole.rstrip(" ,"), values, form, missing))
-    return lines
-
-
 def cell(value: Any, form: str) -> str:
     """A value as text; a dash for None and what is not finite."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
@@ -252,15 +225,22 @@ def cell(value: Any, form: str) -> str:
 
 def table_cells(rows: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
     """-> lines of cells, the head first, and a reason for each figure that has a dash."""
-    examined = any("monitor" in row for row in rows)
+    judge = next((r["judge"]["model"] or r["judge"]["kind"] for r in rows if "judge" in r), "")
     caps = ["" if row["cap"] is None else f", cap {row['cap']}" for row in rows]
     lines = [["", *(f"{r['variant']} ({r['policy']}{cap})" for r, cap in zip(rows, caps))]]
     reasons: dict[str, str] = {}
-    for title, values, form, missing in table_lines(rows, HEADLINES + DETAILS * examined):
-        lines.append([title, *(cell(value, form) for value in values)])
-        if missing and "–" in lines[-1]:
-            reasons.setdefault(missing, f"– {title.strip()}: {missing}")
-    return lines, list(reasons.values())
+    examined = any("monitor" in row for row in rows)
+    for key, title, form, missing in HEADLINES + DETAILS * examined:
+        found = [entries(row, key) for row in rows]
+        for name in dict.fromkeys(name for row in found for name in row if name) or [""]:
+            values = [row.get(name) for row in found]
+            if not missing and all(value is None for value in values):
+                continue
+            whole = title.format(name, L=rows[0]["full_depth"], judge=judge).rstrip(" ,")
+            lines.append([whole, *(cell(value, form) for value in values)])
+            if missing and "–" in lines[-1]:
+                reasons.setdefault(missing, f"– {whole.strip()}: {missing}")
+    return lines, [*reasons.values()]
 
 
 def table(rows: Sequence[dict]) -> str:

@@ -186,11 +186,12 @@ def test_steps_in_the_head():
     subject = Scripted(shallow, Config())
     prompts = [chain(f"{i} " + " ".join(["+7"] * n)) for n in (1, 2, 3, 4) for i in range(10)]
     prompts.append(Prompt("q", "q", "7", checker="gsm8k"))
-    found = steps_in_head(subject, prompts, [1, 2, 3, 5])
+    subject.config.evaluate.caps = [1, 2, 3, 5]
+    found = steps_in_head(subject, prompts)
     assert found == {"1": 0, "2": 1, "3": 2, "5": 1} and subject.model.cap is None
     assert {given for _, texts, *_ in subject.asked for given in texts} == {"<think> </think>"}
     assert [asked[2:] for asked in subject.asked] == [("full", 0.0, cap) for cap in (1, 2, 3, 5)]
-    assert steps_in_head(subject, prompts[-1:], [2]) == {}
+    assert steps_in_head(subject, prompts[-1:]) == {}
 
 
 def test_the_monitors():
