@@ -16,11 +16,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanoexit.config import LoRAConfig, UserError, printable, read_text, replace, show, write_text
+from nanoexit.config import (
+    LoRAConfig,
+    Rule,
+    UserError,
+    check_value,
+    check_values,
+    read_json,
+    read_text,
+    replace,
+    show,
+    write_text,
+)
 from nanoexit.exits import ExitHeads, attach, detach
 from nanoexit.lora import LoRA, adapters, linear_maps, merged_weight
 from nanoexit.model import Transformer
-from nanoexit.tokenizer import Rule, check_values, find_model, read_object
+from nanoexit.tokenizer import find_model
 from nanoexit.weights import compare_names, read_tensor, tensor_names
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
@@ -28,7 +39,7 @@ FILES += ["nanoexit.json", "exit_heads.safetensors"]
 FACTS = {  # of nanoexit.json
     **dict.fromkeys(["base_model", "content", "head"], Rule((str,))),
     "revision": Rule((str, NoneType)),
-    "cap": Rule((int, NoneType), 1, 2**12),
+    "cap": Rule((int, NoneType)),
     "exit_layers": Rule((list,)),
 }
 PEFT = {  # of adapter_config.json
@@ -110,12 +121,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def adapter_folder(name: str | Path) -> Path:
     """A run, the adapter folder in it, or an adapter's id on the hub -> the folder of its files."""
-    for path in (Path(name) / "adapter", Path(name)):
+    root = find_model(str(name), files=FILES)[0]
+    for path in (root / "adapter", root):
         if any((path / file).exists() for file in ("nanoexit.json", "adapter_config.json")):
             return path
-    if Path(name).exists():
-        raise UserError(f"{name}: no adapter there, nor in {Path(name) / 'adapter'}")
-    return find_model(str(name), files=FILES)[0]
+    raise UserError(f"{name}: no adapter there, nor in {root / 'adapter'}")
 
 
 def adapter_base(folder: str | Path) -> tuple[str, str | None]:
@@ -130,11 +140,11 @@ def adapter_base(folder: str | Path) -> tuple[str, str | None]:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """nanoexit.json ({}: an adapter of peft) and adapter_config.json ({}: heads alone), checked."""
-    facts, config = read_object(folder / "nanoexit.json"), read_object(folder / FILES[0])
+    facts, config = read_json(folder / "nanoexit.json"), read_json(folder / "adapter_config.json")
     check_values(facts, FACTS, folder / "nanoexit.json")
-    check_values(config, PEFT, folder / FILES[0])
+    check_values(config, PEFT, folder / "adapter_config.json", REQUIRED if config else ())
     for depth in facts.get("exit_layers", []):
-        check_values({"exit_layers": depth}, {"exit_layers": Rule((int,), 1, 2**12)}, folder)
+        check_value(depth, Rule((int,)), f"{folder / 'nanoexit.json'}: exit_layers")
     return facts, config
 
 
@@ -150,7 +160,7 @@ def load_adapter(model: Transformer, folder: str | Path) -> None:
         base, this = show(facts.get("base_model")), f"this model is {model.name} ({own[:19]})"
         raise UserError(f"{path}: was trained on {base} ({show(content[:19])}), {this}")
     maps = dict(linear_maps(model))
-    plan = _plan(config, [*maps], path / FILES[0]) if config else {}
+    plan = _plan(config, [*maps], path / "adapter_config.json") if config else {}
     attach(model, facts.get("exit_layers", []), facts.get("head", "linear"), cap=facts.get("cap"))
     try:
         for name, lora in plan.items():
@@ -181,11 +191,10 @@ def _copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
 
 def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, LoRAConfig]:
     """adapter_config.json and the names of the linear maps -> the adapter of each map with one."""
-    compare_names(config.keys() & {*REQUIRED}, REQUIRED, where)
     for key in config.keys() - PEFT.keys() - {*IDLE}:
         value = config[key]
         if not any(type(value) is type(o) and value == o for o in ALLOWED.get(key, OFF)):
-            raise UserError(f"{where}: {printable(key)} = {show(value)} is not implemented")
+            raise UserError(f"{where}: {key} = {show(value)} is not implemented")
     found = {}
     try:
         for name in [*names, "lm_head", "model.embed_tokens"]:
@@ -193,7 +202,7 @@ def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, Lo
                 found[name] = _settings(config, name, where)
     except (re.error, RecursionError, OverflowError) as error:
         keys = "target_modules, exclude_modules, rank_pattern or alpha_pattern"
-        raise UserError(f"{where}: a pattern of {keys}: {printable(str(error))}") from None
+        raise UserError(f"{where}: a pattern of {keys}: {error}") from None
     if not found or found.keys() - names:
         problem = "lm_head and embed_tokens are not implemented" if found else "no such map"
         raise UserError(f"{where}: target_modules {show(config['target_modules'])}: {problem}")
@@ -242,12 +251,12 @@ def save_merged(model: Transformer, source: Path, out: Path) -> None:
     for path in [*source.glob("*.json"), *source.glob("*.jinja")]:
         if path.name not in FILES and not path.name.endswith(".index.json"):
             write_text(out / path.name, read_text(path))
-    config = read_object(source / "config.json") | {"tie_word_embeddings": model.shape.tied}
+    config = read_json(source / "config.json") | {"tie_word_embeddings": model.shape.tied}
     _write_json(out / "config.json", config)
-    maps, tensors = dict(linear_maps(model)), {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
         if not name.startswith("exits.") and ".adapter." not in name:
-            merged = leaf == "weight" and owner in maps
-            tensors[name] = merged_weight(maps[owner]) if merged else parameter
+            tensors[name] = parameter
+    for name, linear in linear_maps(model):
+        tensors[f"{name}.weight"] = merged_weight(linear)
     _save(out / "model.safetensors", tensors)

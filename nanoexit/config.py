@@ -20,7 +20,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 from safetensors import SafetensorError
@@ -28,14 +29,12 @@ from safetensors import SafetensorError
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
-KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}
-KINDS |= {str: "text", dict: "a mapping such as {key: value}"}
 
 
 def knob(default: Any, doc: str, low: float = 0, high: float = math.inf, choices: Any = ()) -> Any:
     """A documented field; low <= number <= high. For a list, all of it holds for each item."""
     doc += f" ({', '.join(choices)})" if choices else ""
-    meta = {"doc": doc, "low": low, "high": high, "choices": choices}
+    meta = {"doc": doc, "bounds": (low, high, choices)}
     return field(default_factory=lambda: copy.copy(default), metadata=meta)
 
 
@@ -79,6 +78,7 @@ class TeacherConfig:
     kl_strength: float = knob(1.0, "s of the target chance 2 (1 - sigmoid(s KL)) to exit", 0.01)
     traces: int = knob(1, "traces that the base model writes for each prompt", 1)
     chunk: int = knob(512, "traces between two writes to disk (the most a kill can lose)", 1)
+    keep_mb: float = knob(1000.0, "its residuals stay in memory if they take no more megabytes")
 
 
 @dataclass
@@ -126,7 +126,6 @@ class JudgeConfig:
     concurrency: int = knob(8, "requests in flight", 1, 256)
     retries: int = knob(5, "attempts after the first", high=100)
     timeout: float = knob(60.0, "seconds until a whole reply must arrive", 0.01, 3600)
-    max_requests: int = knob(10000, "most requests of one run", 1)
     max_tokens: int = knob(512, "most tokens of one reply", 1)
 
 
@@ -186,24 +185,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: Any = C
 
 def command_line(doc: Any, resume: bool = False, schema: Any = Config) -> argparse.ArgumentParser:
     """What scripts with a config share: CONFIG [a.b=c ...] [--resume], with every key in --help."""
-    epilog = "keys, with their defaults:\n" + describe(schema).replace("%", "%%")
+    epilog = "keys, with their defaults:\n"
+    for section, knobs in vars(schema()).items():
+        for f in fields(knobs):
+            default = json.dumps(getattr(knobs, f.name))
+            epilog += f"  {section}.{f.name} = {default}\n      {f.metadata['doc']}\n"
     raw = argparse.RawDescriptionHelpFormatter
+    epilog = epilog.replace("%", "%%")
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw, epilog=epilog)
     parser.add_argument("config", help="a YAML file, such as configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="a key and its value")
     if resume:
         parser.add_argument("--resume", action="store_true", help="continue the run in run.dir")
     return parser
-
-
-def describe(schema: Any = Config) -> str:
-    """Every key with its default and meaning, as `--help` prints it."""
-    text = ""
-    for section, knobs in vars(schema()).items():
-        for f in fields(knobs):
-            default = json.dumps(getattr(knobs, f.name))
-            text += f"  {section}.{f.name} = {default}\n      {f.metadata['doc']}\n"
-    return text
 
 
 def to_yaml(config: Any) -> str:
@@ -226,7 +220,7 @@ def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # also for 5,000 digits
-        raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where} is not YAML: {error}") from None
 
 
 def _fill(config: Any, tree: Any, where: str, prefix: str = "") -> None:
@@ -251,30 +245,67 @@ def _fill(config: Any, tree: Any, where: str, prefix: str = "") -> None:
 
 def _checked(value: Any, hint: Any, meta: Any, where: str) -> Any:
     """`value` as the type of `hint`, within the knob's bounds."""
-    inner = get_args(hint)
-    if type(None) in inner:  # T | None
-        return None if value is None else _checked(value, inner[0], meta, where)
-    if inner and isinstance(value, list):
+    inner = get_args(hint)  # of T | None, or of list[T]
+    if get_origin(hint) is list and isinstance(value, list):
         return [_checked(item, inner[0], meta, where) for item in value]
-    if hint is float and type(value) in (int, str):
-        with contextlib.suppress(ValueError, OverflowError):
-            value = float(value)  # YAML 1.1 reads 1e-5 as text: it is a number here
-    low, high, choices = meta["low"], meta["high"], meta["choices"]
-    expected = KINDS.get(hint, "a list such as [1, 2]")
-    fits = type(value) is hint
-    if choices and not inner:
-        expected, fits = f"one of {', '.join(choices)}", fits and value in choices
-    elif hint in (int, float):
-        expected += f" from {low} to {high}" if math.isfinite(high) else f", at least {low}"
-        fits = fits and low <= value <= high and value != math.inf
-    if not fits:
-        close = nearest(value, choices)
-        raise UserError(f"{where}: expected {expected}, found {show(value)}{close}")
+    kinds = (list,) if get_origin(hint) is list else inner or (hint,)
+    if float in kinds and type(value) in (int, str):
+        with contextlib.suppress(ValueError):
+            value = float(str(value))  # YAML 1.1 reads 1e-5 as text: it is a number here
+    check_value(value, Rule(kinds, *meta["bounds"]), where)
     return value
 
 
+# --- errors -----------------------------------------------------------------------------------
+
+
 class UserError(ValueError):
-    """A mistake in the input: a file, a key, a tensor, a flag. The message is one complete line."""
+    """A mistake in the input: a file, a key, a tensor, a flag. The message becomes one line."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(" ".join(message.split())))
+
+
+class Rule(NamedTuple):
+    """What a key may hold: these kinds; of numbers, low to high; of text, one of the choices."""
+
+    kinds: tuple[type, ...]
+    low: float = 0
+    high: float = math.inf
+    choices: Sequence[str] = ()
+
+
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+KINDS |= {list: "a list such as [1, 2]", dict: "a mapping such as {key: value}", NoneType: "null"}
+
+
+def check_value(value: Any, rule: Rule, where: str) -> None:
+    """Raise UserError for a value that breaks its rule; NaN and infinity break any."""
+    kinds, low, high, choices = rule
+    kind = float if type(value) is int and float in kinds else type(value)
+    fits = kind in kinds and (not choices or value in choices)
+    if kind in (int, float):
+        fits = fits and low <= value <= high and value != math.inf
+    if fits:
+        return
+    expected = " or ".join(KINDS[kind] for kind in kinds)
+    if choices:
+        expected = f"one of {', '.join(choices)}"
+    elif int in kinds or float in kinds:
+        expected += f" from {low} to {high}" if math.isfinite(high) else f", at least {low}"
+    close = nearest(value, choices)
+    raise UserError(f"{where}: expected {expected}, found {show(value)}{close}")
+
+
+def check_values(
+    given: dict, rules: dict[str, Rule], where: str | Path, required: Iterable[str] = ()
+) -> None:
+    """Raise UserError for the first value that breaks the rule of its key, or that is missing."""
+    for key, rule in rules.items():
+        if key in given:
+            check_value(given[key], rule, f"{where}: {key}")
+        elif key in required:
+            raise UserError(f"{where}: {key} is missing")
 
 
 def nearest(word: Any, allowed: Iterable) -> str:
@@ -284,7 +315,7 @@ def nearest(word: Any, allowed: Iterable) -> str:
 
 
 def show(value: Any) -> str:
-    """A foreign value for an error message: its repr, shortened, harmless in a terminal."""
+    """A foreign value for a message: its repr, shortened, harmless in a terminal."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 80
     return printable(short.repr(value))
@@ -297,29 +328,29 @@ def printable(text: str) -> str:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main. Exit codes: 2 a UserError, 130 Ctrl-C, 143 SIGTERM; one line each."""
+
+    def stop(number: int, _: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        signal.signal(number, stop)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    code, line = 130, "stopped: what was written is kept; --resume continues from a checkpoint"
     try:
         main()
         sys.stdout.flush()
-        return
     except BrokenPipeError:  # `... | head` closed our output: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
     except (UserError, OSError) as error:  # OSError: disk full, no permission
-        code, line = 2, f"error: {printable(' '.join(str(error).split()))}"
-    except KeyboardInterrupt:
-        pass
-    except SystemExit as end:
-        if end.code != 143:
-            raise
-        code = 143
-    for again in (signal.SIGINT, signal.SIGTERM):  # a second one adds no traceback
-        signal.signal(again, signal.SIG_IGN)
-    print(line, file=sys.stderr)
-    raise SystemExit(code)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt as stopped:
+        for number in signals:  # a second one adds no traceback
+            signal.signal(number, signal.SIG_IGN)
+        line = "stopped: what was written is kept; --resume continues from a checkpoint"
+        print(line, file=sys.stderr)
+        raise SystemExit(128 + stopped.args[0]) from None
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -334,16 +365,28 @@ def find_file(path: str | Path, what: str = "file") -> Path:
     raise UserError(f"{what} {path}: no such file, from {Path.cwd()} or {ROOT}")
 
 
+def check_file(path: Path) -> None:
+    """Raise UserError for a file that is missing, or that is a git-lfs pointer."""
+    if not path.is_file():
+        snapshot = path.absolute().parent.parent.name == "snapshots"
+        hint = ": an incomplete snapshot of the hub; run once with a connection" if snapshot else ""
+        raise UserError(f"{path}: no such file{hint}")
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise UserError(f"{path}: a git-lfs pointer, not the file: run `git lfs pull` there")
+
+
 def read_text(path: Path) -> str:
     """UTF-8 with or without a BOM, or UTF-16 with one; a UserError names the line of the rest."""
+    check_file(path)
     data = path.read_bytes()
-    kind = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "UTF-8"
+    kind = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
     try:
-        return data.decode("utf-16" if kind == "UTF-16" else "utf-8-sig")
+        return data.decode(kind).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         where = f"{path}:{data.count(10, 0, error.start) + 1}"
         found = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise UserError(f"{where}: not {kind}: {found}; save the file as UTF-8") from None
+        raise UserError(f"{where}: not {kind.upper()}: {found}; save the file as UTF-8") from None
 
 
 def parse_json(text: str, where: str, kind: type = object) -> Any:
@@ -359,7 +402,7 @@ def parse_json(text: str, where: str, kind: type = object) -> Any:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file, {} without a file. UserError for anything but an object."""
-    return parse_json(read_text(path), str(path), dict) if path.is_file() else {}
+    return parse_json(read_text(path), str(path), dict) if os.path.lexists(path) else {}
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
@@ -392,10 +435,9 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _flush_to_disk(path: Path) -> None:
-    if os.name != "nt":  # where a folder cannot be opened
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

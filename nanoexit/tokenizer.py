@@ -7,11 +7,11 @@ every part of the project turns a prompt into ids. Chat templates are foreign pr
 jinja2's immutable sandbox, in a process that is ended when it runs too long or grows too large.
 """
 
-import functools
 import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -19,12 +19,12 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
 import tokenizers
 from huggingface_hub import constants, snapshot_download
 
-from nanoexit.config import KINDS, ROOT, UserError, nearest, printable, read_json, read_text, show
+from nanoexit.config import ROOT, Rule, UserError, check_value, read_json, read_text, show
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -45,19 +45,18 @@ def find_model(
     if not HUB_ID.fullmatch(name):
         problem = "a folder has no revisions" if revision else "no such folder"
         raise UserError(f"{show(name)}: {problem}, and not an id on the hub (OWNER/NAME)")
-    get = functools.partial(snapshot_download, allow_patterns=[*files], ignore_patterns=["*/*"])
-    path = fetch(f"{name}: no such folder;", functools.partial(get, name, revision=revision))
+    options = {"revision": revision, "allow_patterns": [*files], "ignore_patterns": ["*/*"]}
+    path = fetch(f"{name}: no such folder;", snapshot_download, name, **options)
     return path, path.name
 
 
-def fetch(what: str, download: Callable[[], str]) -> Path:
-    """Run a download from the hub. A failure is a UserError in the hub's own words."""
+def fetch(what: str, download: Callable[..., str], *names: str, **options: Any) -> Path:
+    """Download from the hub. A failure is a UserError in the hub's own words."""
     try:
-        return Path(download())
+        return Path(download(*names, **options))
     except Exception as error:  # the HTTP library's own too
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        line = f"{what} {constants.ENDPOINT}: {why}; run again to continue a download"
-        raise UserError(printable(line)) from None
+        why = f"{constants.ENDPOINT}: {type(error).__name__}: {error}"
+        raise UserError(f"{what} {why}; run again to continue a download") from None
 
 
 def content_hash(paths: Iterable[Path]) -> str:
@@ -73,46 +72,6 @@ def content_hash(paths: Iterable[Path]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def check_file(path: Path) -> None:
-    """Raise UserError for a file that is missing, or that is a git-lfs pointer."""
-    if not path.is_file():
-        snapshot = path.absolute().parent.parent.name == "snapshots"
-        hint = ": an incomplete snapshot of the hub; run once with a connection" if snapshot else ""
-        raise UserError(f"{path}: no such file{hint}")
-    with path.open("rb") as file:
-        if file.read(24) == b"version https://git-lfs.":
-            raise UserError(f"{path}: a git-lfs pointer, not the file: run `git lfs pull` there")
-
-
-def read_object(path: Path) -> dict:
-    """The JSON object of a file, {} without one. Raises UserError for anything else."""
-    if os.path.lexists(path):
-        check_file(path)
-    return read_json(path)
-
-
-class Rule(NamedTuple):
-    """What a key of such an object may hold: these kinds; of a number, the least and the most."""
-
-    kinds: tuple[type, ...]
-    low: float = 0
-    high: float = 0
-
-
-JSON_KINDS = KINDS | {list: "a list", NoneType: "null"}
-
-
-def check_values(given: dict[str, Any], rules: dict[str, Rule], where: str | Path) -> None:
-    """Raise UserError for the first value that breaks the rule of its key; NaN breaks any."""
-    for key in [key for key in rules if key in given]:
-        value, (kinds, low, high) = given[key], rules[key]
-        kind = float if type(value) is int and float in kinds else type(value)
-        if kind not in kinds or (kind in (int, float) and not low <= value <= high):
-            expected = " or ".join(JSON_KINDS[kind] for kind in kinds)
-            limits = f" from {low} to {high}" if high else ""
-            raise UserError(f"{where}: {key}: expected {expected}{limits}, found {show(value)}")
-
-
 # --- text and ids -----------------------------------------------------------------------------
 
 
@@ -120,14 +79,13 @@ class Tokenizer:
     """The tokenizer of a model's folder. Raises UserError where its files are missing or broken."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, rows = folder, _embedding_rows(folder)
         self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
-        config = read_object(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         self.named = _add_tokens(self._tokenizer, config, folder)  # {"bos_token": "<s>", ...}
         self._tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
-        rows = read_object(folder / "config.json").get("vocab_size")
         for token, i in self._tokenizer.get_vocab().items():
-            if type(rows) is int and i >= rows:
+            if i >= rows:
                 raise UserError(f"{folder}: token {show(token)} is id {i}: expected below {rows}")
         template = _read_template(folder, config)
         self.has_template = template is not None
@@ -194,26 +152,31 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
     return Tokenizer(find_model(str(name), revision)[0])
 
 
+def _embedding_rows(folder: Path) -> float:
+    """vocab_size of config.json; infinite without one."""
+    rows = read_json(folder / "config.json").get("vocab_size")
+    return rows if type(rows) is int else math.inf
+
+
 def model_stop_ids(folder: Path) -> frozenset[int]:
     """eos_token_id of generation_config.json, else of config.json: an id or a list of ids."""
-    rows = read_object(folder / "config.json").get("vocab_size")
-    rules = {"eos_token_id": Rule((int,), 0, rows - 1 if type(rows) is int else 2**31)}
+    rule = Rule((int,), 0, _embedding_rows(folder) - 1)
     for path in (folder / "generation_config.json", folder / "config.json"):
-        found = read_object(path).get("eos_token_id")
+        found = read_json(path).get("eos_token_id")
         if found is not None:
             ids = found if isinstance(found, list) else [found]
             for i in ids:
-                check_values({"eos_token_id": i}, rules, path)
+                check_value(i, rule, f"{path}: eos_token_id")
             return frozenset(ids)
     return frozenset()
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    check_file(path)
+    text = read_text(path)
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the package raises plain Exception
-        raise UserError(f"{path} is not a tokenizer: {printable(str(error))}") from None
+        raise UserError(f"{path} is not a tokenizer: {error}") from None
     tokenizer.no_truncation()  # which it may store
     tokenizer.no_padding()
     return tokenizer
@@ -223,46 +186,42 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict, folder: Path) -> 
     """Add the tokens that tokenizer.json lacks, in the order of transformers 5; -> named ones."""
     declared = config.get("added_tokens_decoder")
     if declared is None:  # older folders
-        config |= read_object(folder / "special_tokens_map.json")
-        ids = read_object(folder / "added_tokens.json")
-        declared = {i: text for text, i in ids.items()}
+        declared, config = {}, config | read_json(folder / "special_tokens_map.json")
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     named = {key: config[key] for key in config if key.endswith("_token")}
     try:
-        named, extra = (named | extra, []) if isinstance(extra, dict) else (named, extra)
+        if isinstance(extra, dict):
+            named, extra = named | extra, []
         named = {key: _added(value) for key, value in named.items() if value and value is not True}
+        added = [_added(declared[i]) for i in sorted(declared, key=int)]
         special = [*named.values(), *map(_added, extra)]
-        known = [token.content for token in special]
-        added = [declared[i] for i in sorted(declared, key=int)]
-        added = [_added(value, value in known) for value in added]
     except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
         where = f"{folder}: a special token of tokenizer_config.json or special_tokens_map.json"
-        raise UserError(f"{where} is malformed: {printable(str(error))}") from None
+        raise UserError(f"{where} is malformed: {error}") from None
     known = [t.content for t in [*added, *tokenizer.get_added_tokens_decoder().values()]]
     tokenizer.add_tokens(added + [token for token in special if token.content not in known])
     return {key: token.content for key, token in named.items()}
 
 
-def _added(value: Any, special: bool = True) -> tokenizers.AddedToken:
+def _added(value: Any) -> tokenizers.AddedToken:
     """A token written as text, or as an object with `content` and flags."""
     if isinstance(value, dict):
         flags = {key: value[key] for key in value if key not in ("__type", "content")}
         return tokenizers.AddedToken(value["content"], **flags)
-    return tokenizers.AddedToken(value, special=special, normalized=not special)
+    return tokenizers.AddedToken(value, special=True, normalized=False)
 
 
 def _read_template(folder: Path, config: dict) -> str | None:
     """chat_template.jinja, else chat_template: text, or a list with a `default` among them."""
     path = folder / "chat_template.jinja"
     if os.path.lexists(path):
-        check_file(path)
         return read_text(path)
     found = config.get("chat_template")
     for entry in found if isinstance(found, list) else []:
         if isinstance(entry, dict) and entry.get("name") == "default":
             found = entry.get("template") or found
-    rule = {"chat_template": Rule((str, NoneType))}
-    check_values({"chat_template": found}, rule, folder / "tokenizer_config.json")
+    where = f"{folder / 'tokenizer_config.json'}: chat_template"
+    check_value(found, Rule((str, NoneType)), where)
     return found
 
 
@@ -279,7 +238,7 @@ class TemplateProcess:
         self.process: Any = None
 
     def render(self, messages: list, known: dict[str, Any], variables: dict[str, Any]) -> str:
-        """known: what a template may read. variables: what this one has to read."""
+        """known: what a template may read. variables: what this one must read."""
         given = {**known, **variables, "messages": messages}
         process, self.process = self.process or self._start(), None
         try:
@@ -291,12 +250,11 @@ class TemplateProcess:
             process.kill()
             reply = {"error": f"stopped after {self.seconds} s of computing or 1 GiB of memory"}
         if "error" in reply:
-            problem = printable(" ".join(reply["error"].split()))
-            raise UserError(f"{self.where}: the chat template failed: {problem}")
-        readable = {*known, *reply["names"]} - {"messages"}
-        for name in variables.keys() - readable:
-            close = nearest(name, readable)
-            raise UserError(f"{self.where}: the chat template does not read {name!r}{close}")
+            raise UserError(f"{self.where}: the chat template failed: {reply['error']}")
+        known_names = {*reply["names"]} - {"messages"}
+        for name in variables.keys() - known_names:
+            expected = f"expected one of {', '.join(sorted(known_names))}"
+            raise UserError(f"{self.where}: the chat template does not read {name!r}: {expected}")
         return reply["text"]
 
     def _start(self) -> Any:

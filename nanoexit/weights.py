@@ -8,10 +8,10 @@ The model is made without memory and receives its tensors one by one, so that lo
 little more than N bytes.
 """
 
+import contextlib
 import dataclasses
-import functools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -22,30 +22,30 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoexit.config import UserError, nearest, printable, show
+from nanoexit.config import Rule, UserError, check_file, check_values, read_json, show
 from nanoexit.model import Llama3Rope, Shape, Transformer
-from nanoexit.tokenizer import (
-    Rule,
-    Tokenizer,
-    check_file,
-    check_values,
-    content_hash,
-    fetch,
-    find_model,
-    model_stop_ids,
-    read_object,
-)
+from nanoexit.tokenizer import Tokenizer, content_hash, fetch, find_model, model_stop_ids
 
-REQUIRED = ["vocab_size", "hidden_size", "intermediate_size"]
+QWEN: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+QWEN |= {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+QWEN |= {"sliding_window": 4096, "max_window_layers": 28}
+FAMILIES = {  # and the defaults of transformers, for what config.json leaves out
+    "llama": QWEN | {"max_position_embeddings": 2048, "num_key_value_heads": None},
+    "qwen2": QWEN,
+    "qwen3": QWEN | {"head_dim": 128},
+}
+REQUIRED = ["model_type", "vocab_size", "hidden_size", "intermediate_size"]
 REQUIRED += ["num_hidden_layers", "num_attention_heads"]
+POSITIONS = ["max_position_embeddings", "original_max_position_embeddings"]
+SIZE = 2**24
 KEYS = {  # of config.json
-    **dict.fromkeys(REQUIRED, Rule((int,), 1, 2**24)),
+    **dict.fromkeys([*REQUIRED, *POSITIONS], Rule((int,), 1, SIZE)),
+    "model_type": Rule((str,), choices=[*FAMILIES]),
     "num_hidden_layers": Rule((int,), 1, 2**12),
-    **dict.fromkeys(["num_key_value_heads", "head_dim"], Rule((int, NoneType), 1, 2**24)),
-    "max_position_embeddings": Rule((int,), 1, 2**31),
-    "original_max_position_embeddings": Rule((int,), 1, 2**31),
-    "sliding_window": Rule((int, NoneType), 1, 2**31),
-    "max_window_layers": Rule((int,), 0, 2**31),
+    "max_window_layers": Rule((int,), 0, SIZE),
+    **dict.fromkeys(
+        ["num_key_value_heads", "head_dim", "sliding_window"], Rule((int, NoneType), 1, SIZE)
+    ),
     "rms_norm_eps": Rule((float,), 0, 1),
     "rope_theta": Rule((float, NoneType), 1, 1e15),
     **dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor"], Rule((float,), 1e-6, 1e6)),
@@ -56,18 +56,6 @@ KEYS = {  # of config.json
     **dict.fromkeys(["rope_scaling", "rope_parameters"], Rule((dict, NoneType))),
     "quantization_config": Rule((dict, NoneType)),
     "layer_types": Rule((list, NoneType)),
-}
-QWEN: dict[str, Any] = {
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "sliding_window": 4096,
-}
-QWEN |= {"max_window_layers": 28, "max_position_embeddings": 32768, "num_key_value_heads": 32}
-FAMILIES = {  # and the defaults of transformers, for what config.json leaves out
-    "llama": QWEN | {"max_position_embeddings": 2048, "num_key_value_heads": None},
-    "qwen2": QWEN,
-    "qwen3": QWEN | {"head_dim": 128},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -84,13 +72,9 @@ def read_shape(folder: Path) -> Shape:
     """
     where = folder / "config.json"
     check_file(where)
-    given = read_object(where)
-    family = given.get("model_type")
-    if family not in [*FAMILIES]:
-        expected = f"expected {', '.join(FAMILIES)}{nearest(family, FAMILIES)}"
-        raise UserError(f"{where}: model_type {show(family)} is not implemented: {expected}")
-    check_values(given, KEYS, where)
-    compare_names(given.keys() & {*REQUIRED}, REQUIRED, where)
+    given = read_json(where)
+    check_values(given, KEYS, where, REQUIRED)
+    family = given["model_type"]
     c = FAMILIES[family] | given
     bias, heads = c.get("attention_bias", False), c["num_attention_heads"]
     theta, scaling = _rope(c, where)
@@ -121,11 +105,13 @@ def _refuse(c: dict[str, Any], s: Shape, where: Path) -> None:
     """What would silently compute something else."""
     kinds, quantized = c.get("layer_types") or [], c.get("quantization_config")
     odd = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
-    used = s.family != "llama" and c.get("use_sliding_window", False)
+    used = s.family != "llama" and c.get("use_sliding_window")
     window = c["sliding_window"] if used else None
-    slides = window is not None and c["max_window_layers"] < s.blocks
-    slides = "sliding_attention" in kinds if kinds else slides
-    short = slides and (window is None or window < s.max_positions)
+    if kinds:
+        slides = "sliding_attention" in kinds
+    else:
+        slides = window is not None and c["max_window_layers"] < s.blocks
+    short = slides and (window or 0) < s.max_positions
     for bad, problem in (
         (quantized, f"quantization_config: {show(quantized)}"),
         (c["hidden_act"] not in ("silu", "swish"), f"hidden_act {show(c['hidden_act'])}"),
@@ -142,16 +128,16 @@ def _refuse(c: dict[str, Any], s: Shape, where: Path) -> None:
 def _rope(c: dict[str, Any], where: Path) -> tuple[float, Llama3Rope | None]:
     """-> theta and Llama 3's scaling, from rope_theta and rope_scaling, or from rope_parameters."""
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
-    check_values(rope, KEYS, f"{where}: RoPE")
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    fields = Llama3Rope._fields if kind == "llama3" else ()
+    check_values(rope, KEYS, f"{where}: RoPE {show(kind)}", fields)
     odd = [key for key in rope if key not in KEYS] or [kind]
     if odd[0] not in ("default", "llama3"):
         raise UserError(f"{where}: RoPE {show(odd[0])} is not implemented: only default, llama3")
     theta = float(rope.get("rope_theta") or c["rope_theta"] or QWEN["rope_theta"])
     if kind == "default":
         return theta, None
-    compare_names(rope.keys() & {*Llama3Rope._fields}, Llama3Rope._fields, f"{where}: RoPE llama3")
-    scaling = Llama3Rope(*(rope[key] for key in Llama3Rope._fields))
+    scaling = Llama3Rope(*(rope[key] for key in fields))
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise UserError(f"{where}: RoPE: high_freq_factor is not above low_freq_factor")
     return theta, scaling
@@ -170,9 +156,10 @@ def load_model(
     """
     folder, commit = find_model(str(name), revision)
     shape, stored, place = read_shape(folder), _locate(folder), pick_device(device)
-    dtype = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if place.type == "cuda" else "float32"
     if dtype not in DTYPES:
-        raise UserError(f"model.dtype: {show(dtype)} is not one of auto, {', '.join(DTYPES)}")
+        raise UserError(f"dtype: expected one of auto, {', '.join(DTYPES)}, found {show(dtype)}")
     content = content_hash({folder / "config.json", *(path for path, _ in stored.values())})
     with torch.device("meta"):
         model = Transformer(_tie(shape, stored))
@@ -209,33 +196,26 @@ def find_dataset_file(name: str) -> Path:
     found = re.fullmatch(r"hub:(\w[\w.-]*/\w[\w.-]*)/(.+)", name)
     if not found:
         raise UserError(f"{show(name)}: expected hub:OWNER/NAME/FILE")
-    return fetch(
-        f"{name}:", functools.partial(hf_hub_download, *found.groups(), repo_type="dataset")
-    )
+    return fetch(f"{name}:", hf_hub_download, *found.groups(), repo_type="dataset")
 
 
 def _locate(folder: Path) -> Stored:
     """Every tensor of model.safetensors, or of the shards that its index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    paths = {single}
-    if index.exists() and not single.exists():
-        shards = read_object(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise UserError(
-                f"{index}: weight_map: expected tensors and files, found {show(shards)}"
-            )
-        for shard in shards.values():  # a foreign index must not reach outside its folder
-            if not re.fullmatch(r"\w[\w.-]*\.safetensors", str(shard)):
-                raise UserError(f"{index}: shard {show(shard)} is not a plain file name")
-        paths = {folder / shard for shard in shards.values()}
+    shards, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / shards[0]).exists():
+        given = read_json(index)
+        check_values(given, {"weight_map": Rule((dict,))}, index, ["weight_map"])
+        shards = sorted({*map(str, given["weight_map"].values())})
+    for shard in shards:  # a foreign index must not reach outside its folder
+        if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
+            raise UserError(f"{index}: shard {show(shard)} is not a plain file name")
     found: Stored = {}
-    for path in sorted(paths):
+    for path in (folder / shard for shard in shards):
         for source in tensor_names(path):
             parts = [part for part in source.split(".") if part not in ("_orig_mod", "module")]
             name = ".".join(parts if parts[0] in ("model", "lm_head") else ["model", *parts])
             if name in found:
-                both = f"{printable(found[name][1])} and {printable(source)}"
-                raise UserError(f"{folder}: {both} are the same tensor")
+                raise UserError(f"{folder}: {found[name][1]} and {source} are the same tensor")
             if not name.endswith("rotary_emb.inv_freq"):  # of old Llama checkpoints
                 found[name] = path, source
     return found
@@ -252,15 +232,21 @@ def _tie(shape: Shape, stored: Stored) -> Shape:
     return shape
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; whatever the package raises is a UserError."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except Exception as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+
+
 def tensor_names(path: Path) -> list[str]:
     """The names in a safetensors file. Raises UserError for a file that is not a whole one."""
     check_file(path)
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except Exception as error:  # whatever the package raises
-        problem = printable(str(error))
-        raise UserError(f"{path} is not a whole safetensors file: {problem}") from None
+    with _opened(path) as file:
+        return list(file.keys())
 
 
 def read_tensor(path: Path, name: str, shape: Any = None, **options: Any) -> Tensor:
@@ -269,12 +255,9 @@ def read_tensor(path: Path, name: str, shape: Any = None, **options: Any) -> Ten
     Raises UserError for another shape, for a stored dtype not in DTYPES, and for values that are
     not finite in `dtype`. The file is opened for each tensor, so that its pages can go.
     """
-    where = f"{path}: tensor {printable(name)}"
-    try:
-        with safe_open(path, "pt") as file:
-            stored = file.get_tensor(name)
-    except Exception as error:  # whatever the package raises
-        raise UserError(f"{where} cannot be read: {printable(str(error))}") from None
+    where = f"{path}: tensor {name}"
+    with _opened(path) as file:
+        stored = file.get_tensor(name)
     if shape is not None and stored.shape != shape:
         raise UserError(f"{where} has the shape {[*stored.shape]}, expected {[*shape]}")
     if stored.dtype not in DTYPES.values():
@@ -292,4 +275,4 @@ def compare_names(found: Collection[str], wanted: Collection[str], where: Path |
     for names, problem in ((missing, "missing"), (extra, "unexpected")):
         if names:
             more = f", and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(printable(f"{where}: {min(names)} is {problem}{more}"))
+            raise UserError(f"{where}: {min(names)} is {problem}{more}")

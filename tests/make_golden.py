@@ -159,7 +159,6 @@ NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": 
 EXTRA = PLAIN | {"extra_special_tokens": {"think_token": "<think>"}, "sep_token": "<sep>"}
 EXTRA["chat_template"] = "{{ think_token }}{{ messages[-1].content | tojson }}{{ sep_token }}"
 MAP = PLAIN | {"additional_special_tokens": SPECIAL[2:5]}
-ADDED = {"<|im_end|>": 263, "<|im_start|>": 262}
 LESS = PLAIN | {"additional_special_tokens": ["<|im_end|>"]}
 FEW = byte_level(SPECIAL[:2])
 LAYOUTS = {  # name -> tokenizer.json, and the other files of the folder
@@ -167,7 +166,7 @@ LAYOUTS = {  # name -> tokenizer.json, and the other files of the folder
     "added_tokens_decoder alone": layout(FEW, TURNS | {"added_tokens_decoder": DECLARED}),
     "map alone": layout(byte_level([]), {"chat_template": LLAMA3_CHAT}, special_tokens_map=MAP),
     "objects and named templates": layout(byte_level(), OBJECTS | {"chat_template": NAMED}),
-    "added_tokens.json": layout(FEW, LESS, added_tokens=ADDED, chat_template=CHATML),
+    "template in a file": layout(FEW, LESS, chat_template=CHATML),
     "truncation and padding": layout(cut_and_padded(), TURNS),
     "byte fallback": layout(byte_fallback(bos=True), PLAIN | {"add_bos_token": False}),
     "unigram": layout(unigram(), PLAIN | {"unk_token": "<unk>"}),

@@ -12,7 +12,7 @@ from nanoexit.config import (
     ROOT,
     Config,
     UserError,
-    describe,
+    command_line,
     load_config,
     parse_json,
     printable,
@@ -95,7 +95,7 @@ def test_every_shipped_config_loads_and_every_knob_is_documented():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         if "pretrain" not in path.name:
             load_config(path)
-    assert "exits.cap = null\n      largest depth of any token" in describe()
+    assert "exits.cap = null\n      largest depth of any token" in command_line("").format_help()
 
 
 TINY, TINY_RL = ROOT / "configs" / "tiny.yaml", ROOT / "configs" / "tiny_rl.yaml"

@@ -85,7 +85,6 @@ def test_ids_beyond_the_embedding(tmp_path):
 
 
 BROKEN = {"tokenizer.json": ["{", None, "version https://git-lfs.github.com/spec/v1\noid 0"]}
-BROKEN["added_tokens.json"] = ['{"<x>": "a"}']
 BROKEN["tokenizer_config.json"] = """[1]
 {"eos_token": {"lstrip": false}}
 {"eos_token": {"content": 5}}
@@ -160,7 +159,7 @@ def test_variables_of_templates():
     given = {"enable_thinking": [1], "bos_token": "B"}
     assert process.render(CHAT, {"bos_token": "A"}, given) == "[1]B"
     for wrong in ({"enable_thinkin": 1}, {"messages": []}):
-        with pytest.raises(UserError, match=r"read 'enable_thinkin'; did|'messages'"):
+        with pytest.raises(UserError, match=r"read '(enable_thinkin|messages)': expected"):
             process.render(CHAT, {}, wrong)
 
 
