@@ -17,6 +17,7 @@ import re
 import reprlib
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -146,6 +147,7 @@ class RunConfig:
     init: str | None = knob(None, "start from the adapters and heads of this run")
     threads: int | None = knob(None, "CPU threads; null is torch's own choice", 1, 4096)
     wandb: bool = knob(False, "mirror metrics to Weights & Biases")
+    patience: int = knob(1800, "seconds until a process that does not answer ends the run", 1)
 
 
 @dataclass
@@ -191,7 +193,6 @@ def command_line(doc: Any, resume: bool = False, schema: Any = Config) -> argpar
             default = json.dumps(getattr(knobs, f.name))
             epilog += f"  {section}.{f.name} = {default}\n      {f.metadata['doc']}\n"
     raw = argparse.RawDescriptionHelpFormatter
-    epilog = epilog.replace("%", "%%")
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw, epilog=epilog)
     parser.add_argument("config", help="a YAML file, such as configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="a key and its value")
@@ -266,6 +267,10 @@ class UserError(ValueError):
         super().__init__(printable(" ".join(message.split())))
 
 
+class LostProcess(UserError):
+    """Another process of the run ended, or does not answer."""
+
+
 class Rule(NamedTuple):
     """What a key may hold: these kinds; of numbers, low to high; of text, one of the choices."""
 
@@ -332,6 +337,7 @@ def run_script(main: Callable[[], None]) -> None:
     def stop(number: int, _: Any) -> None:
         raise KeyboardInterrupt(number)
 
+    first = os.environ.get("RANK", "0") == "0"
     signals = (signal.SIGINT, signal.SIGTERM)
     for number in signals:
         signal.signal(number, stop)
@@ -343,13 +349,18 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # `... | head` closed our output: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:  # OSError: disk full, no permission
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+        # Of several processes one reports: torchrun ends the others while they wait here.
+        time.sleep(6 if isinstance(error, LostProcess) else 0 if first else 3)
+        print(f"error: {UserError(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stopped:
         for number in signals:  # a second one adds no traceback
             signal.signal(number, signal.SIG_IGN)
         line = "stopped: what was written is kept; --resume continues from a checkpoint"
-        print(line, file=sys.stderr)
+        if first:
+            print(line, file=sys.stderr)
         raise SystemExit(128 + stopped.args[0]) from None
 
 

@@ -16,9 +16,9 @@ too often. The KL in it is clamped at 2 nats.
 `sft.targets: base` takes the *base's* readout for Q_d, as the original does. On a model whose early
 readouts were never trained these targets are 0, and the heads learn never to exit.
 
-Simplified against the original: 1. the teacher's residuals are recomputed each step from frozen
-weights, not stored; 2. the early readout uses the final norm, in targets, training and generation
-alike; 3. KL from float32 log-softmax, without epsilons.
+Simplified against the original: 1. the teacher's residuals are kept in memory where they fit, and
+never stored; 2. the early readout uses the final norm, in targets, training and generation alike;
+3. KL from float32 log-softmax, without epsilons.
 """
 
 from collections.abc import Sequence
@@ -49,12 +49,12 @@ class Draw(Policy):
         self,
         model: Transformer,
         a: Aligned,
-        teacher: Tensor,
         uniform: Tensor,
         chunk: int,
+        teacher: Tensor,
         base_kl: Tensor | None = None,
     ):
-        """teacher [n, D]: residuals at a.at. uniform [n]: readouts that ignore their heads.
+        """uniform [n]: readouts that ignore their heads. teacher [n, D]: residuals at a.at.
 
         base_kl [n, E]: use these divergences instead of the student's own.
         """
@@ -113,18 +113,45 @@ def student_losses(
     }
 
 
-@torch.no_grad()
-def teacher_pass(model: Transformer, a: Aligned, config: Config) -> tuple[Tensor, Tensor | None]:
-    """-> the teacher's residuals at the readouts [n, D]; with sft.targets=base, base_kl [n, E]."""
-    depths, chunk = exit_depths(model), config.model.logits_chunk
-    from_base = config.sft.targets == "base"
-    watch = Watch(depths if from_base else ())
-    with as_base(model):
-        teacher = model.run(a.ids, stop=watch).hidden.flatten(0, 1)[a.at]
-    if not from_base:
-        return teacher, None
-    kl = [readout_kl(model, teacher, watch.seen[depth][a.at], chunk) for depth in depths]
-    return teacher, torch.stack(kl, -1)
+class Teacher:
+    """The base's residuals at the readouts of traces; kept if they fit into teacher.keep_mb."""
+
+    def __init__(self, model: Transformer, traces: Sequence[Trace], config: Config):
+        self.model, self.traces, self.chunk = model, traces, config.model.logits_chunk
+        self.from_base, rows = config.sft.targets == "base", config.sft.micro_batch
+        self.kept: list[Sequence[Tensor]] = []  # what `read` says, a trace
+        tokens = sum(len(trace.tokens) for trace in traces)
+        size = tokens * model.shape.width * model.dtype.itemsize
+        if size <= config.teacher.keep_mb * 1e6:
+            places = range(len(traces))
+            with training.progress(len(traces), "teacher reads traces", "trace") as bar:
+                for piece in [places[i : i + rows] for i in range(0, len(places), rows)]:
+                    a = self.align(piece)
+                    self.kept += zip(*(x.split(a.counts) for x in self.read(a)))
+                    bar.update(len(piece))
+
+    def align(self, piece: Sequence[int]) -> Aligned:
+        """Some traces as one batch."""
+        batch = [self.traces[i] for i in piece]
+        prompts, responses = [t.prompt_ids for t in batch], [t.tokens for t in batch]
+        return align(prompts, responses, None, self.model.full_depth, self.model.device)
+
+    @torch.no_grad()
+    def read(self, a: Aligned) -> list[Tensor]:
+        """-> the residuals at the readouts [n, D]; with sft.targets=base, base_kl [n, E] too."""
+        depths = exit_depths(self.model) if self.from_base else ()
+        watch = Watch(depths)
+        with as_base(self.model):
+            teacher = self.model.run(a.ids, stop=watch).hidden.flatten(0, 1)[a.at]
+        kl = [readout_kl(self.model, teacher, watch.seen[d][a.at], self.chunk) for d in depths]
+        return [teacher, torch.stack(kl, -1)] if kl else [teacher]
+
+    def __call__(self, piece: Sequence[int]) -> tuple[Aligned, list[Tensor]]:
+        """Some traces as one batch, and what `read` says of them."""
+        a = self.align(piece)
+        if not self.kept:
+            return a, self.read(a)
+        return a, [torch.cat(parts) for parts in zip(*(self.kept[i] for i in piece))]
 
 
 def draw_noise(
@@ -143,21 +170,19 @@ def draw_noise(
     return noise.to(device), broad.to(device)[a.rows]
 
 
-def step_losses(model: Transformer, traces: Sequence[Trace], config: Config, step: int) -> dict:
+def step_losses(
+    model: Transformer, teacher: Teacher, chosen: Sequence[int], config: Config, step: int
+) -> dict[str, Any]:
     """Backward through one step's traces, a micro-batch at a time -> the step's mean figures."""
-    size, exits = config.sft.micro_batch, len(exit_depths(model))
-    tokens = sum(len(trace.tokens) for trace in traces)
+    exits = len(exit_depths(model))
+    tokens = sum(len(teacher.traces[i].tokens) for i in chosen)
     names = ("kl", "exit_loss", "mean_depth", "reached", "target_exit", "student_exit")
     sizes = dict.fromkeys(names[:3], ()) | dict.fromkeys(names[3:], (exits,))
     sums = {name: torch.zeros(size, device=model.device) for name, size in sizes.items()}
-    places = training.mine(range(len(traces)))
-    for piece in [places[i : i + size] for i in range(0, len(places), size)]:
-        batch = [traces[i] for i in piece]
-        prompts, responses = [t.prompt_ids for t in batch], [t.tokens for t in batch]
-        a = align(prompts, responses, None, model.full_depth, model.device)
-        teacher, base_kl = teacher_pass(model, a, config)
+    for piece in training.my_batches(len(chosen), config.sft.micro_batch):
+        a, known = teacher([chosen[i] for i in piece])
         noise, uniform = draw_noise(a, piece, exits, config, step)
-        draw = Draw(model, a, teacher, uniform, config.model.logits_chunk, base_kl)
+        draw = Draw(model, a, uniform, config.model.logits_chunk, *known)
         training.seed_torch("dropout", config.run.seed, step, piece[0])
         loss, figures = student_losses(model, a, draw, noise, config.teacher.kl_strength)
         (loss / tokens).backward()
@@ -171,6 +196,7 @@ def step_losses(model: Transformer, traces: Sequence[Trace], config: Config, ste
 def train(model: Transformer, traces: Sequence[Trace], config: Config, folder: Path) -> None:
     """The loop: draw traces, losses, step, log, save. Continues from folder/checkpoint."""
     sft = config.sft
+    teacher = Teacher(model, traces, config)
     optimizer = training.make_optimizer(training.trained(model).values(), sft.lr)
     done = training.load_checkpoint(folder, model, optimizer)
     metrics = training.Metrics(folder, done, config)
@@ -178,7 +204,7 @@ def train(model: Transformer, traces: Sequence[Trace], config: Config, folder: P
     with training.progress(sft.steps, "SFT", "step", done) as bar:
         for step in range(done, sft.steps):
             chosen = training.batch_at(step, len(traces), sft.batch_size, config.run.seed)
-            figures = step_losses(model, [traces[i] for i in chosen], config, step)
+            figures = step_losses(model, teacher, chosen, config, step)
             lr = sft.lr * training.cosine_share(step, sft.steps)
             norm = training.update(optimizer, lr)
             metrics.write(step + 1, **figures, grad_norm=norm, lr=lr)

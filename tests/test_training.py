@@ -252,8 +252,8 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, targets):
         overrides = [f"run.dir={tmp_path}", "data.count=10", f"sft.micro_batch={size}"]
         config = load_config(TINY, [*overrides, f"sft.targets={targets}"])
         model, tokenizer = load_student(config)
-        traces = make_traces(model, tokenizer, config)
-        figures = sft.step_losses(model, traces, config, step=0)
+        teacher = sft.Teacher(model, make_traces(model, tokenizer, config), config)
+        figures = sft.step_losses(model, teacher, range(10), config, step=0)
         found = {n: p.grad for n, p in trained(model).items() if p.grad is not None}
         gradients.append((figures, found))
     (a, grads_a), (b, grads_b) = gradients
@@ -266,17 +266,16 @@ def drawn(tmp_path, *overrides: str):
     """A step's traces, aligned, with the exits that SFT draws."""
     config = load_config(TINY, [f"run.dir={tmp_path}", "data.count=10", *overrides])
     model, tokenizer = load_student(config)
-    traces = make_traces(model, tokenizer, config)
-    a = sft.align([t.prompt_ids for t in traces], [t.tokens for t in traces], None, 8, model.device)
-    teacher, base_kl = sft.teacher_pass(model, a, config)
-    noise, uniform = sft.draw_noise(a, range(len(traces)), 7, config, 0)
-    return model, config, a, sft.Draw(model, a, teacher, uniform, 64, base_kl), noise
+    teacher = sft.Teacher(model, make_traces(model, tokenizer, config), config)
+    a, known = teacher(range(10))
+    noise, uniform = sft.draw_noise(a, range(10), 7, config, 0)
+    return teacher, a, sft.Draw(model, a, uniform, 64, *known), noise
 
 
 def test_exits_are_drawn_at_readouts_only(tmp_path):
     """Catches: prompt tokens that exit while training; a first readout that may not exit."""
-    model, _, a, draw, noise = drawn(tmp_path, "sft.broad=1")
-    scored = sft.run_and_score(model, a.ids, draw, a.depths > 0, a.prompt_lens, noise)
+    teacher, a, draw, noise = drawn(tmp_path, "sft.broad=1")
+    scored = sft.run_and_score(teacher.model, a.ids, draw, a.depths > 0, a.prompt_lens, noise)
     depths = scored.depths.flatten()
     before = (draw.slot < 0) & (a.depths.flatten() > 0)
     assert set(depths[before].tolist()) == {8}
@@ -289,12 +288,25 @@ def test_exits_are_drawn_at_readouts_only(tmp_path):
 
 def test_the_base_rule_looks_at_the_base(tmp_path):
     """Catches: targets of the original's rule that change while the student learns."""
-    model, config, a, draw, _ = drawn(tmp_path, "sft.targets=base")
-    for name, p in trained(model).items():
+    teacher, a, draw, _ = drawn(tmp_path, "sft.targets=base", "teacher.keep_mb=0")
+    for name, p in trained(teacher.model).items():
         if "lora_B" in name:
             p.data.normal_()
     assert draw.base_kl is not None and draw.base_kl.shape == (len(a.at), 7)
-    assert torch.equal(sft.teacher_pass(model, a, config)[1], draw.base_kl)
+    assert torch.equal(teacher(range(10))[1][1], draw.base_kl)
+
+
+def test_a_kept_teacher_says_the_same(tmp_path):
+    """Catches: residuals kept for one trace and used for another."""
+    teacher, a, draw, _ = drawn(tmp_path, "sft.targets=base", "sft.micro_batch=3")
+    assert len(teacher.kept) == 10
+    _, known = teacher([7, 2])
+    places = [torch.isin(a.rows, torch.tensor([row])) for row in (7, 2)]
+    teacher.kept = []
+    again = teacher([7, 2])[1]  # recomputed
+    for found, new, whole in zip(known, again, (draw.teacher, draw.base_kl)):
+        assert torch.allclose(found, new, atol=1e-4)
+        assert torch.equal(found, torch.cat([whole[at] for at in places]))
 
 
 def test_the_exit_loss_is_least_at_the_target():
@@ -330,5 +342,6 @@ def test_a_student_without_exits_trains(tmp_path):
     """Catches: exits.layers=[], which the help allows, ending in a traceback."""
     config = load_config(TINY, [f"run.dir={tmp_path}", "data.count=10", "exits.layers=[]"])
     model, tokenizer = load_student(config)
-    figures = sft.step_losses(model, make_traces(model, tokenizer, config), config, step=0)
+    teacher = sft.Teacher(model, make_traces(model, tokenizer, config), config)
+    figures = sft.step_losses(model, teacher, range(10), config, step=0)
     assert figures["mean_depth"] == 8 and figures["exit_loss"] == 0 and figures["loss"] >= 0
