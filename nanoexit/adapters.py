@@ -8,6 +8,7 @@ the same content, wherever they are. Options of peft that are not implemented ar
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -20,10 +21,8 @@ from nanoexit.config import (
     LoRAConfig,
     Rule,
     UserError,
-    check_value,
     check_values,
     read_json,
-    read_text,
     replace,
     show,
     write_text,
@@ -42,28 +41,24 @@ FACTS = {  # of nanoexit.json
     "cap": Rule((int, NoneType)),
     "exit_layers": Rule((list,)),
 }
-PEFT = {  # of adapter_config.json
+PEFT = {  # of adapter_config.json; what they exclude is not implemented
+    "peft_type": Rule((str,), choices=["LORA"]),
     "r": Rule((int,), 1, 2**16),
     "lora_alpha": Rule((float,), 0, 1e6),
+    "target_modules": Rule((str, list)),
     "lora_dropout": Rule((float,), 0, 0.99),
     "use_rslora": Rule((bool,)),
-    "target_modules": Rule((str, list)),
     "exclude_modules": Rule((str, list, NoneType)),
     "layers_to_transform": Rule((int, list, NoneType), 0, 2**12),
     **dict.fromkeys(["rank_pattern", "alpha_pattern"], Rule((dict, NoneType))),
     **dict.fromkeys(["base_model_name_or_path", "revision"], Rule((str, NoneType))),
+    "bias": Rule((str,), choices=["none"]),
+    "modules_to_save": Rule((NoneType,)),
+    "init_lora_weights": Rule((bool, str), choices=[True, False, "gaussian", "orthogonal"]),
 }
 REQUIRED = ["peft_type", "r", "lora_alpha", "target_modules"]
 IDLE = ["task_type", "peft_version", "inference_mode", "auto_mapping", "megatron_core"]
 IDLE += ["qalora_group_size"]  # change nothing after training
-OFF: tuple = (None, False, [], {})  # values that switch an option off
-ALLOWED: dict[str, tuple] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "layers_pattern": (None, [], "", "layers", ["layers"]),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # others change the base
-}
 
 
 # --- saving and loading -----------------------------------------------------------------------
@@ -144,7 +139,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     check_values(facts, FACTS, folder / "nanoexit.json")
     check_values(config, PEFT, folder / "adapter_config.json", REQUIRED if config else ())
     for depth in facts.get("exit_layers", []):
-        check_value(depth, Rule((int,)), f"{folder / 'nanoexit.json'}: exit_layers")
+        check_values({"exit_layers": depth}, {"exit_layers": Rule((int,))}, folder)
     return facts, config
 
 
@@ -192,9 +187,8 @@ def _copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
 def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, LoRAConfig]:
     """adapter_config.json and the names of the linear maps -> the adapter of each map with one."""
     for key in config.keys() - PEFT.keys() - {*IDLE}:
-        value = config[key]
-        if not any(type(value) is type(o) and value == o for o in ALLOWED.get(key, OFF)):
-            raise UserError(f"{where}: {key} = {show(value)} is not implemented")
+        if config[key] is not False and config[key] not in (None, [], {}):
+            raise UserError(f"{where}: {key} = {show(config[key])} is not implemented")
     found = {}
     try:
         for name in [*names, "lm_head", "model.embed_tokens"]:
@@ -248,9 +242,10 @@ def _settings(config: dict[str, Any], name: str, where: Path) -> LoRAConfig:
 
 def save_merged(model: Transformer, source: Path, out: Path) -> None:
     """Write a model folder like `source`, with the adapters merged into the weights."""
+    out.mkdir(parents=True, exist_ok=True)
     for path in [*source.glob("*.json"), *source.glob("*.jinja")]:
         if path.name not in FILES and not path.name.endswith(".index.json"):
-            write_text(out / path.name, read_text(path))
+            shutil.copy(path, out)
     config = read_json(source / "config.json") | {"tie_word_embeddings": model.shape.tied}
     _write_json(out / "config.json", config)
     tensors: dict[str, Tensor] = {}

@@ -272,12 +272,12 @@ class LostProcess(UserError):
 
 
 class Rule(NamedTuple):
-    """What a key may hold: these kinds; of numbers, low to high; of text, one of the choices."""
+    """What a key may hold: these kinds; of numbers, low to high; or one of the choices."""
 
     kinds: tuple[type, ...]
     low: float = 0
     high: float = math.inf
-    choices: Sequence[str] = ()
+    choices: Sequence = ()
 
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -295,7 +295,7 @@ def check_value(value: Any, rule: Rule, where: str) -> None:
         return
     expected = " or ".join(KINDS[kind] for kind in kinds)
     if choices:
-        expected = f"one of {', '.join(choices)}"
+        expected = f"one of {', '.join(map(str, choices))}"
     elif int in kinds or float in kinds:
         expected += f" from {low} to {high}" if math.isfinite(high) else f", at least {low}"
     close = nearest(value, choices)

@@ -38,7 +38,7 @@ REQUIRED = ["model_type", "vocab_size", "hidden_size", "intermediate_size"]
 REQUIRED += ["num_hidden_layers", "num_attention_heads"]
 POSITIONS = ["max_position_embeddings", "original_max_position_embeddings"]
 SIZE = 2**24
-KEYS = {  # of config.json
+KEYS = {  # of config.json; what they exclude is not implemented
     **dict.fromkeys([*REQUIRED, *POSITIONS], Rule((int,), 1, SIZE)),
     "model_type": Rule((str,), choices=[*FAMILIES]),
     "num_hidden_layers": Rule((int,), 1, 2**12),
@@ -49,12 +49,13 @@ KEYS = {  # of config.json
     "rms_norm_eps": Rule((float,), 0, 1),
     "rope_theta": Rule((float, NoneType), 1, 1e15),
     **dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor"], Rule((float,), 1e-6, 1e6)),
-    "partial_rotary_factor": Rule((float,), 1, 1),  # another is not implemented
+    "partial_rotary_factor": Rule((float,), 1, 1),
     **dict.fromkeys(["attention_bias", "mlp_bias"], Rule((bool,))),
     **dict.fromkeys(["tie_word_embeddings", "use_sliding_window"], Rule((bool,))),
-    **dict.fromkeys(["hidden_act", "rope_type", "type"], Rule((str,))),
+    "hidden_act": Rule((str,), choices=["silu", "swish"]),
+    **dict.fromkeys(["rope_type", "type"], Rule((str,), choices=["default", "llama3"])),
     **dict.fromkeys(["rope_scaling", "rope_parameters"], Rule((dict, NoneType))),
-    "quantization_config": Rule((dict, NoneType)),
+    "quantization_config": Rule((NoneType,)),
     "layer_types": Rule((list, NoneType)),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,18 +104,13 @@ def read_shape(folder: Path) -> Shape:
 
 def _refuse(c: dict[str, Any], s: Shape, where: Path) -> None:
     """What would silently compute something else."""
-    kinds, quantized = c.get("layer_types") or [], c.get("quantization_config")
-    odd = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
     used = s.family != "llama" and c.get("use_sliding_window")
-    window = c["sliding_window"] if used else None
-    if kinds:
-        slides = "sliding_attention" in kinds
-    else:
-        slides = window is not None and c["max_window_layers"] < s.blocks
-    short = slides and (window or 0) < s.max_positions
+    window, kinds = c["sliding_window"] if used else None, c.get("layer_types") or []
+    if not kinds and window and c["max_window_layers"] < s.blocks:
+        kinds = ["sliding_attention"]
+    odd = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+    short = "sliding_attention" in kinds and (window or 0) < s.max_positions
     for bad, problem in (
-        (quantized, f"quantization_config: {show(quantized)}"),
-        (c["hidden_act"] not in ("silu", "swish"), f"hidden_act {show(c['hidden_act'])}"),
         (odd, f"layer_types: {show(odd)}"),
         (short, f"sliding_window {window} with layers that slide, {s.max_positions} positions,"),
         (s.heads % s.kv_heads, f"num_key_value_heads {s.kv_heads} for {s.heads} heads"),
@@ -131,9 +127,8 @@ def _rope(c: dict[str, Any], where: Path) -> tuple[float, Llama3Rope | None]:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     fields = Llama3Rope._fields if kind == "llama3" else ()
     check_values(rope, KEYS, f"{where}: RoPE {show(kind)}", fields)
-    odd = [key for key in rope if key not in KEYS] or [kind]
-    if odd[0] not in ("default", "llama3"):
-        raise UserError(f"{where}: RoPE {show(odd[0])} is not implemented: only default, llama3")
+    for key in rope.keys() - KEYS.keys():
+        raise UserError(f"{where}: RoPE: {show(key)} is not implemented")
     theta = float(rope.get("rope_theta") or c["rope_theta"] or QWEN["rope_theta"])
     if kind == "default":
         return theta, None

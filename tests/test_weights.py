@@ -216,6 +216,7 @@ NONSENSE = {int: [-1, 10**30, float("nan"), 2.5, 1e400, "5", "text", True, [1], 
 NONSENSE[float] = [-1, 10**30, float("nan"), 1e400, "1e-5", True, [1], {"a": 1}]
 NONSENSE[bool] = ["false", "text", 0, 1, float("nan"), 10**30, [1]]
 NONSENSE |= {str: [0, True, ["silu"]], dict: ["text", 0, [1]], list: ["text", 0, {"a": 1}]}
+NONSENSE[type(None)] = ["gptq", 0, {"quant_method": "gptq"}]
 
 
 @pytest.mark.parametrize("key", KEYS)
