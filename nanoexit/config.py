@@ -17,7 +17,6 @@ import re
 import reprlib
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -267,10 +266,6 @@ class UserError(ValueError):
         super().__init__(printable(" ".join(message.split())))
 
 
-class LostProcess(UserError):
-    """Another process of the run ended, or does not answer."""
-
-
 class Rule(NamedTuple):
     """What a key may hold: these kinds; of numbers, low to high; or one of the choices."""
 
@@ -337,7 +332,6 @@ def run_script(main: Callable[[], None]) -> None:
     def stop(number: int, _: Any) -> None:
         raise KeyboardInterrupt(number)
 
-    first = os.environ.get("RANK", "0") == "0"
     signals = (signal.SIGINT, signal.SIGTERM)
     for number in signals:
         signal.signal(number, stop)
@@ -349,19 +343,24 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # `... | head` closed our output: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:  # OSError: disk full, no permission
-        for number in signals:
-            signal.signal(number, signal.SIG_DFL)
-        # Of several processes one reports: torchrun ends the others while they wait here.
-        time.sleep(6 if isinstance(error, LostProcess) else 0 if first else 3)
-        print(f"error: {UserError(str(error))}", file=sys.stderr)
+        _report(f"error: {UserError(str(error))}")
         raise SystemExit(2) from None
     except KeyboardInterrupt as stopped:
         for number in signals:  # a second one adds no traceback
             signal.signal(number, signal.SIG_IGN)
-        line = "stopped: what was written is kept; --resume continues from a checkpoint"
-        if first:
-            print(line, file=sys.stderr)
+        _report("stopped: what was written is kept; --resume continues from a checkpoint")
         raise SystemExit(128 + stopped.args[0]) from None
+
+
+def _report(line: str) -> None:
+    """Print to stderr; of the processes that torchrun started, only the first one does."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    try:
+        if file:
+            (Path(file).parents[1] / "reported").touch(exist_ok=False)
+    except FileExistsError:
+        return
+    print(line, file=sys.stderr)
 
 
 # --- files ------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 Exact resume: every random draw of step t is a function of (run.seed, t), so a checkpoint is the
 trained tensors, the optimizer's moments and a step number, in one safetensors file. Processes of
-torchrun take every world-th row of a step and add up gradients, so the result is that of one
-process. Only process 0 writes.
+torchrun share the work of a step and add up gradients, so the result is that of one process. Only
+process 0 writes.
 """
 
 import contextlib
@@ -12,8 +12,9 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -43,8 +44,9 @@ try:
 except ImportError:  # Windows: without a lock
     fcntl = None  # type: ignore[assignment]
 
-MAY_CHANGE = ["run.dir", "run.wandb", "run.threads", "model.device", "model.logits_chunk"]
-MAY_CHANGE += ["sft.save_every", "sft.micro_batch", "rl.save_every", "rl.micro_batch"]
+MAY_CHANGE = ["run.dir", "run.wandb", "run.threads", "run.patience", "model.device"]
+MAY_CHANGE += ["model.logits_chunk", "sft.save_every", "sft.micro_batch"]
+MAY_CHANGE += ["rl.save_every", "rl.micro_batch"]
 
 
 # --- before the work --------------------------------------------------------------------------
@@ -60,14 +62,19 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
     if config.run.wandb and not find_spec("wandb"):
         raise UserError("run.wandb is true, but wandb is not installed: pip install wandb")
     _check_folder(Path(config.run.dir), resume)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
     if reinforce:  # its gradient is only right for samples of the model's own distribution
         for key, expected in {"temperature": 1.0, "top_p": 1.0, "top_k": 0}.items():
             found = getattr(config.generation, key)
             if found != expected:
                 raise UserError(f"generation.{key}: REINFORCE expects {expected}, found {found}")
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
         if config.rl.prompts < ranks:
             raise UserError(f"rl.prompts: {config.rl.prompts} is fewer than {ranks} processes")
+    elif config.lora.dropout and ranks > 1:
+        most, found = max(1, config.sft.batch_size // ranks), config.sft.micro_batch
+        if found > most:
+            expected = f"at most {most} for {ranks} processes, as dropout is drawn by micro-batch"
+            raise UserError(f"sft.micro_batch is {found}, expected {expected}")
 
 
 def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
@@ -355,7 +362,8 @@ def processes(config: Config) -> Iterator[None]:
     if cuda and config.model.device in ("auto", "cuda"):
         config.model.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(config.model.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    patience = timedelta(seconds=config.run.patience)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
     try:
         yield
     finally:
@@ -373,14 +381,29 @@ def mine(items: Sequence) -> list:
     return list(items[dist.get_rank() :: dist.get_world_size()])
 
 
+def my_batches(items: int, size: int) -> list[range]:
+    """The micro-batches of at most `size` items that this process takes of a step."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    size = min(size, math.ceil(items / ranks))
+    return mine([range(start, min(start + size, items)) for start in range(0, items, size)])
+
+
 def total(tensor: Tensor) -> Tensor:
     """Sum over processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
+    _together(dist.all_reduce, tensor)
     return tensor
 
 
 def barrier() -> None:
     """Wait for all processes."""
+    _together(dist.barrier)
+
+
+def _together(collective: Callable, *tensors: Tensor) -> None:
+    """A collective call. Raises UserError where another process does not take part."""
     if dist.is_initialized():
-        dist.barrier()
+        try:
+            collective(*tensors)
+        except RuntimeError as error:
+            problem = "another process ended, or did not answer for run.patience seconds"
+            raise UserError(f"{problem}: {error}") from None
