@@ -73,8 +73,8 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
     elif config.lora.dropout and ranks > 1:
         most, found = max(1, config.sft.batch_size // ranks), config.sft.micro_batch
         if found > most:
-            expected = f"at most {most} for {ranks} processes, as dropout is drawn by micro-batch"
-            raise UserError(f"sft.micro_batch is {found}, expected {expected}")
+            reason = f"for {ranks} processes, as dropout is drawn by micro-batch"
+            raise UserError(f"sft.micro_batch is {found}, expected at most {most} {reason}")
 
 
 def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
