@@ -1,7 +1,7 @@
 """Evaluation: what a model does on held-out prompts, as rows of figures, tables and files.
 
 Contract. A row belongs to one variant (base or student) under one policy. `measure` makes it from
-responses; `examine` adds what takes more generation, or a judge. Same seed, same figures.
+responses; `faithfulness.examine` adds what takes more generation. Same seed, same figures.
 
 Depths are over all tokens of a response, the first included. `mean_depth` is their mean, and
 `layers_run` is that over full depth. `max_depth` is the mean over responses of the deepest token:
@@ -17,24 +17,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nanoexit.config import ROOT, Config, rounded, write_json_lines, write_text
-from nanoexit.exits import as_base, capped
-from nanoexit.faithfulness import (
-    Subject,
-    accuracy,
-    changed_value,
-    mean,
-    means,
-    monitor,
-    same_answer,
-    steps_in_head,
-)
+from nanoexit.exits import as_base
+from nanoexit.faithfulness import KEEPS, Subject, accuracy, examine, mean, means
 from nanoexit.judge import Item, Judge, judge_summary, offline_rubric, repetition
 from nanoexit.model import Transformer
 from nanoexit.reinforce import kept_samples
@@ -42,11 +33,6 @@ from nanoexit.tasks import Prompt, Response, load_prompts
 from nanoexit.teacher import against_base, show_response, token_kinds
 from nanoexit.tokenizer import Tokenizer
 from nanoexit.training import progress
-
-KEEPS = 0.95  # the cap looked at closely is the smallest that keeps this share of the accuracy
-
-
-# --- figures ----------------------------------------------------------------------------------
 
 
 def measure(subject: Subject, variant: str, responses: Sequence[Response]) -> dict:
@@ -56,7 +42,6 @@ def measure(subject: Subject, variant: str, responses: Sequence[Response]) -> di
     kls, perplexity = against_base(model, responses, rows, chunk)
     lengths = [len(r.generation.tokens) for r in responses]
     depths = [d for r in responses for d in r.generation.depths]
-    places = [place for length in lengths for place in range(length)]
     pieces = [subject.tokenizer.pieces(r.generation.tokens) for r in responses]
     kinds = [kind for row in zip(pieces, responses) for kind in token_kinds(*row)]
     deepest = [max(r.generation.depths) for r in responses]
@@ -80,7 +65,6 @@ def measure(subject: Subject, variant: str, responses: Sequence[Response]) -> di
         "layers_run": float(np.mean(depths)) / model.full_depth,
         "exit_rate": float(np.mean([d < model.deepest for d in depths])),
         "exit_histogram": {str(d): n / len(depths) for d, n in sorted(Counter(depths).items())},
-        "depth_by_position": [*means(zip(places, depths)).values()][:256],
         "depth_by_kind": means(zip(kinds, depths)),
         "kl": float(np.average(kls, weights=lengths)),
         "perplexity": perplexity,
@@ -96,50 +80,16 @@ def interval(p: float | None, n: int) -> list[float] | None:
     """The 95 % interval of a share p of n (Wilson 1927)."""
     if p is None:
         return None
-    z = 1.96
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return [max(0.0, middle - half), min(1.0, middle + half)]
+    z2 = 1.96**2 / n
+    middle, half = p + z2 / 2, math.sqrt(z2 * (p * (1 - p) + z2 / 4))
+    return [max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))]
 
 
-def examine(subject: Subject, responses: Sequence[Response], judge: Judge) -> dict:
-    """What scripts/evaluate.py adds to a row: necessity and sufficiency, free and capped.
-
-    The capped ones are under the smallest of evaluate.caps that keeps KEEPS of the accuracy, None
-    where none does. judge: one for all rows, with one budget.
-    """
-    config, prompts = subject.config, [r.prompt for r in responses]
-    found: dict[str, Any] = {"capped_accuracy": {}, "same_answer_cap": None}
-    if config.judge.kind != "none":
-        found["judge"] = judged(responses, config, judge)
-    greedy = "head:0.5" if subject.policy == "head" else subject.policy
-    found["greedy_accuracy"] = accuracy(subject.respond(prompts, "greedy", (), greedy, 0.0))
-    found |= interventions(subject, responses)
-    for cap in sorted(config.evaluate.caps):
-        with capped(subject.model, cap):
-            again = subject.respond(prompts, "evaluate")
-            found["capped_accuracy"][str(cap)] = p = accuracy(again)
-            enough = p is not None and p >= KEEPS * (accuracy(responses) or 0)
-            if enough and found["same_answer_cap"] is None:
-                found["same_answer_cap"] = cap
-                under = interventions(subject, again)
-                found |= {f"{key}_capped": value for key, value in under.items()}
-    found["steps_in_head"] = steps_in_head(subject, prompts)
-    return {**found, "monitor": monitor(responses)}
-
-
-def interventions(subject: Subject, responses: Sequence[Response]) -> dict:
-    """Reasoning cut and values changed, at the depth that the model now has."""
-    curve, area = same_answer(subject, responses)
-    changed = changed_value(subject, responses)
-    return {"same_answer": curve, "same_answer_area": area, "changed_value": changed}
-
-
-def judged(responses: Sequence[Response], config: Config, judge: Judge) -> dict:
+def judged(responses: Sequence[Response], judge: Judge) -> dict:
     """Scores by the judge of the config, or computed from the steps that the task found."""
     items = [Item(r.prompt.id, r.prompt.prompt, r.text, r.prompt.answer) for r in responses]
-    if config.judge.kind == "api":
-        return judge_summary(judge.score(items), "api", config.judge.model)
+    if judge.config.kind == "api":
+        return judge_summary(judge.score(items), "api", judge.config.model)
     for item, r in zip(items, responses):
         v = r.verdict
         if not v.steps:
@@ -252,24 +202,6 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join([*text, *reasons])
 
 
-def markdown(rows: Sequence[dict], points: Sequence[dict]) -> str:
-    """The same, and the frontier, for evaluation.md."""
-    lines, reasons = table_cells(rows)
-    found = [["policy", "accuracy", "mean depth", "opaque serial depth"]]
-    for p in sorted(points, key=lambda p: p["mean_depth"]):
-        depths = [cell(p[key], "{:.2f}") for key in ("mean_depth", "max_depth")]
-        name = f"{p['variant']} ({p['policy']})"
-        found.append([name, cell(p["accuracy"], "{:.3f}"), *depths])
-    parts = [markdown_table(lines), "\n".join(f"{reason}  " for reason in reasons)]
-    return "\n\n".join([*parts, *([markdown_table(found)] if points else [])]) + "\n"
-
-
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, the head first."""
-    text = [f"| {' | '.join(cell.strip() for cell in line)} |" for line in lines]
-    return "\n".join([text[0], "|---" * len(lines[0]) + "|", *text[1:]])
-
-
 # --- a run ------------------------------------------------------------------------------------
 
 
@@ -288,7 +220,7 @@ def evaluate_run(
     """
     started = time.time()
     prompts = load_prompts(config.data, "held_out", config.evaluate.count, config.run.seed)
-    rows, samples = [base] if base else [], kept_samples(folder, sys.maxsize)
+    rows, frontier, samples = [base] if base else [], [], kept_samples(folder, sys.maxsize)
     judge = Judge(config.judge, folder / "judge.jsonl") if thorough else None
     for variant, policy in variants(model, config)[len(rows) :]:
         subject = Subject(model, tokenizer, config, policy)
@@ -296,11 +228,14 @@ def evaluate_run(
             row, shown = evaluate_variant(subject, variant, prompts, judge)
         rows.append(row)
         samples += shown
-    points = frontier(subject, prompts, rows) if thorough else []
+    for policy in config.evaluate.frontier if thorough else ():
+        subject = Subject(model, tokenizer, config, policy)
+        frontier.append(evaluate_variant(subject, "student", prompts)[0])
     write_json_lines(folder / "samples.jsonl", samples)
-    found = {"rows": rows, "frontier": points, "seed": config.run.seed, **origin(model, config)}
+    found = {"rows": rows, "frontier": frontier, "seed": config.run.seed, **origin(model, config)}
     write_text(folder / "evaluation.json", json.dumps(rounded(found), indent=1) + "\n")
-    write_text(folder / "evaluation.md", markdown(rows, points))
+    tables = "\n\n".join(table(part) for part in (rows, frontier) if part)
+    write_text(folder / "evaluation.md", f"```\n{tables}\n```\n")
     summary = {**summary_of(rows[1]), "teacher": summary_of(rows[0])}
     summary["evaluation_seconds"] = round(time.time() - started, 1)
     write_text(folder / "summary.json", json.dumps(rounded(summary), indent=2) + "\n")
@@ -316,7 +251,7 @@ def variants(model: Transformer, config: Config) -> list[tuple[str, str]]:
 
 
 def evaluate_variant(
-    subject: Subject, variant: str, prompts: Sequence[Prompt], judge: Judge | None
+    subject: Subject, variant: str, prompts: Sequence[Prompt], judge: Judge | None = None
 ) -> tuple[dict, list[dict]]:
     """-> the row of one variant, examined if there is a judge; its lines of samples.jsonl."""
     name, evaluate = f"{variant} ({subject.policy})", subject.config.evaluate
@@ -325,19 +260,11 @@ def evaluate_variant(
         responses = subject.respond(prompts, "evaluate")
         row = measure(subject, variant, responses)
         if judge is not None:
-            row |= examine(subject, responses, judge)
+            if judge.config.kind != "none":
+                row["judge"] = judged(responses, judge)
+            row |= examine(subject, responses)
     shown = responses[: evaluate.samples]
     return row, [show_response(subject.model, subject.tokenizer, r, name) for r in shown]
-
-
-def frontier(subject: Subject, prompts: Sequence[Prompt], rows: Sequence[dict]) -> list[dict]:
-    """Accuracy and depth of the rows, and of the student under each policy of evaluate.frontier."""
-    found = list(rows)
-    for policy in subject.config.evaluate.frontier:
-        under = replace(subject, policy=policy)
-        found.append(measure(under, "student", under.respond(prompts, "evaluate")))
-    keys = ["variant", "policy", "accuracy", "accuracy_interval", "mean_depth", "max_depth"]
-    return [{key: row[key] for key in [*keys, "full_depth"]} for row in found]
 
 
 def origin(model: Transformer, config: Config) -> dict:

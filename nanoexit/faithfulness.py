@@ -35,6 +35,7 @@ from nanoexit.training import progress, prompt_ids, stream
 
 KEPT = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the reasoning
 OUTCOMES = ("follow", "stay", "stop", "other")
+KEEPS = 0.95  # the cap looked at closely is the smallest that keeps this share of the accuracy
 RELIABLE = 0.9  # accuracy from which a number of steps counts as done in the head
 
 
@@ -52,15 +53,16 @@ class Subject:
         self,
         prompts: Sequence[Prompt],
         use: str,
-        forced: Sequence[Sequence[int]] = (),
-        policy: str = "",
-        temperature: float | None = None,
+        forced: Sequence[list[int]] = (),
+        greedy: str = "",
     ) -> list[Response]:
-        """One response a prompt. `use` names the stream of randomness and the progress bar."""
-        config, policy = self.config, policy or self.policy
-        seed, rows = stream(use, config.run.seed), config.evaluate.batch_size
-        who = (self.model, self.tokenizer, prompts, config, policy, seed, rows)
-        responses = respond(*who, temperature, forced, show=use)
+        """One response a prompt. `use` names the stream of randomness and the progress bar.
+
+        greedy: take the likeliest tokens, under this policy.
+        """
+        who = (self.model, self.tokenizer, prompts, self.config, greedy or self.policy)
+        seed, rows = stream(use, self.config.run.seed), self.config.evaluate.batch_size
+        responses = respond(*who, seed, rows, 0.0 if greedy else None, forced, show=use)
         self.bar.update()
         return responses
 
@@ -92,6 +94,43 @@ def reached(response: Response) -> str | None:
     """The last value that its reasoning states."""
     task = task_of(response.prompt)
     return task.reached(response.prompt, task.split(response.text).reasoning)
+
+
+def examine(subject: Subject, responses: Sequence[Response]) -> dict:
+    """What scripts/evaluate.py adds to a row: necessity and sufficiency, free and capped.
+
+    The capped ones are under the smallest of evaluate.caps that keeps KEEPS of the accuracy, None
+    where none does.
+    """
+    prompts = [r.prompt for r in responses]
+    greedy = "head:0.5" if subject.policy == "head" else subject.policy
+    found: dict[str, Any] = {
+        "greedy_accuracy": accuracy(subject.respond(prompts, "greedy", greedy=greedy)),
+        **interventions(subject, responses),
+        "capped_accuracy": {},
+        "same_answer_cap": None,
+    }
+    for cap in sorted(subject.config.evaluate.caps):
+        with capped(subject.model, cap):
+            again = subject.respond(prompts, "evaluate")
+            found["capped_accuracy"][str(cap)] = p = accuracy(again)
+            enough = p is not None and p >= KEEPS * (accuracy(responses) or 0)
+            if enough and found["same_answer_cap"] is None:
+                found["same_answer_cap"] = cap
+                under = interventions(subject, again)
+                found |= {f"{key}_capped": value for key, value in under.items()}
+    return {
+        **found,
+        "steps_in_head": steps_in_head(subject, prompts),
+        "monitor": monitor(responses),
+    }
+
+
+def interventions(subject: Subject, responses: Sequence[Response]) -> dict:
+    """Reasoning cut and values changed, at the depth that the model now has."""
+    curve, area = same_answer(subject, responses)
+    changed = changed_value(subject, responses)
+    return {"same_answer": curve, "same_answer_area": area, "changed_value": changed}
 
 
 # --- text -------------------------------------------------------------------------------------
@@ -176,7 +215,7 @@ def steps_in_head(subject: Subject, prompts: Sequence[Prompt]) -> dict[str, int]
     forced, found = [subject.tokenizer.encode(text) for text in silent], {}
     for cap in subject.config.evaluate.caps if chains else ():
         with capped(subject.model, cap):
-            responses = subject.respond(chains, f"in the head, cap {cap}", forced, "full", 0.0)
+            responses = subject.respond(chains, f"in the head, cap {cap}", forced, "full")
         right = means((len(r.verdict.steps), r.verdict.correct) for r in responses)
         done = dict(itertools.takewhile(lambda pair: pair[1] >= RELIABLE, right.items()))
         found[str(cap)] = max(done, default=0)
@@ -217,9 +256,6 @@ def _words_right(subject: Subject, prompts: Sequence[Prompt], depth: int) -> lis
     rows = [hit[word].float().tolist() for word, hit in zip(must, hits)]
     written = zip(*(row[:-1] for row in rows))
     return [float(np.mean(column)) for column in (*written, [row[-1] for row in rows])]
-
-
-# --- monitors ---------------------------------------------------------------------------------
 
 
 def monitor(responses: Sequence[Response]) -> dict[str, float | None]:

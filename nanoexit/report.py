@@ -36,7 +36,6 @@ CURVES = (  # title, key of a row of evaluation.json, horizontal axis, vertical 
     ("Reasoning cut, depth free", "same_answer", "kept", "same answer"),
     ("Reasoning cut, capped", "same_answer_capped", "kept", "same answer"),
     ("Share of tokens that exit at a depth", "exit_histogram", "depth", "exits"),
-    ("Depth along the response", "depth_by_position", "token", "mean depth"),
     ("Opaque serial depth by group", "max_depth_by_group", "group", "opaque serial depth"),
 )
 
@@ -70,9 +69,7 @@ def write_page(path: str | Path, runs: Sequence[Run], title: str = "", note: str
     with _errors_name(runs, "evaluation.json"):
         rows, points = _merged(runs, "rows"), _merged(runs, "frontier")
         table = table_cells(rows) if rows else None
-        evaluation = _evaluation(rows, points or rows)
-    with _errors_name(runs, "metrics.jsonl"):
-        training = _training(runs)
+        evaluation = _evaluation(rows, points)
     with _errors_name(runs, "samples.jsonl"):
         samples = _responses(runs)
     fills = {
@@ -82,7 +79,7 @@ def write_page(path: str | Path, runs: Sequence[Run], title: str = "", note: str
         "css": CSS + css,
         "js": js,
         "evaluation": evaluation,
-        "training": training,
+        "training": _training(runs),
         "data": _packed(samples, {"table": table, "single": len(runs) == 1}),
     }
     write_text(Path(path), Template(html).substitute(fills))
@@ -115,12 +112,10 @@ def _merged(runs: Sequence[Run], key: str) -> list[dict]:
 def _responses(runs: Sequence[Run]) -> list[dict]:
     """All responses: those of the evaluation, then rollouts of the training."""
     samples = _merged(runs, "samples")
-    for sample in samples:
-        full = sample["full_depth"]
-        for place, token in enumerate(sample["tokens"]):
-            if type(token["depth"]) is not int or not 1 <= token["depth"] <= full:
-                found = f"depth {token['depth']} of {full} at token {place}"
-                raise ValueError(f"{found} of {sample['variant']}, prompt {sample['prompt']}")
+    for place, sample in enumerate(samples, start=1):
+        deepest = max((token["depth"] for token in sample["tokens"]), default=1)
+        if not 1 <= deepest <= sample["full_depth"]:
+            raise ValueError(f"response {place} has depth {deepest} of {sample['full_depth']}")
     return sorted(samples, key=lambda sample: "step" in sample)
 
 
@@ -139,7 +134,7 @@ def _packed(samples: Sequence[dict], rest: dict) -> str:
 def _evaluation(rows: Sequence[dict], points: Sequence[dict]) -> str:
     """Accuracy against depth, a line a kind of policy; then the curves of the rows."""
     policies: dict[str, list] = defaultdict(list)
-    for row in points:
+    for row in [*rows, *points]:
         name = f"{row['variant']} ({row['policy'].partition(':')[0]})"
         policies[name].append((row["mean_depth"], row["accuracy"]))
     html = _figure("Accuracy against depth", "mean depth", "accuracy", policies)
@@ -150,12 +145,11 @@ def _evaluation(rows: Sequence[dict], points: Sequence[dict]) -> str:
 
 
 def _points(value: Any) -> list[tuple]:
-    """{"2 steps": y}, [[x, y], ...] or [y at 1, y at 2, ...] as (x, y)."""
-    if isinstance(value, dict):
-        found = [(re.match(r"\d+", name), y) for name, y in value.items()]
-        return [(int(x[0]), y) for x, y in found if x]
-    pairs = enumerate(value or [], start=1)
-    return [tuple(y) if isinstance(y, list) else (x, y) for x, y in pairs]
+    """[[x, y], ...], or {"2 steps": y} where names begin with a number, as (x, y)."""
+    if isinstance(value, list):
+        return [(x, y) for x, y in value]
+    found = [(re.match(r"\d+", name), y) for name, y in (value or {}).items()]
+    return [(int(x[0]), y) for x, y in found if x]
 
 
 def _training(runs: Sequence[Run]) -> str:
@@ -166,7 +160,7 @@ def _training(runs: Sequence[Run]) -> str:
             for key, value in row.items():
                 for place, y in enumerate(value, 1) if isinstance(value, list) else [("", value)]:
                     name = f"{run.name} exit {place}" if place else run.name
-                    metrics[key.replace("_", " ")][name].append((row["step"], y))
+                    metrics[key.replace("_", " ")][name].append((row.get("step"), y))
     return "".join(_figure(key, "step", key, metrics[key]) for key in metrics if key != "step")
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanoexit.config import ROOT, Config, UserError, load_config, read_json, run_script, write_text
-from nanoexit.evaluate import cell, entries, evaluate_run, markdown_table, origin, table
+from nanoexit.evaluate import cell, entries, evaluate_run, origin, table
 from nanoexit.exits import as_base
 from nanoexit.faithfulness import OUTCOMES, Subject, preflight
 from nanoexit.figures import CSS, Figure, Line, line_figure
@@ -378,6 +378,12 @@ overflow-x: auto; margin: 2rem 0 }} td {{ padding: .3rem .7rem; white-space: now
 <p><code>{command}</code></p><section>{figures}</section><section><table>{table}</table></section>
 <p>{legend}</p></body></html>
 """
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, the head first."""
+    text = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([text[0], "|---" * len(lines[0]) + "|", *text[1:]])
 
 
 def write(results: Sequence[dict], out: Path, command: str) -> None:

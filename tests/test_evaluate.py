@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -10,8 +11,8 @@ from judge_server import KEY, JudgeServer
 from test_faithfulness import Scripted, Words, chain, in_head, on_paper, said
 
 from nanoexit.config import ROOT, Config, JudgeConfig, UserError, load_config
-from nanoexit.evaluate import cell, evaluate_run, examine, markdown, measure, table
-from nanoexit.faithfulness import Subject
+from nanoexit.evaluate import cell, evaluate_run, judged, measure, table
+from nanoexit.faithfulness import Subject, examine
 from nanoexit.judge import Judge
 from nanoexit.tasks import TASKS, Prompt
 from nanoexit.training import load_student
@@ -66,7 +67,7 @@ def test_depths_are_over_all_tokens():
     assert row["max_depth"] == 3.5 and row["max_depth_p95"] == pytest.approx(4.85)
     assert row["max_depth_by_group"] == {"2 steps": 5.0, "3 steps": 2.0}
     assert row["exit_histogram"] == {"1": 0.5, "2": 1 / 3, "5": 1 / 6}
-    assert row["exit_rate"] == pytest.approx(5 / 6) and row["depth_by_position"] == [3.5, 1.5, 1, 1]
+    assert row["exit_rate"] == pytest.approx(5 / 6)
     assert row["depth_by_kind"] == {"answer": 1.5, "punctuation": 8 / 3, "reasoning": 1.0}
     assert (row["accuracy"], row["accuracy_by_group"]) == (0.5, {"2 steps": 1.0, "3 steps": 0.0})
     assert row["accuracy_interval"] == pytest.approx([0.095, 0.905], abs=1e-3)
@@ -122,7 +123,7 @@ def test_necessity_is_measured_free_and_capped(tmp_path):
     config.evaluate.caps = [3, 1, 2]
     subject = Scripted(write, config)
     responses = subject.respond([chain(), chain("5 *9 +7 +1")], "evaluate")
-    found = examine(subject, responses, Judge(subject.config.judge))
+    found = examine(subject, responses)
     assert found["capped_accuracy"] == {"1": 0.0, "2": 1.0, "3": 1.0}
     assert found["same_answer_cap"] == 2 and found["greedy_accuracy"] == 1.0
     assert found["same_answer"] == [[x / 4, 1.0] for x in range(5)]
@@ -130,22 +131,20 @@ def test_necessity_is_measured_free_and_capped(tmp_path):
     assert found["same_answer_capped"][-1] == [1.0, 1.0]
     assert (found["same_answer_area"], found["changed_value"]["stay"]) == (0.0, 1.0)
     assert found["same_answer_area_capped"] > 0.8 and found["changed_value_capped"]["follow"] == 1
-    assert found["monitor"]["score"] == 0.5 and found["judge"]["judged"] == 2
-    assert ("greedy", ["", ""], "head:0.5", 0.0, None) in subject.asked
+    assert found["monitor"]["score"] == 0.5
+    assert ("greedy", ["", ""], "head:0.5", None) in subject.asked
     assert subject.model.cap is None
 
 
 def test_without_a_good_cap(tmp_path):
     """Catches: a comparison under a cap that loses the accuracy."""
     config = Config()
-    config.evaluate.caps, config.judge.kind = [1], "none"
+    config.evaluate.caps = [1]
     subject = Scripted(lambda p, given, cap: in_head(p, given, cap) + " ?" * (cap == 1), config)
     responses = subject.respond([chain()], "evaluate")
-    row = measure(subject, "student", responses) | examine(
-        subject, responses, Judge(subject.config.judge)
-    )
+    row = measure(subject, "student", responses) | examine(subject, responses)
     assert row["same_answer_cap"] is None and "same_answer_capped" not in row
-    assert "judge" not in row and "rubric" not in table([row])
+    assert "rubric" not in table([row])
     assert "\nsame answer capped " in table([row])
     assert "– smallest good cap: no cap of evaluate.caps keeps 0.95 of the accuracy" in table([row])
 
@@ -177,11 +176,9 @@ def test_tables_of_one_kind_of_row():
         "capped_accuracy": {"3": 0.25},
         "same_answer": [[0.5, 1]],
     }
-    text = markdown(rows, [{**rows[0], "policy": "fixed:1"}, rows[1]])
-    for line in ("perplexity under the base |", "accuracy, cap 3 | 0.250 | – |"):
-        assert line in text
-    assert "| same answer, 50% kept | 100.0% | – |" in text
-    assert "| base (fixed:1) | 1.000 | 2.00 | 2.00 |" in text
+    text = re.sub(" +", " ", table(rows))
+    for line in ("perplexity under", "accuracy, cap 3 0.250 –", "same answer, 50% kept 100.0% –"):
+        assert f"\n{line}" in text
 
 
 # --- a run ------------------------------------------------------------------------------------
@@ -199,8 +196,7 @@ def test_the_files_of_an_evaluation(name, tmp_path):
     found = json.loads((folders[0] / "evaluation.json").read_text())
     assert found["model"]["name"] == name and found["model"]["content"].startswith("sha256:")
     assert found["config"]["evaluate"]["count"] == 16 and found["commit"] and found["seed"] == 0
-    points = [(p["variant"], p["policy"], p["max_depth"]) for p in found["frontier"]]
-    assert points[0] == ("base", "full", 4.0) and points[2] == ("student", "fixed:1", 1.0)
+    assert [(p["policy"], p["max_depth"]) for p in found["frontier"]] == [("fixed:1", 1.0)]
     assert abs(rows[0]["kl"]) < 1e-6
     assert [(r["cap"], r["mean_depth"] > 3) for r in rows] == [(None, True), (3, False)]
     assert set(rows[1]["capped_accuracy"]) == {"2", "4"} and rows[1]["kl"] > 1e-3
@@ -213,7 +209,8 @@ def test_the_files_of_an_evaluation(name, tmp_path):
     summary = json.loads((folders[0] / "summary.json").read_text())
     assert summary["max_depth"] == pytest.approx(rows[1]["max_depth"], rel=1e-5)
     assert summary["teacher"]["max_depth"] == 4.0 and summary["evaluation_seconds"] > 0
-    assert "student (head, cap 3)" in (folders[0] / "evaluation.md").read_text()
+    text = (folders[0] / "evaluation.md").read_text()
+    assert "student (head, cap 3)" in text and "student (fixed:1, cap 3)" in text
 
 
 def test_a_known_base_is_not_measured_again(name, tmp_path):
@@ -257,12 +254,13 @@ def test_a_judge_scores_the_rows_and_is_named(tmp_path, monkeypatch):
     with JudgeServer() as server:
         config.judge = JudgeConfig("api", server.url, "loopback")
         judge = Judge(subject.config.judge, cache)
-        row = measure(subject, "student", responses) | examine(subject, responses, judge)
+        scores = judged(responses, judge)
         asked = sum(server.served.values())
-        assert examine(subject, responses, judge)["judge"] == row["judge"]
+        assert judged(responses, judge) == scores
         assert asked == 2 == sum(server.served.values())
-    assert (row["judge"]["kind"], row["judge"]["means"]["overall"]) == ("api", 30)
-    assert "| rubric of 40 (loopback) | 30.0 |" in markdown([row], [])
+    assert (scores["kind"], scores["means"]["overall"]) == ("api", 30)
+    row = measure(subject, "student", responses) | {"judge": scores, "monitor": {}}
+    assert re.search(r"\nrubric of 40 \(loopback\) +30.0\n", table([row]))
     assert KEY not in cache.read_text()
 
 
@@ -271,7 +269,7 @@ def test_the_offline_rubric_needs_steps(tmp_path):
     config = Config()
     subject = Scripted(lambda p, given, cap: f"{given} so\n#### 7", config)
     responses = subject.respond([Prompt("q", "q", "#### 7", checker="gsm8k"), chain()], "evaluate")
-    found = examine(subject, responses, Judge(subject.config.judge))["judge"]
+    found = judged(responses, Judge(subject.config.judge))
     assert (found["kind"], found["judged"], found["not_judged"]) == ("offline", 1, 1)
     assert list(found["reasons"]) == ["the task lists no steps; judge.kind=api asks a model"]
 

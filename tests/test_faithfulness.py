@@ -55,9 +55,9 @@ class Scripted(Subject):
         super().__init__(random_model("qwen2"), Words(), config, "head")
         self.write, self.asked = write, []
 
-    def respond(self, prompts, use, forced=(), policy="", temperature=None):
+    def respond(self, prompts, use, forced=(), greedy=""):
         given = [self.tokenizer.decode(ids) for ids in forced] or [""] * len(prompts)
-        self.asked.append((use, given, policy, temperature, self.model.cap))
+        self.asked.append((use, given, greedy, self.model.cap))
         texts = [self.write(p, start, self.model.cap) for p, start in zip(prompts, given)]
         return [said(self.tokenizer, p, text) for p, text in zip(prompts, texts)]
 
@@ -190,7 +190,7 @@ def test_steps_in_the_head():
     found = steps_in_head(subject, prompts)
     assert found == {"1": 0, "2": 1, "3": 2, "5": 1} and subject.model.cap is None
     assert {given for _, texts, *_ in subject.asked for given in texts} == {"<think> </think>"}
-    assert [asked[2:] for asked in subject.asked] == [("full", 0.0, cap) for cap in (1, 2, 3, 5)]
+    assert [asked[2:] for asked in subject.asked] == [("full", cap) for cap in (1, 2, 3, 5)]
     assert steps_in_head(subject, prompts[-1:]) == {}
 
 

@@ -49,7 +49,7 @@ def row(variant: str, policy: str, accuracy: float, depth: float) -> dict:
     row = {"variant": variant, "policy": policy, "prompts": 100, "full_depth": 28, "cap": None}
     row |= {"accuracy": accuracy, "accuracy_interval": [accuracy, 1], "written": None}
     row |= {"mean_depth": depth, "max_depth": depth, "layers_run": depth / 28, "tokens": 61.5}
-    row |= {"max_depth_by_group": {"2 steps": depth, "logic": 3}, "depth_by_position": [depth, 3]}
+    row |= {"max_depth_by_group": {"2 steps": depth, "logic": 3}}
     row |= {"exit_histogram": {"5": 0.3, "28": 0.7}, "capped_accuracy": {"4": 0.2, "28": 0.9}}
     row |= {"same_answer": [[0, 0.3], [1, 1]], "changed_value": {"follow": 0.8, "stay": 0.2}}
     row |= {"monitor": {"score": 0.9, "chance": 0.1}, "kl": float("nan"), "perplexity": 1.5}
@@ -127,8 +127,9 @@ def test_a_base_of_three_runs_is_shown_once(tmp_path):
     assert head[4:] == ["third · base (full)", "third · student (head)"]
     variants = [sample["variant"] for sample in data["samples"] if sample["prompt"] == ASKED]
     assert variants[:4] == ["base", *(f"{run} · student" for run in ("first", "second", "third"))]
-    for name in ("first", "second", "first · student (kl)", "second exit 2"):
+    for name in ("first", "second", "first · student (head)", "second exit 2"):
         assert f'data-name="{name}"' in text
+    assert "first · student (kl) (not drawn, beyond 8 lines)" in text
 
 
 HOSTILE = [None, True, "x", EVIL, -1, 0, 10**400, 1e308, float("nan"), float("inf"), [], {}]
@@ -162,7 +163,7 @@ def test_hostile_files(part, tmp_path):
 def test_the_script(tmp_path):
     """Catches: a traceback, or an error without file and key, for what people get wrong."""
     sample = response("p", "student", 0)
-    bad = "samples.jsonl: not as nanoexit writes it: ValueError('depth 29 of 28 at token 2 of "
+    bad = "samples.jsonl: not as nanoexit writes it: ValueError('response 1 has depth 29 of 28')"
     for depth, code, wanted in ((28, 0, "1 responses, 0 steps"), (29, 2, bad)):
         sample["tokens"][2]["depth"] = depth
         write_json_lines(tmp_path / "samples.jsonl", [sample])
