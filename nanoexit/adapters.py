@@ -61,9 +61,6 @@ IDLE = ["task_type", "peft_version", "inference_mode", "auto_mapping", "megatron
 IDLE += ["qalora_group_size"]  # change nothing after training
 
 
-# --- saving and loading -----------------------------------------------------------------------
-
-
 def save_adapter(model: Transformer, folder: str | Path) -> None:
     """Write the adapters in PEFT's format, the exit heads, and nanoexit.json."""
     folder = Path(folder)
@@ -152,8 +149,8 @@ def load_adapter(model: Transformer, folder: str | Path) -> None:
     facts, config = _read(path)
     content, own = facts.get("content"), model.content
     if content and own and content != own:
-        base, this = show(facts.get("base_model")), f"this model is {model.name} ({own[:19]})"
-        raise UserError(f"{path}: was trained on {base} ({show(content[:19])}), {this}")
+        base = f"{show(facts.get('base_model'))} ({content[:19]})"
+        raise UserError(f"{path}: was trained on {base}, this model is {model.name} ({own[:19]})")
     maps = dict(linear_maps(model))
     plan = _plan(config, [*maps], path / "adapter_config.json") if config else {}
     attach(model, facts.get("exit_layers", []), facts.get("head", "linear"), cap=facts.get("cap"))
@@ -179,6 +176,23 @@ def _copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
     compare_names(stored, wanted, path)
     for name, parameter in wanted.items():
         parameter.data.copy_(read_tensor(path, stored[name], parameter.shape))
+
+
+def save_merged(model: Transformer, source: Path, out: Path) -> None:
+    """Write a model folder like `source`, with the adapters merged into the weights."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in [*source.glob("*.json"), *source.glob("*.jinja")]:
+        if path.name not in FILES and not path.name.endswith(".index.json"):
+            shutil.copy(path, out)
+    config = read_json(source / "config.json") | {"tie_word_embeddings": model.shape.tied}
+    _write_json(out / "config.json", config)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if not name.startswith("exits.") and ".adapter." not in name:
+            tensors[name] = parameter
+    for name, linear in linear_maps(model):
+        tensors[f"{name}.weight"] = merged_weight(linear)
+    _save(out / "model.safetensors", tensors)
 
 
 # --- the options of peft ----------------------------------------------------------------------
@@ -235,23 +249,3 @@ def _settings(config: dict[str, Any], name: str, where: Path) -> LoRAConfig:
     check_values(chosen, PEFT, where)
     r, alpha, dropout = chosen.values()
     return LoRAConfig(r, alpha * (r**0.5 if config.get("use_rslora") else 1.0), dropout)
-
-
-# --- export -----------------------------------------------------------------------------------
-
-
-def save_merged(model: Transformer, source: Path, out: Path) -> None:
-    """Write a model folder like `source`, with the adapters merged into the weights."""
-    out.mkdir(parents=True, exist_ok=True)
-    for path in [*source.glob("*.json"), *source.glob("*.jinja")]:
-        if path.name not in FILES and not path.name.endswith(".index.json"):
-            shutil.copy(path, out)
-    config = read_json(source / "config.json") | {"tie_word_embeddings": model.shape.tied}
-    _write_json(out / "config.json", config)
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if not name.startswith("exits.") and ".adapter." not in name:
-            tensors[name] = parameter
-    for name, linear in linear_maps(model):
-        tensors[f"{name}.weight"] = merged_weight(linear)
-    _save(out / "model.safetensors", tensors)

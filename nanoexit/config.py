@@ -225,14 +225,10 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 def _fill(config: Any, tree: Any, where: str, prefix: str = "") -> None:
     """Set the fields of a dataclass from a mapping; `prefix` is the dotted key so far."""
-    if tree is None:
-        return
-    if not isinstance(tree, dict):
-        name = prefix.rstrip(".") or "the file"
-        raise UserError(f"{where}: {name}: expected a mapping of keys, found {show(tree)}")
+    check_value(tree, Rule((dict, NoneType)), f"{where}: {prefix.rstrip('.') or 'the file'}")
     hints = get_type_hints(type(config))
     knobs = {f.name: f.metadata for f in fields(config)}
-    for name, value in tree.items():
+    for name, value in (tree or {}).items():
         key = f"{prefix}{name}"
         if name not in knobs:
             allowed = f"{nearest(name, knobs)}; allowed here: {', '.join(knobs)}"
@@ -297,9 +293,7 @@ def check_value(value: Any, rule: Rule, where: str) -> None:
     raise UserError(f"{where}: expected {expected}, found {show(value)}{close}")
 
 
-def check_values(
-    given: dict, rules: dict[str, Rule], where: str | Path, required: Iterable[str] = ()
-) -> None:
+def check_values(given: dict, rules: dict[str, Rule], where: Any, required: Any = ()) -> None:
     """Raise UserError for the first value that breaks the rule of its key, or that is missing."""
     for key, rule in rules.items():
         if key in given:

@@ -30,9 +30,6 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-# --- folders and files ------------------------------------------------------------------------
-
-
 def find_model(
     name: str, revision: str | None = None, files: Collection[str] = MODEL_FILES
 ) -> tuple[Path, str | None]:
@@ -107,9 +104,8 @@ class Tokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text: len(ids) pieces that join to decode(ids), for any ids.
-
-        A character made of several tokens comes with its last one.
+        """What each token adds: len(ids) texts that join to decode(ids), for any ids. A character
+        of several tokens comes with its last one.
         """
         text, ends = self.decode(ids), [0]  # ends: where in the text each token ends
         start = clean = at = 0  # ids[:clean] make text[:at]; ids[start:clean] is context
@@ -126,11 +122,7 @@ class Tokenizer:
         return [text[a:b] for a, b in itertools.pairwise(ends)]
 
     def render(self, messages: Sequence[dict[str, Any]], /, **variables: Any) -> str:
-        """Messages [{"role", "content"}] -> the text that the chat template makes of them.
-
-        variables: what else the template reads, such as enable_thinking. Raises UserError where
-        the template fails, or does not read a variable.
-        """
+        """Messages [{"role", "content"}] -> text. UserError for a variable that is not read."""
         if not self.has_template:
             raise UserError(f"{self.folder}: this model has no chat template")
         known = {**self.named, "add_generation_prompt": True, "tools": None, "documents": None}
@@ -251,9 +243,8 @@ class TemplateProcess:
             reply = {"error": f"stopped after {self.seconds} s of computing or 1 GiB of memory"}
         if "error" in reply:
             raise UserError(f"{self.where}: the chat template failed: {reply['error']}")
-        known_names = {*reply["names"]} - {"messages"}
-        for name in variables.keys() - known_names:
-            expected = f"expected one of {', '.join(sorted(known_names))}"
+        for name in variables.keys() - ({*reply["names"]} - {"messages"}):
+            expected = f"expected one of {', '.join(reply['names'])}"
             raise UserError(f"{self.where}: the chat template does not read {name!r}: {expected}")
         return reply["text"]
 

@@ -1,11 +1,9 @@
 """Weights on disk: check a model's folder and load it.
 
 Contract. A config.json that this transformer does not implement is refused by name before a weight
-is read. Every tensor is checked by name, shape and value before it is used. Nothing is executed:
-safetensors and JSON only. What config.json leaves out has the default of transformers.
-
-The model is made without memory and receives its tensors one by one, so that loading N bytes takes
-little more than N bytes.
+is read. Every tensor is checked by name, shape and value. Nothing is executed: safetensors and JSON
+only. The model is made without memory and receives its tensors one by one, so that loading N bytes
+takes little more than N bytes.
 """
 
 import contextlib
@@ -36,16 +34,14 @@ FAMILIES = {  # and the defaults of transformers, for what config.json leaves ou
 }
 REQUIRED = ["model_type", "vocab_size", "hidden_size", "intermediate_size"]
 REQUIRED += ["num_hidden_layers", "num_attention_heads"]
-POSITIONS = ["max_position_embeddings", "original_max_position_embeddings"]
-SIZE = 2**24
+SIZES = [*REQUIRED, "max_position_embeddings", "original_max_position_embeddings"]
+OPTIONAL = ["num_key_value_heads", "head_dim", "sliding_window"]
 KEYS = {  # of config.json; what they exclude is not implemented
-    **dict.fromkeys([*REQUIRED, *POSITIONS], Rule((int,), 1, SIZE)),
+    **dict.fromkeys(SIZES, Rule((int,), 1, 2**24)),
+    **dict.fromkeys(OPTIONAL, Rule((int, NoneType), 1, 2**24)),
     "model_type": Rule((str,), choices=[*FAMILIES]),
     "num_hidden_layers": Rule((int,), 1, 2**12),
-    "max_window_layers": Rule((int,), 0, SIZE),
-    **dict.fromkeys(
-        ["num_key_value_heads", "head_dim", "sliding_window"], Rule((int, NoneType), 1, SIZE)
-    ),
+    "max_window_layers": Rule((int,), 0, 2**24),
     "rms_norm_eps": Rule((float,), 0, 1),
     "rope_theta": Rule((float, NoneType), 1, 1e15),
     **dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor"], Rule((float,), 1e-6, 1e6)),
@@ -63,14 +59,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Stored = dict[str, tuple[Path, str]]  # name of a parameter -> file, and name of the tensor there
 
 
-# --- the architecture -------------------------------------------------------------------------
-
-
 def read_shape(folder: Path) -> Shape:
-    """config.json, as old and new tool chains write it -> Shape.
-
-    Raises UserError with key and value for nonsense and for what is not implemented.
-    """
+    """config.json, as old and new tool chains write it -> Shape. UserError for anything else."""
     where = folder / "config.json"
     check_file(where)
     given = read_json(where)
@@ -144,9 +134,8 @@ def _rope(c: dict[str, Any], where: Path) -> tuple[float, Llama3Rope | None]:
 def load_model(
     name: str, device: str = "auto", dtype: str = "auto", revision: str | None = None
 ) -> Transformer:
-    """A model from a folder or the hub, frozen and ready to run.
+    """A model from a folder or the hub, frozen and ready to run; the knobs of config.ModelConfig.
 
-    device: auto is cuda, else mps, else cpu. dtype: auto is bfloat16 on cuda and float32 elsewhere.
     Raises UserError naming the file or tensor that is missing, unexpected, misshapen or not finite.
     """
     folder, commit = find_model(str(name), revision)
@@ -175,7 +164,7 @@ def load_model(
 
 
 def pick_device(name: str) -> torch.device:
-    """auto is cuda, else mps, else cpu. Raises UserError where the device cannot be used."""
+    """auto is cuda, else mps, else cpu. UserError for a device that cannot be used."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
