@@ -5,11 +5,9 @@ explicit, so rows may have any lengths. `write` stores what one block made for t
 call and returns all that they can attend to.
 
 Debts. A token that exits at depth d still leaves keys and values in blocks d and later, made from
-its frozen residual. While other tokens of the same call run on, they are made beside theirs. Once
-the last one has exited, nothing more is computed: the residual waits here as a debt. Before a later
-token runs block l, `due(l)` returns the residuals that block has not seen, `write_due` stores their
-keys and values, and `paid` moves the debt on to the next block. A run of shallow tokens therefore
-never touches the deep blocks.
+its frozen residual, beside those of the tokens that run on. Once the last token of a call has
+exited, nothing more is computed: the residuals wait here as a debt until a later token runs those
+blocks. A run of shallow tokens therefore never touches the deep blocks.
 """
 
 from collections import defaultdict
@@ -52,9 +50,7 @@ class Cache:
         self.start, self.span = start, span
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, K, T, head_dim] of this call -> all of the block, [B, K, span,
-        head_dim].
-        """
+        """Store k, v [B, K, T, head_dim] of this call -> the block's, [B, K, span, head_dim]."""
         here = self.kv[layer]
         if self.start is None:
             rows = torch.arange(len(k), device=k.device)[:, None]
@@ -73,20 +69,21 @@ class Cache:
         if depth < len(self.kv):
             self.debts[depth].append(Debt(h, rows, positions))
 
-    def due(self, layer: int) -> Debt | None:
-        """The tokens without keys and values in block `layer`, which is about to run."""
-        owed = [debt for depth, debts in self.debts.items() if depth <= layer for debt in debts]
-        return join(owed) if owed else None
+    def pay(self, start: int, end: int) -> Debt | None:
+        """The debts of block `start`, for which blocks start..end-1 now make keys and values."""
+        owed = [
+            debt for depth in list(self.debts) if depth <= start for debt in self.debts.pop(depth)
+        ]
+        if not owed:
+            return None
+        due = join(owed)
+        self.owe(end, *due)
+        return due
 
     def write_due(self, layer: int, due: Debt, k: Tensor, v: Tensor) -> None:
-        """Store the keys and values [n, K, head_dim] of `due` in one block."""
-        self.kv[layer][due.rows, :, :, due.positions] = torch.stack((k, v), 1)
-
-    def paid(self, due: Debt, end: int) -> None:
-        """Blocks before `end` have the keys and values of `due`: block `end` is the next."""
-        for depth in [depth for depth in self.debts if depth < end]:
-            del self.debts[depth]
-        self.owe(end, *due)
+        """Store the keys and values [n, K, 1, head_dim] of `due` in one block."""
+        both = torch.cat((k, v), 2).transpose(1, 2)  # [n, 2, K, head_dim]
+        self.kv[layer][due.rows, :, :, due.positions] = both
 
     # --- rows ---------------------------------------------------------------------------------
 

@@ -5,28 +5,27 @@ for one token a row and inference, and gives the same results to rounding error;
 against the other. generate.py chooses it in one line. Make a new one when adapters or cap change.
 
 What makes it fast.
-1. Weights laid out for a handful of rows (`LaidOut`, a second copy of them). Decoding reads every
-   weight once a token, and `F.linear` as stored reaches about half of a CPU's memory bandwidth.
+1. On a CPU, a second copy of the weights, laid out for a handful of rows. Decoding reads every
+   weight once a token, and `F.linear` as stored reaches about half of the memory bandwidth.
 2. q, k and v are one product, gate and up another; adapters of such a group are two more. Rotation
    turns q, k and v together (values by angle zero), and one copy writes to the cache.
 3. Rows that exit keep their places and stay in the joint q, k, v product as long as some row runs:
    they need keys and values, and cutting out their queries costs more than it saves. Attention
    output and MLP run for the other rows alone; on a CPU attention too, where that saves reading.
-4. Debts of earlier steps join the same products: the k and v maps are read once.
+4. Debts of earlier steps join the product of k and v.
 5. On CUDA, the blocks between two exits are replayed as one graph.
 
-Host syncs: one at each depth where a row may exit, one if some rows are idle, one if depths differ.
+Host syncs: one or two at each depth where a row may exit, one if some rows are idle.
 """
 
 import functools
-import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanoexit.cache import Cache, Debt
 from nanoexit.lora import LoRA
@@ -81,62 +80,49 @@ def lay_out(layout: str, weights: Sequence[Tensor], biases: Sequence[Tensor | No
     return lambda x: F.linear(x, weight, bias)
 
 
-class LaidOut:
-    """A model's maps in one layout, each copied when it is first needed."""
+class Kept(NamedTuple):
+    """A product that stays with the model, and what it was made of."""
 
-    def __init__(self, model: Transformer, layout: str):
-        self.layout, self.seen = layout, _fingerprint(model)
-        self.held = [p.detach() for p in _base(model)]  # so that their memory is not reused
-        self.products: dict[tuple[nn.Module, ...], Product] = {}
-
-    def product(self, *maps: nn.Module) -> Product:
-        """Maps of one input, without adapters -> one product, their outputs side by side."""
-        if maps not in self.products:
-            weights: list[Any] = [m.weight.detach() for m in maps]  # type: ignore[operator]
-            biases: list[Any] = [getattr(m, "bias", None) for m in maps]
-            self.products[maps] = lay_out(self.layout, weights, biases)
-        return self.products[maps]
+    state: list[object]
+    tensors: list[Tensor]  # held, so that their memory is not reused
+    product: Product
 
 
-def laid_out(model: Transformer, rows: int) -> LaidOut:
-    """The copy kept with the model, or a new one if the weights or the best layout changed."""
-    layout, kept = choose_layout(model, rows), model.fast_copy
-    if isinstance(kept, LaidOut) and kept.layout == layout and kept.seen == _fingerprint(model):
-        return kept
-    new = LaidOut(model, layout)
-    model.fast_copy = new if model.device.type == "cpu" else None
-    return new
+def base_product(model: Transformer, layout: str, *maps: Any) -> Product:
+    """Maps of one input, without adapters -> one product, their outputs side by side.
 
-
-def _base(model: Transformer) -> list[nn.Parameter]:
-    """The weights without adapters and exit heads."""
-    named = model.named_parameters()
-    return [p for name, p in named if ".adapter." not in name and not name.startswith("exits.")]
-
-
-def _fingerprint(model: Transformer) -> list[tuple[int, object]]:
-    """Where each base weight is, and how often it was written to.
-
-    Writes to weights made under inference_mode are not counted: an object that equals no other.
+    On a CPU the model keeps it until the layout or a weight changes. Writes to weights made under
+    inference_mode are not counted: an object that equals no other stands for their version.
     """
-    return [(p.data_ptr(), object() if p.is_inference() else p._version) for p in _base(model)]
+    weights, biases = [m.weight for m in maps], [getattr(m, "bias", None) for m in maps]
+    made_of = [x for x in (*weights, *biases) if x is not None]
+    versions = [object() if x.is_inference() else x._version for x in made_of]
+    state = [layout, *versions, *(x.data_ptr() for x in made_of)]
+    kept = model.fast_products.get(maps)
+    if kept is None or kept.state != state:
+        tensors = [x.detach() for x in made_of]
+        product = lay_out(layout, [w.detach() for w in weights], biases)
+        kept = Kept(state, tensors, product)
+        if model.device.type == "cpu":
+            model.fast_products[maps] = kept
+    return kept.product
 
 
 # --- one block, one step ----------------------------------------------------------------------
 
 
-def joined(laid: LaidOut, *maps: Linear) -> Product:
+def joined(model: Transformer, layout: str, *maps: Linear) -> Product:
     """Linear maps of one input as one product [n, in] -> [n, sum of out], adapters included."""
-    base, dtype = laid.product(*maps), maps[0].weight.dtype
+    base, dtype = base_product(model, layout, *maps), model.dtype
     downs: list[Tensor] = []
     ups: list[Tensor] = []
     for linear in maps:
-        adapter, out = linear.adapter, linear.out_features
+        adapter = linear.adapter
         if isinstance(adapter, LoRA) and adapter.enabled:
             downs.append(adapter.lora_A)
             ups.append(adapter.lora_B * adapter.scale)
         else:
-            ups.append(linear.weight.new_zeros(out, 0, dtype=torch.float32))
+            ups.append(torch.zeros(linear.out_features, 0, device=model.device))
     if not downs:
         return base
     down = torch.cat(downs).to(dtype)  # [sum of r, in]
@@ -168,16 +154,15 @@ def turn_frequencies(s: Shape, device: torch.device) -> Tensor:
 class FastBlock:
     """model.Block for one token a row."""
 
-    def __init__(self, block: Block, laid: LaidOut):
+    def __init__(self, model: Transformer, layout: str, block: Block):
         a, m = block.self_attn, block.mlp
         self.heads, self.head_dim = a.heads, a.head_dim
-        self.qkv = joined(laid, a.q_proj, a.k_proj, a.v_proj)
-        self.apart = functools.cache(  # laid out only once there is a debt
-            lambda: (joined(laid, a.q_proj), joined(laid, a.k_proj, a.v_proj))
+        join = functools.partial(joined, model, layout)
+        self.qkv, self.o = join(a.q_proj, a.k_proj, a.v_proj), join(a.o_proj)
+        self.q_and_kv = functools.cache(  # laid out only once there is a debt
+            lambda: (join(a.q_proj), join(a.k_proj, a.v_proj))
         )
-        self.o = joined(laid, a.o_proj)
-        self.gate_up = joined(laid, m.gate_proj, m.up_proj)
-        self.down = joined(laid, m.down_proj)
+        self.gate_up, self.down = join(m.gate_proj, m.up_proj), join(m.down_proj)
         self.before = fast_norm(block.input_layernorm)
         self.between = fast_norm(block.post_attention_layernorm)
         self.eps, self.qk_norm = block.input_layernorm.eps, None
@@ -194,20 +179,19 @@ class FastBlock:
 
     def queries_keys_values(self, h: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
         """-> q [B, H, head_dim]; k and v [B + m, 2 K, head_dim], those of m debts at the end."""
-        B = len(h)
         if step.due is None:
             y = self.qkv(self.before(h))
         else:
             x = self.before(torch.cat((h, step.due.h)))
-            q, kv = self.apart()
-            y = torch.cat((F.pad(q(x[:B]), (0, 0, 0, len(x) - B)), kv(x)), -1)
+            q, kv = self.q_and_kv()
+            y = torch.cat((F.pad(q(x[: len(h)]), (0, 0, 0, len(x) - len(h))), kv(x)), -1)
         y = y.view(len(y), -1, self.head_dim)  # [B + m, H + 2 K, head_dim]
         if self.qk_norm is not None:
             n = len(self.qk_norm)
             y[:, :n] = F.rms_norm(y[:, :n], (self.head_dim,), None, self.eps) * self.qk_norm
         cos, sin = step.turns
         y = (y * cos).addcmul_(y.roll(self.head_dim // 2, -1), sin)
-        return y[:B, : self.heads], y[:, self.heads :]
+        return y[: len(h), : self.heads], y[:, self.heads :]
 
 
 class Step:
@@ -220,8 +204,8 @@ class Step:
 
     def __init__(self, fast: "FastModel", positions: Tensor, kv: Tensor, span: int, aligned: bool):
         _, B, _, self.kv_heads, capacity, head_dim = kv.shape
-        self.dtype, self.call, self.frequencies = kv.dtype, fast.attention_call, fast.frequencies
-        self.own_turns = self.turns_of(positions[:1] if aligned else positions)
+        self.fast = fast
+        self.own_turns = fast.turns(positions[:1] if aligned else positions)
         self.keys = kv[:, :, 0, :, :span].unbind(0)  # of each block [B, K, span, head_dim]
         self.values = kv[:, :, 1, :, :span].unbind(0)
         self.slots = kv.view(len(kv), -1, head_dim).unbind(0)  # [B * 2 K * capacity, head_dim]
@@ -233,34 +217,22 @@ class Step:
             seen = torch.arange(span, device=kv.device) <= positions[:, None]
             self.mask = seen[:, None, None]  # [B, 1, 1, span]
 
-    def turns_of(self, positions: Tensor) -> list[Tensor]:
-        """Positions [n] -> cos and sin for all heads of q, k and v, [n, H + 2 K, head_dim]."""
-        angles = positions[:, None, None].float() * self.frequencies
-        return [angles.cos().to(self.dtype), angles.sin().to(self.dtype)]
-
     def keep(self, going: Tensor | None, due: Debt | None) -> None:
-        self.going, self.due, self.runs = going, due, self._runs(going)
+        self.going, self.due, self.apart = going, due, self._apart(going)
         self.places, self.turns = self.own_places, self.own_turns
         if due is not None:
-            own = [turn.expand(len(self.keys[0]), -1, -1) for turn in self.own_turns]
-            self.turns = [torch.cat(both) for both in zip(own, self.turns_of(due.positions))]
+            own = [turn.expand(len(self.planes), -1, -1) for turn in self.own_turns]
+            self.turns = [torch.cat(both) for both in zip(own, self.fast.turns(due.positions))]
             places = (self.planes[due.rows] + due.positions[:, None]).view(-1)
             self.places = torch.cat((self.own_places, places))
 
-    def _runs(self, going: Tensor | None) -> list[slice] | None:
-        """The runs of neighbours among the rows that run on.
-
-        None if all run, on other devices than a CPU, and where a call for each run costs more than
-        attention for all rows.
-        """
+    def _apart(self, going: Tensor | None) -> list[slice]:
+        """The rows that attend one by one: on a CPU, if that takes less than attention for all."""
         if going is None or not going.is_cpu:
-            return None
-        runs: list[slice] = []
-        for row in going.tolist():
-            start = runs.pop().start if runs and runs[-1].stop == row else row
-            runs.append(slice(start, row + 1))
-        saved = (len(self.keys[0]) - len(going)) * self.keys[0][0].numel() * 2
-        return runs if saved > len(runs) * self.call else None
+            return []
+        saved = (len(self.planes) - len(going)) * self.keys[0][0].numel() * 2
+        worth = saved > len(going) * self.fast.attention_call
+        return [slice(row, row + 1) for row in going.tolist()] if worth else []
 
     def attend(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
         """q [B, H, d], new keys and values [B + m, 2 K, d] -> [n, H * d] of rows that run on."""
@@ -268,37 +240,14 @@ class Step:
         self.slots[layer].index_copy_(0, self.places, new.reshape(-1, d))
         q = q.reshape(B, self.kv_heads, -1, d)  # the group takes the place of queries
         k, v, mask = self.keys[layer], self.values[layer], self.mask
-        if self.runs is None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H * d)
-            return y if self.going is None else y.index_select(0, self.going)
-        parts = [
-            F.scaled_dot_product_attention(q[r], k[r], v[r], None if mask is None else mask[r])
-            for r in self.runs
-        ]
-        return torch.cat(parts).view(-1, H * d)
-
-
-class Given(NamedTuple):
-    """The tokens of a stretch: positions [B], residuals h [B, D], rows that run on, debts."""
-
-    positions: Tensor
-    h: Tensor
-    going: Tensor | None
-    due: Debt | None
-
-    def tensors(self) -> list[Tensor]:
-        return [x for x in (*self[:3], *(self.due or ())) if x is not None]
-
-    def padded(self) -> "Given":
-        """Going and debts repeated to a power of two; as many rows run on as there are at most."""
-        going = None if self.going is None else _pad(len(self.h), self.going)[0]
-        due = None if self.due is None else Debt(*_pad(None, *self.due))
-        return Given(self.positions, self.h, going, due)
-
-    def clone(self) -> "Given":
-        going = None if self.going is None else self.going.clone()
-        due = None if self.due is None else Debt(*(x.clone() for x in self.due))
-        return Given(self.positions.clone(), self.h.clone(), going, due)
+        if self.apart:
+            parts = [
+                F.scaled_dot_product_attention(q[i], k[i], v[i], None if mask is None else mask[i])
+                for i in self.apart
+            ]
+            return torch.cat(parts).view(-1, H * d)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H * d)
+        return y if self.going is None else y.index_select(0, self.going)
 
 
 class FastModel:
@@ -307,22 +256,21 @@ class FastModel:
     capture: makes graphs of what it is given (default: CUDA's on CUDA, else none).
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        rows: int,
-        capture: Capture | None = None,
-        attention_call: int = ATTENTION_CALL,
-    ):
-        self.model, self.attention_call = model, attention_call
-        laid = laid_out(model, rows)
-        self.blocks = [FastBlock(block, laid) for block in model.blocks[: model.deepest]]
-        self._readout = laid.product(model.lm_head or model.model.embed_tokens)
+    def __init__(self, model: Transformer, rows: int, capture: Capture | None = None):
+        self.model, layout = model, choose_layout(model, rows)
+        self.blocks = [FastBlock(model, layout, b) for b in model.blocks[: model.deepest]]
+        self._readout = base_product(model, layout, model.lm_head or model.model.embed_tokens)
         self._norm = fast_norm(model.model.norm)
         self.frequencies = turn_frequencies(model.shape, model.device)
+        self.attention_call = ATTENTION_CALL
         if capture is None and model.device.type == "cuda":
             capture = capture_cuda
-        self.graphs = None if capture is None else Graphs(self, capture)
+        self.graphs = None if capture is None else Graphs(capture)
+
+    def turns(self, positions: Tensor) -> list[Tensor]:
+        """Positions [n] -> cos and sin for all heads of q, k and v, [n, H + 2 K, head_dim]."""
+        angles = positions[:, None, None].float() * self.frequencies
+        return [angles.cos().to(self.model.dtype), angles.sin().to(self.model.dtype)]
 
     def readout(self, h: Tensor) -> Tensor:
         """Residuals [n, D] -> logits [n, V]."""
@@ -342,54 +290,45 @@ class FastModel:
         position, which must be in the cache.
         """
         D, at = len(self.blocks), positions[:, 0]
-        rows = None if alive is None else alive[:, 0].nonzero()[:, 0]  # host sync
-        going, live = rows, list(range(len(ids))) if rows is None else rows.tolist()
-        depths = dict.fromkeys(live, D)
+        depths = torch.full_like(at, D) if alive is None else alive[:, 0] * D
+        going = None if alive is None else alive[:, 0].nonzero()[:, 0]  # host sync
         h = self.model.model.embed_tokens(ids[:, 0])  # [B, D]
-        run = self._stretches(at, cache)
+        if self.graphs is None:
+            step = Step(self, at, cache.kv, cache.span, cache.start is not None)
+            blocks = functools.partial(self.stretch, step)
+        else:
+            blocks = functools.partial(self.graphs, self, cache, at)
         asked = set() if stop is None else {depth for depth in stop.layers if depth < D}
         bounds = sorted({*asked, *cache.debts} - {0, D})
         for start, depth in zip([0, *bounds], [*bounds, D]):
-            due = cache.due(start)
-            h = run(start, depth, Given(at, h, going, due))
-            if due is not None:
-                cache.paid(due, depth)
+            h = blocks(start, depth, h, going, cache.pay(start, depth))
             if stop is None or depth not in asked:
                 continue
             leaves = stop(depth, h if going is None else h[going], going)
-            leaving = [] if leaves is None else leaves.tolist()  # host sync
-            if not any(leaving):
+            if leaves is None or not leaves.any():  # host sync
                 continue
-            depths |= {row: depth for row, leave in zip(live, leaving) if leave}
-            live = [row for row, leave in zip(live, leaving) if not leave]
-            if not live:
-                owing = (h, at) if rows is None else (h[rows], at[rows])
-                rows = torch.arange(len(ids), device=h.device) if rows is None else rows
-                cache.owe(depth, owing[0], rows, owing[1])
+            depths[slice(None) if going is None else going] = torch.where(leaves, depth, D)
+            going = (depths == D).nonzero()[:, 0]  # host sync
+            if not len(going):
+                rows = depths.nonzero()[:, 0]
+                cache.owe(depth, h[rows], rows, at[rows])
                 break
-            going = torch.tensor(live, device=h.device)
-        each = [depths.get(row, 0) for row in range(len(ids))]
-        if len(set(each)) == 1:  # mostly: without a copy from the host, which would be a sync
-            return Run(h[:, None], torch.full_like(ids, each[0]))
-        return Run(h[:, None], torch.tensor(each, device=h.device)[:, None])
+        return Run(h[:, None], depths[:, None])
 
-    def _stretches(self, positions: Tensor, cache: Cache) -> Callable[[int, int, Given], Tensor]:
-        """-> f(start, end, given): blocks start..end-1, between which no row exits."""
-        if self.graphs is not None:
-            return functools.partial(self.graphs, cache)
-        aligned = cache.start is not None
-        step = Step(self, positions, cache.kv, cache.span, aligned)
-        return functools.partial(self.stretch, step)
+    def stretch(
+        self, step: Step, start: int, end: int, h: Tensor, going: Tensor | None, due: Debt | None
+    ) -> Tensor:
+        """Residuals h [B, D] -> after blocks start..end-1, between which no row exits.
 
-    def stretch(self, step: Step, start: int, end: int, given: Given) -> Tensor:
-        """Residuals [B, D] after blocks start..end-1; of rows that do not run on, as they were."""
-        step.keep(given.going, given.due)
-        h = on = given.h
-        if given.going is not None:
-            h, on = h.clone(), h[given.going]  # a `stop` may have kept h
+        going [n]: the rows that run on; None: all. due: debts that are paid.
+        """
+        step.keep(going, due)
+        on = h
+        if going is not None:
+            h, on = h.clone(), h[going]  # a `stop` may have kept h
         for layer in range(start, end):
             on = self.blocks[layer](h, on, step, layer)
-            h = on if given.going is None else h.index_copy_(0, given.going, on)
+            h = on if going is None else h.index_copy_(0, going, on)
         return h
 
 
@@ -414,40 +353,53 @@ class Graphs:
 
     SPAN, WARM = 256, 3
 
-    def __init__(self, fast: FastModel, capture: Capture):
-        self.fast = weakref.proxy(fast)  # no cycle: captured memory is freed with the model's
+    def __init__(self, capture: Capture):
         self.capture = capture
         self.memory: tuple | None = None
         self.seen: Counter[tuple[int, ...]] = Counter()
-        self.captured: dict[tuple[int, ...], tuple[Callable[[], object], Given, Tensor]] = {}
+        self.captured: dict[tuple[int, ...], tuple[Callable[[], object], Tensor, list[Tensor]]] = {}
 
-    def __call__(self, cache: Cache, start: int, end: int, given: Given) -> Tensor:
-        """Residuals [B, D] after blocks start..end-1."""
-        memory = cache.kv.data_ptr(), cache.kv.shape
+    def __call__(
+        self,
+        fast: FastModel,
+        cache: Cache,
+        positions: Tensor,
+        start: int,
+        end: int,
+        h: Tensor,
+        going: Tensor | None,
+        due: Debt | None,
+    ) -> Tensor:
+        """See FastModel.stretch."""
+        kv, memory = cache.kv, (cache.kv.data_ptr(), cache.kv.shape)
         if self.memory != memory:  # rows were removed, so the cache is a new tensor
             self.memory = memory
             self.seen.clear()
             self.captured.clear()
-        span = min(-(-cache.span // self.SPAN) * self.SPAN, cache.kv.shape[-2])
-        given = given.padded()
-        run = functools.partial(self._run, cache.kv, span, start, end)
-        key = (start, end, span, *map(len, given.tensors()))
+        span = min(-(-cache.span // self.SPAN) * self.SPAN, kv.shape[-2])
+        given = [positions, h]
+        if going is not None:
+            given += _pad(len(h), going)
+        if due is not None:
+            given += _pad(None, *due)
+
+        def run(positions: Tensor, h: Tensor, *more: Tensor) -> Tensor:
+            step = Step(fast, positions, kv, span, aligned=False)
+            debts = None if due is None else Debt(*more[-3:])
+            return fast.stretch(step, start, end, h, None if going is None else more[0], debts)
+
+        key = (start, end, span, *map(len, given))
         self.seen[key] += 1
         if self.seen[key] < self.WARM:
-            return run(given)
+            return run(*given)
         if key not in self.captured:
-            fixed = given.clone()
-            replay, out = self.capture(functools.partial(run, fixed))
-            self.captured[key] = replay, fixed, out
-        replay, fixed, out = self.captured[key]
-        for x, now in zip(fixed.tensors(), given.tensors()):
+            fixed = [x.clone() for x in given]
+            self.captured[key] = (*self.capture(functools.partial(run, *fixed)), fixed)
+        replay, out, fixed = self.captured[key]
+        for x, now in zip(fixed, given):
             x.copy_(now)
         replay()
         return out.clone()  # the next replay writes there
-
-    def _run(self, kv: Tensor, span: int, start: int, end: int, given: Given) -> Tensor:
-        step = Step(self.fast, given.positions, kv, span, False)
-        return self.fast.stretch(step, start, end, given)
 
 
 def _pad(most: int | None, *tensors: Tensor) -> list[Tensor]:

@@ -25,7 +25,7 @@ import functools
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -282,7 +282,7 @@ class Transformer(nn.Module):
         self.lm_head = None if shape.tied else nn.Linear(shape.width, shape.vocab, bias=False)
         self.exits: nn.Module | None = None
         self.cap: int | None = None
-        self.fast_copy: object = None  # weights laid out for decoding, kept by fast.py
+        self.fast_products: dict[Any, Any] = {}  # weights laid out for decoding: fast.py
         self.stop_ids: frozenset[int] = frozenset()  # tokens that end a text
         self.name = self.revision = self.content = ""  # which weights: weights.load_model
 
@@ -339,16 +339,10 @@ class Transformer(nn.Module):
         if alive is not None:
             depths = depths.masked_fill(~alive, 0)
         live = places.live(alive)
-        for layer, block in enumerate(self.blocks[: self.deepest]):
-            if live.width == 0:  # every token has exited; padding leaves no debt
-                at = depths.nonzero(as_tuple=True)
-                if cache is not None:
-                    cache.owe(layer, h[at], at[0], positions[at])
-                break
+        for depth, block in enumerate(self.blocks[: self.deepest], start=1):
             if cache is not None:
-                self._pay(layer, block, cache)
-            h = block(h, layer, places, live)
-            depth = layer + 1
+                self._pay(cache, depth - 1)
+            h = block(h, depth - 1, places, live)
             if stop is None or depth == self.deepest or depth not in stop.layers:
                 continue
             leaves = stop(depth, live.pick(h).flatten(0, -2), live.at)
@@ -356,15 +350,18 @@ class Transformer(nn.Module):
                 continue
             depths[depths == self.deepest] = torch.where(leaves, depth, self.deepest)
             live = places.live(depths == self.deepest)
+            if live.width == 0:  # every token has exited; padding leaves no debt
+                at = depths.nonzero(as_tuple=True)
+                if cache is not None:
+                    cache.owe(depth, h[at], at[0], positions[at])
+                break
         return Run(h, depths)
 
-    def _pay(self, layer: int, block: Block, cache: Cache) -> None:
-        """Give a block, which is about to run, the keys and values of earlier exits."""
-        due = cache.due(layer)
-        if due is None:
-            return
-        x = block.input_layernorm(due.h[:, None])
-        cos, sin = rotations(self.shape, due.positions[:, None], self.dtype)
-        k, v = block.self_attn.keys_values(x, cos, sin)  # [n, K, 1, head_dim]
-        cache.write_due(layer, due, k.squeeze(2), v.squeeze(2))
-        cache.paid(due, layer + 1)
+    def _pay(self, cache: Cache, layer: int) -> None:
+        """Make the keys and values that earlier exits owe to a block, which is about to run."""
+        due = cache.pay(layer, layer + 1)
+        if due is not None:
+            block = self.blocks[layer]
+            turn = rotations(self.shape, due.positions[:, None], self.dtype)
+            k, v = block.self_attn.keys_values(block.input_layernorm(due.h[:, None]), *turn)
+            cache.write_due(layer, due, k, v)

@@ -15,9 +15,9 @@ def owe(cache: Cache, depth: int, row: int, position: int) -> None:
     cache.owe(depth, h, torch.tensor([row]), torch.tensor([position]))
 
 
-def owed(cache: Cache, layer: int) -> list[list[float]]:
-    """What is due, as (residual, row, position)."""
-    due = cache.due(layer)
+def paid(cache: Cache, start: int, end: int) -> list[list[float]]:
+    """What is paid, as (residual, row, position)."""
+    due = cache.pay(start, end)
     return [] if due is None else sorted(torch.stack([due.h[:, 0], *due[1:]], 1).tolist())
 
 
@@ -43,10 +43,8 @@ def test_a_debt_is_due_until_it_is_paid_and_never_twice():
     owe(cache, 1, 0, 3)
     owe(cache, 2, 1, 4)
     owe(cache, 4, 1, 5)  # at full depth: no block is left
-    assert owed(cache, 0) == [] and owed(cache, 1) == [[3, 0, 3]]
-    cache.paid(cache.due(1), 2)
-    assert owed(cache, 1) == [] and owed(cache, 2) == [[3, 0, 3], [14, 1, 4]]
-    cache.paid(cache.due(2), 4)
+    assert paid(cache, 0, 1) == [] and paid(cache, 1, 2) == [[3, 0, 3]]
+    assert paid(cache, 1, 2) == [] and paid(cache, 2, 4) == [[3, 0, 3], [14, 1, 4]]
     assert not cache.debts
 
 
@@ -60,7 +58,7 @@ def test_debts_follow_their_rows():
     new.kv += 9
     new.place(0, 3)
     cache.admit(torch.tensor([0, 2]), new)
-    assert owed(cache, 3) == [[11, 1, 1], [33, 3, 3]]
+    assert paid(cache, 2, 3) == [[11, 1, 1], [33, 3, 3]]
     cache.select(torch.tensor([3, 1, 0]))
-    assert owed(cache, 3) == [[11, 1, 1], [33, 0, 3]]
+    assert paid(cache, 3, 4) == [[11, 1, 1], [33, 0, 3]]
     assert cache.kv[:, :, 0, 0, 2, 0].tolist() == [[3, 1, 9]] * 4
