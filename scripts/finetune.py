@@ -6,7 +6,7 @@
 task, a share `terse` of the responses has no written step and a share `full` has all of them; the
 rest writes the first few. The loss is the cross-entropy of the response at full depth and, by
 choice: at early depths (`early_weight`), and of fully written rows that run through the first
-`finetune.cap` blocks alone (`capped_rows`), which teaches a written route that is shallow. While a
+`finetune.cap` blocks alone (`capped_rows`), which teaches a shallow written route. While a
 task is new, running values can be read out at the operations of the prompt (`scaffold`).
 
 The model is in run.dir/model. --resume continues an interrupted run, to the same weights.
@@ -101,9 +101,8 @@ def load(config: Recipe) -> tuple[Transformer, Tokenizer]:
     tokenizer = load_tokenizer(m.name, m.revision)
     deepest = max([f.cap, *f.early])
     if deepest >= model.full_depth:
-        raise UserError(
-            f"finetune.cap, finetune.early: expected depths below {model.full_depth}, found {deepest}"
-        )
+        expected = f"expected depths below {model.full_depth}"
+        raise UserError(f"finetune.cap, finetune.early: {expected}, found {deepest}")
     if f.weights == "lora":
         attach(model, [], lora=config.lora, seed=config.run.seed)
     elif f.weights == "blocks":
@@ -211,9 +210,10 @@ def step_losses(
             loss = loss + f.scaffold * F.cross_entropy(logits, goals.to(model.device))
             figures["scaffold_right"] = float((logits.argmax(-1).cpu() == goals).float().mean())
         (loss * len(rows) / len(full)).backward()
-    if shallow:
+    if shallow:  # the first token, which chooses to write, is given and not taught
+        given = [Row([*row.prompt, row.response[0]], row.response[1:], []) for row in shallow]
         with capped(model, f.cap):
-            a, hidden, early = losses(model, shallow, [d for d in f.early if d < f.cap])
+            a, hidden, early = losses(model, given, [d for d in f.early if d < f.cap])
             found = [cross_entropy(model, h, a) for h in (*early.values(), hidden[a.at])]
         torch.stack([loss for loss, _ in found]).mean().backward()
         figures["capped"] = found[-1][0].item()
