@@ -204,10 +204,9 @@ def transformers_tokenizers() -> dict:
             row |= {"texts": [t.decode(ids) for ids in row["ids"]]}
             row |= {"words": [t.decode(ids, skip_special_tokens=True) for ids in row["ids"]]}
             found[name] = row | {"eos": t.eos_token_id, "bos": t.bos_token_id, "chats": []}
-            thinking = "enable_thinking" in str(t.chat_template)
-            for options in [{}, {"enable_thinking": False}][
-                : thinking + (t.chat_template is not None)
-            ]:
+            variables = [{}] if t.chat_template else []
+            variables += [{"enable_thinking": False}] * ("enable_thinking" in str(t.chat_template))
+            for options in variables:
                 options |= {"tokenize": False, "add_generation_prompt": True}
                 found[name]["chats"].append(t.apply_chat_template(CHAT, **options))
         folders = [write_bos(Path(scratch) / f"bos{i}", *case) for i, case in enumerate(BOS)]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPES, random_model, with_exits
-from make_golden import PLAIN, byte_level, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 from nanoexit.adapters import save_merged
@@ -174,14 +173,6 @@ def test_sliding_windows(tmp_path, change):
     _ = load(folder) if change in NEVER else refused(folder, "is not implemented")
 
 
-def test_the_end_tokens_of_the_tokenizer(tmp_path):
-    """Catches: generation that runs past the tokenizer's own end token."""
-    write_tokenizer(tmp_path, byte_level(), {"tokenizer_config": PLAIN})
-    tensors = tensors_of(random_model("qwen2")) | {EMBEDDING: torch.ones(270, 24)}
-    folder = write(tmp_path, old_config("qwen2") | {"vocab_size": 270}, tensors)
-    assert load(folder).stop_ids == {7, 9, 261}
-
-
 @pytest.mark.parametrize("size", [2**10, 2**27])
 def test_content(tmp_path, size):
     """Catches: a copy taken for another model, or changed weights for the same one."""
@@ -302,10 +293,3 @@ def test_a_file_that_is_not_whole(tmp_path, content):
     path = changed(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
     refused(tmp_path, "model.safetensors", "git-lfs" if content == POINTER else "safetensors file")
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "\xff", "[" * 10**5])
-def test_a_config_that_is_not_json(tmp_path, text):
-    """Catches: a broken config.json that ends in a traceback."""
-    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-    refused(tmp_path, "config.json")
