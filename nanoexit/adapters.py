@@ -17,18 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanoexit.config import (
-    LoRAConfig,
-    Rule,
-    UserError,
-    check_values,
-    read_json,
-    replace,
-    show,
-    write_text,
-)
+from nanoexit.config import Rule, UserError, check_values, read_json, replace, show, write_text
 from nanoexit.exits import ExitHeads, attach, detach
-from nanoexit.lora import LoRA, adapters, linear_maps, merged_weight
+from nanoexit.lora import LoRA, LoRAConfig, adapters, linear_maps, merged_weight
 from nanoexit.model import Transformer
 from nanoexit.tokenizer import find_model
 from nanoexit.weights import compare_names, read_tensor, tensor_names
