@@ -53,11 +53,13 @@ class FinetuneConfig:
     lr: float = knob(3e-4, "peak learning rate of AdamW")
     terse: float = knob(0.5, "share of responses without a written step", high=1)
     full: float = knob(0.5, "share with every step written; the rest writes the first few", high=1)
+    first_weight: float = knob(0.0, "weight of first tokens, which choose whether to write")
     longest: int = knob(3, "most operations of a prompt", low=1)
     early: list[int] = knob([], "depths of early readouts that are trained", low=1)
     early_weight: float = knob(0.0, "weight of their mean loss, at full depth")
     cap: int = knob(1, "depth of the capped rows, read out there and at early depths below", low=1)
     capped_rows: int = knob(0, "fully written rows of a step that run through `cap` blocks alone")
+    capped_weight: float = knob(1.0, "weight of their loss")
     scaffold: float = knob(0.0, "weight of the running values at operations of the prompt")
     scaffold_steps: int = knob(0, "steps after which the scaffold is gone")
     autocast: bool = knob(False, "products in bfloat16, weights in float32")
@@ -77,6 +79,7 @@ class Row:
     prompt: list[int]
     response: list[int]
     values: list[tuple[int, int]]  # (place in the prompt, running value there), for the scaffold
+    terse: bool = False
 
 
 def main() -> None:
@@ -133,7 +136,7 @@ def made_row(
         at = text.index(operation, at) + len(operation)
         values.append((int(np.searchsorted(ends, at)), tokenizer.encode(f" {value}")[-1]))
     response = [*tokenizer.encode(task.response(prompt, n)), min(tokenizer.stop_ids)]
-    return Row(ids, response, values)
+    return Row(ids, response, values, n == 0)
 
 
 def read_rows(config: Recipe, tokenizer: Tokenizer) -> list[Row]:
@@ -165,26 +168,53 @@ def rows_of_step(
 # --- losses -----------------------------------------------------------------------------------
 
 
-def losses(
+def forward(
     model: Transformer, rows: Sequence[Row], early: Sequence[int]
-) -> tuple[Aligned, Tensor, dict[int, Tensor]]:
-    """-> the alignment, the final residuals [B*T, D], and those at early depths [n, D]."""
+) -> tuple[Aligned, Tensor, list[Tensor]]:
+    """-> the alignment; residuals [B*T, D] at the end; those of the readouts [n, D] at `early`."""
     prompts, responses = [row.prompt for row in rows], [row.response for row in rows]
     a = align(prompts, responses, None, model.full_depth, model.device)
     watch = Watch(early)
     hidden = model.run(a.ids, stop=watch).hidden.flatten(0, 1)
-    return a, hidden, {d: h[a.at] for d, h in watch.seen.items()}
+    return a, hidden, [h[a.at] for h in watch.seen.values()]
 
 
-def cross_entropy(model: Transformer, h: Tensor, a: Aligned) -> tuple[Tensor, Tensor]:
-    """Residuals [n, D] -> the mean cross-entropy of the tokens, and which were likeliest [n]."""
+def cross_entropy(model: Transformer, h: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Residuals [n, D] -> nats of the right tokens [n], and whether each was the likeliest [n]."""
     logits = model.readout(h).float()
-    return F.cross_entropy(logits, a.tokens), logits.detach().argmax(-1) == a.tokens
+    nats = F.cross_entropy(logits, tokens, reduction="none")
+    return nats, logits.argmax(-1) == tokens
 
 
-def answered(a: Aligned, right: Tensor) -> list[bool]:
-    """Whether the last token before the end of each row was right."""
-    return [bool(row[-2]) for row in right.split(a.counts)]
+def full_loss(
+    model: Transformer, rows: Sequence[Row], f: FinetuneConfig, growing: bool
+) -> tuple[Tensor, float]:
+    """-> the loss at full depth, and the share of rows whose last word is the likeliest."""
+    a, hidden, early = forward(model, rows, f.early if f.early_weight else ())
+    nats, right = cross_entropy(model, hidden[a.at], a.tokens)
+    ends = torch.tensor(a.counts, device=nats.device).cumsum(0)
+    starts = torch.cat((ends.new_zeros(1), ends[:-1]))
+    loss = nats.mean() + f.first_weight * nats[starts].mean()
+    if early:
+        losses = [cross_entropy(model, h, a.tokens)[0].mean() for h in early]
+        loss = loss + f.early_weight * torch.stack(losses).mean()
+    values = [(i * a.ids.shape[1] + at, v) for i, row in enumerate(rows) for at, v in row.values]
+    if growing and values:
+        places, goals = torch.tensor(values, device=nats.device).unbind(1)
+        loss = loss + f.scaffold * cross_entropy(model, hidden[places], goals)[0].mean()
+    return loss, right[ends - 2].float().mean().item()
+
+
+def capped_loss(model: Transformer, rows: Sequence[Row], f: FinetuneConfig) -> tuple[Tensor, float]:
+    """-> the loss at the cap and below, and the share of tokens that are the likeliest at the cap.
+
+    The first token, which chooses whether to write, is given and not taught.
+    """
+    given = [Row([*row.prompt, row.response[0]], row.response[1:], []) for row in rows]
+    with capped(model, f.cap):
+        a, hidden, early = forward(model, given, [d for d in f.early if d < f.cap])
+        found = [cross_entropy(model, h, a.tokens) for h in (*early, hidden[a.at])]
+    return torch.cat([nats for nats, _ in found]).mean(), found[-1][1].float().mean().item()
 
 
 def step_losses(
@@ -192,32 +222,17 @@ def step_losses(
 ) -> dict[str, float]:
     """Backward through one step -> its figures."""
     figures: dict[str, float] = {}
-    for name in ("terse", "written"):
-        rows = [row for row in full if (len(row.response) == 3) == (name == "terse")]
-        if not rows:
-            continue
-        a, hidden, early = losses(model, rows, f.early if f.early_weight else ())
-        loss, right = cross_entropy(model, hidden[a.at], a)
-        figures[name], figures[f"{name}_right"] = loss.item(), float(np.mean(answered(a, right)))
-        if early:
-            losses_early = [cross_entropy(model, h, a)[0] for h in early.values()]
-            loss = loss + f.early_weight * torch.stack(losses_early).mean()
-        if f.scaffold and step < f.scaffold_steps:
-            width = a.ids.shape[1]
-            places = [i * width + at for i, row in enumerate(rows) for at, _ in row.values]
-            goals = torch.tensor([value for row in rows for _, value in row.values])
-            logits = model.readout(hidden[places]).float()
-            loss = loss + f.scaffold * F.cross_entropy(logits, goals.to(model.device))
-            figures["scaffold_right"] = float((logits.argmax(-1).cpu() == goals).float().mean())
-        (loss * len(rows) / len(full)).backward()
-    if shallow:  # the first token, which chooses to write, is given and not taught
-        given = [Row([*row.prompt, row.response[0]], row.response[1:], []) for row in shallow]
-        with capped(model, f.cap):
-            a, hidden, early = losses(model, given, [d for d in f.early if d < f.cap])
-            found = [cross_entropy(model, h, a) for h in (*early.values(), hidden[a.at])]
-        torch.stack([loss for loss, _ in found]).mean().backward()
-        figures["capped"] = found[-1][0].item()
-        figures["capped_right"] = float(found[-1][1].float().mean())
+    growing = f.scaffold > 0 and step < f.scaffold_steps
+    for name in ("terse", "written"):  # rows of like length together
+        rows = [row for row in full if row.terse == (name == "terse")]
+        if rows:
+            loss, figures[f"{name}_right"] = full_loss(model, rows, f, growing)
+            (loss * len(rows) / len(full)).backward()
+            figures[name] = loss.item()
+    if shallow:
+        loss, figures["capped_right"] = capped_loss(model, shallow, f)
+        (f.capped_weight * loss).backward()
+        figures["capped"] = loss.item()
     return figures
 
 
