@@ -7,13 +7,13 @@ process 0 writes.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from datetime import timedelta
 from importlib.util import find_spec
 from itertools import count
@@ -30,14 +30,23 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from nanoexit.adapters import adapter_base, load_adapter
-from nanoexit.config import Config, UserError, load_config, replace, rounded, to_yaml, write_text
+from nanoexit.config import (
+    Config,
+    LoRAConfig,
+    UserError,
+    load_config,
+    replace,
+    rounded,
+    to_yaml,
+    write_text,
+)
 from nanoexit.exits import attach, check_cap, parse_policy
 from nanoexit.judge import check_judge
 from nanoexit.lora import adapters
 from nanoexit.model import Transformer
 from nanoexit.tasks import Prompt, check_prompts, load_prompts
-from nanoexit.tokenizer import Tokenizer, load_tokenizer
-from nanoexit.weights import load_model
+from nanoexit.tokenizer import Tokenizer, find_model, load_tokenizer
+from nanoexit.weights import DTYPES, load_model, pick_device, read_shape
 
 try:
     import fcntl
@@ -135,6 +144,55 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, config: Config) -> list[int
     return tokenizer.prompt_ids(prompt.prompt, prompt.system, **config.data.template)
 
 
+def memory(config: Config, processes: int = 1) -> dict[str, int]:
+    """The most bytes that SFT takes in each process, by use; without what the libraries take.
+
+    Rows are taken to be as long as the longest prompt and response, and no token to exit.
+    """
+    m, g, sft = config.model, config.generation, config.sft
+    shape, device = read_shape(find_model(m.name, m.revision)[0]), pick_device(m.device)
+    dtype = DTYPES.get(m.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    prompts = load_prompts(config.data, "train", config.data.count, config.run.seed)
+    tokenizer = load_tokenizer(m.name, m.revision)
+    length = g.max_new_tokens + max(len(prompt_ids(tokenizer, p, config)) for p in prompts)
+    rows = min(sft.micro_batch, math.ceil(sft.batch_size / processes))
+    small = [dataclasses.replace(shape, blocks=blocks, vocab=1) for blocks in (2, 3)]
+    two, three = (left_by_token(Transformer(s).to(device, dtype), config.lora) for s in small)
+    with torch.device("meta"):
+        model = Transformer(shape).to(dtype)
+    attach(model, config.exits.layers, config.exits.head, config.lora)
+    ours = sum(p.nbytes for p in trained(model).values())
+    base = sum(p.nbytes for p in model.parameters()) - ours
+    read = len(prompts) * config.teacher.traces * g.max_new_tokens * shape.width * dtype.itemsize
+    cached = 2 * shape.blocks * shape.kv_heads * shape.head_dim * dtype.itemsize  # of a token
+    return {
+        "base": base,
+        "base, laid out for decoding": base if g.fast else 0,
+        "adapters and their gradients": 2 * ours,
+        "moments": 2 * ours,
+        "teacher's residuals": min(read, int(config.teacher.keep_mb * 1e6)),
+        "activations": rows * length * (two + (shape.blocks - 2) * (three - two)),
+        "logits chunk": 5 * 4 * shape.vocab * min(m.logits_chunk, rows * g.max_new_tokens),
+        "cache": cached * length * max(g.batch_size, config.evaluate.batch_size),
+    }
+
+
+def left_by_token(model: Transformer, lora: LoRAConfig, tokens: int = 64) -> int:
+    """Bytes that a token leaves for the backward pass, measured."""
+    left = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        left[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    attach(model, [], lora=lora)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train().run(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
+    for p in model.parameters():
+        left.pop(p.untyped_storage().data_ptr(), None)
+    return sum(left.values()) // tokens
+
+
 # --- the run directory ------------------------------------------------------------------------
 
 
@@ -203,8 +261,8 @@ def _lock(folder: Path) -> int:
 
 
 def _check_same_config(path: Path, config: Config) -> None:
-    old = asdict(load_config(path))
-    for section, values in asdict(config).items():
+    old = dataclasses.asdict(load_config(path))
+    for section, values in dataclasses.asdict(config).items():
         for key, value in values.items():
             name, before = f"{section}.{key}", old[section][key]
             if value != before and name not in MAY_CHANGE:
@@ -333,7 +391,7 @@ class Metrics:
             import wandb
 
             names = {"project": "nanoexit", "name": folder.name, "dir": str(folder)}
-            self.wandb = wandb.init(**names, config=asdict(config))
+            self.wandb = wandb.init(**names, config=dataclasses.asdict(config))
 
     def write(self, step: int, **values: Any) -> None:
         """Add the figures of step `step` (from 1). Raises UserError for one that is not finite."""

@@ -1,0 +1,51 @@
+"""What --plan says against the peaks of a step, as the profiler counts allocations."""
+
+import pytest
+from torch.profiler import ProfilerActivity, profile
+
+from nanoexit import sft, training
+from nanoexit.config import ROOT, load_config
+from nanoexit.teacher import Trace
+
+
+def peak(work) -> int:
+    """The most bytes that were allocated at once by work(), above those at its start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = top = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        top = max(top, now)
+    return top
+
+
+@pytest.mark.parametrize("chunk, dropout", [(16, 0.0), (512, 0.1)])
+def test_a_plan_is_within_15_percent_of_the_peak(chunk, dropout):
+    """Catches: a plan without a part that takes memory, or with one twice."""
+    overrides = [f"model.logits_chunk={chunk}", f"lora.dropout={dropout}", "data.count=8"]
+    overrides += ["sft.micro_batch=64", "sft.batch_size=128", "teacher.keep_mb=0"]
+    config = load_config(str(ROOT / "configs" / "tiny.yaml"), overrides)
+    plan = training.memory(config, processes=2)
+    model, tokenizer = training.load_student(config)
+    prompts = training.load_prompts(config.data, "train", 8, config.run.seed)
+    longest = max((training.prompt_ids(tokenizer, p, config) for p in prompts), key=len)
+    for head in model.exits.heads.values():
+        head.bias.data.fill_(-30)  # no token exits
+    config.sft.broad = 0.0
+    written = [5] * config.generation.max_new_tokens
+    traces = [Trace("", "", "", longest, written, "length")] * 64
+    teacher = sft.Teacher(model, traces, config)
+    optimizer = training.make_optimizer(training.trained(model).values(), 1e-3)
+
+    def step() -> None:
+        sft.step_losses(model, teacher, range(64), config, 0)
+        training.update(optimizer, 1e-3)
+
+    model.train()
+    step()
+    expected = plan["activations"] + plan["logits chunk"] + plan["adapters and their gradients"] / 2
+    assert peak(step) == pytest.approx(expected, rel=0.15)
+    assert plan["base"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    moments = [v.nbytes for state in optimizer.state.values() for v in state.values() if v.dim()]
+    assert plan["moments"] == sum(moments)
