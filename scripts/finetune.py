@@ -84,9 +84,13 @@ class Row:
 
 def main() -> None:
     args = command_line(__doc__, resume=True, schema=Recipe).parse_intermixed_args()
-    config = load_config(args.config, args.overrides, Recipe)
+    finetune(load_config(args.config, args.overrides, Recipe), args.resume)
+
+
+def finetune(config: Recipe, resume: bool) -> None:
+    """The whole job: training, the model folder written."""
     model, tokenizer = load(config)
-    with training.run_directory(config, args.resume) as folder:
+    with training.run_directory(config, resume) as folder:
         train(model, tokenizer, config, folder)
         source = find_model(config.model.name, config.model.revision)[0]
         save_merged(model, source, folder / "model")
@@ -106,10 +110,10 @@ def load(config: Recipe) -> tuple[Transformer, Tokenizer]:
     if deepest >= model.full_depth:
         expected = f"expected depths below {model.full_depth}"
         raise UserError(f"finetune.cap, finetune.early: {expected}, found {deepest}")
+    model.requires_grad_(f.weights == "all")
     if f.weights == "lora":
         attach(model, [], lora=config.lora, seed=config.run.seed)
     elif f.weights == "blocks":
-        model.requires_grad_(False)
         model.model.layers.requires_grad_(True)
     tokenizer.has_template = tokenizer.has_template and f.template
     return model, tokenizer
