@@ -30,7 +30,7 @@ from nanoexit.judge import Item, Judge, judge_summary, offline_rubric, repetitio
 from nanoexit.model import Transformer
 from nanoexit.reinforce import kept_samples
 from nanoexit.tasks import Prompt, Response, load_prompts
-from nanoexit.teacher import against_base, show_response, token_kinds
+from nanoexit.teacher import against_base, show_response
 from nanoexit.tokenizer import Tokenizer
 from nanoexit.training import progress
 
@@ -42,10 +42,7 @@ def measure(subject: Subject, variant: str, responses: Sequence[Response]) -> di
     kls, perplexity = against_base(model, responses, rows, chunk)
     lengths = [len(r.generation.tokens) for r in responses]
     depths = [d for r in responses for d in r.generation.depths]
-    pieces = [subject.tokenizer.pieces(r.generation.tokens) for r in responses]
-    kinds = [kind for row in zip(pieces, responses) for kind in token_kinds(*row)]
     deepest = [max(r.generation.depths) for r in responses]
-    groups = [r.prompt.group for r in responses]
     checked = [r for r in responses if r.prompt.checker != "none"]
     verdicts = [r.verdict for r in responses if r.verdict.steps]
     return {
@@ -59,13 +56,12 @@ def measure(subject: Subject, variant: str, responses: Sequence[Response]) -> di
         "mean_depth": float(np.mean(depths)),
         "max_depth": float(np.mean(deepest)),
         "max_depth_p95": float(np.percentile(deepest, 95)),
-        "max_depth_by_group": means(zip(groups, deepest)),
+        "max_depth_by_group": means((r.prompt.group, n) for r, n in zip(responses, deepest)),
         "full_depth": model.full_depth,
         "cap": model.cap,
         "layers_run": float(np.mean(depths)) / model.full_depth,
         "exit_rate": float(np.mean([d < model.deepest for d in depths])),
         "exit_histogram": {str(d): n / len(depths) for d, n in sorted(Counter(depths).items())},
-        "depth_by_kind": means(zip(kinds, depths)),
         "kl": float(np.average(kls, weights=lengths)),
         "perplexity": perplexity,
         "tokens": float(np.mean(lengths)),
@@ -100,9 +96,6 @@ def judged(responses: Sequence[Response], judge: Judge) -> dict:
         again = repetition(r.generation.tokens)
         item.scores = offline_rubric(sum(v.steps), v.claimed, len(v.steps), right, form, again)
     return judge_summary(items, "offline")
-
-
-# --- tables -----------------------------------------------------------------------------------
 
 
 # A figure in tables: its key in a row, title, format, and why it may be None; without a reason
@@ -151,7 +144,6 @@ DETAILS: tuple[Shown, ...] = (
     ("perplexity", "perplexity under the base", "{:.2f}", "not a number"),
     ("repetition", "repetition", "{:.3f}", ""),
     ("well_formed", "well formed", "{:.0%}", ""),
-    ("depth_by_kind", "mean depth, {}", "{:.2f}", ""),
 )
 
 
@@ -202,9 +194,6 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join([*text, *reasons])
 
 
-# --- a run ------------------------------------------------------------------------------------
-
-
 def evaluate_run(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -220,7 +209,7 @@ def evaluate_run(
     """
     started = time.time()
     prompts = load_prompts(config.data, "held_out", config.evaluate.count, config.run.seed)
-    rows, frontier, samples = [base] if base else [], [], kept_samples(folder, sys.maxsize)
+    rows, samples = [base] if base else [], kept_samples(folder, sys.maxsize)
     judge = Judge(config.judge, folder / "judge.jsonl") if thorough else None
     for variant, policy in variants(model, config)[len(rows) :]:
         subject = Subject(model, tokenizer, config, policy)
@@ -228,9 +217,10 @@ def evaluate_run(
             row, shown = evaluate_variant(subject, variant, prompts, judge)
         rows.append(row)
         samples += shown
+    frontier = []
     for policy in config.evaluate.frontier if thorough else ():
         subject = Subject(model, tokenizer, config, policy)
-        frontier.append(evaluate_variant(subject, "student", prompts)[0])
+        frontier.append(measure(subject, "student", subject.respond(prompts, "evaluate")))
     write_json_lines(folder / "samples.jsonl", samples)
     found = {"rows": rows, "frontier": frontier, "seed": config.run.seed, **origin(model, config)}
     write_text(folder / "evaluation.json", json.dumps(rounded(found), indent=1) + "\n")
@@ -251,7 +241,7 @@ def variants(model: Transformer, config: Config) -> list[tuple[str, str]]:
 
 
 def evaluate_variant(
-    subject: Subject, variant: str, prompts: Sequence[Prompt], judge: Judge | None = None
+    subject: Subject, variant: str, prompts: Sequence[Prompt], judge: Judge | None
 ) -> tuple[dict, list[dict]]:
     """-> the row of one variant, examined if there is a judge; its lines of samples.jsonl."""
     name, evaluate = f"{variant} ({subject.policy})", subject.config.evaluate
@@ -268,17 +258,15 @@ def evaluate_variant(
 
 
 def origin(model: Transformer, config: Config) -> dict:
-    """What figures belong to: the config, the base's weights and the commit."""
+    """What figures belong to: the config, the base's weights and the commit of this code.
+
+    The commit ends in "-dirty" where files differ from it, and is "unknown" outside git.
+    """
     weights = {key: getattr(model, key) for key in ("name", "revision", "content")}
-    return {"config": asdict(config), "model": weights, "commit": git_commit()}
-
-
-def git_commit() -> str:
-    """The commit of this code, "-dirty" where files differ from it; "unknown" outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    if not (ROOT / ".git").exists():
-        return "unknown"
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    command, commit = ["git", "describe", "--always", "--dirty", "--exclude", "*"], "unknown"
+    if (ROOT / ".git").exists():
+        commit = subprocess.check_output(command, cwd=ROOT, text=True).strip()
+    return {"config": asdict(config), "model": weights, "commit": commit}
 
 
 def summary_of(row: dict) -> dict:

@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -54,14 +54,6 @@ def legend(exit_layers: Sequence[int], full_depth: int, stream: TextIO) -> str:
 
 
 @dataclass
-class Line:
-    """A series of points: (x, y), or (x, y, low, high) with an interval around y."""
-
-    name: str
-    points: Sequence[tuple[float, ...]]
-
-
-@dataclass
 class Figure:
     """A drawing that grows downwards."""
 
@@ -89,11 +81,13 @@ class Figure:
         )
 
 
-def line_figure(title: str, x: str, y: str, lines: Sequence[Line], top: float = 0) -> Figure:
-    """Lines over axes that span zero and all points; the vertical one reaches `top` at least."""
-    lines = [line for line in lines if line.points]
-    drawn = [sorted(p for p in line.points if all(map(is_number, p))) for line in lines]
-    drawn = drawn[:MOST_LINES]
+def line_figure(title: str, x: str, y: str, lines: Mapping, top: float = 0) -> Figure:
+    """Lines over axes that span zero and all points; the vertical one reaches `top` at least.
+
+    lines: name -> points, (x, y) or (x, y, low, high) with an interval around y.
+    """
+    names = [name for name, points in lines.items() if points]
+    drawn = [sorted(p for p in lines[n] if all(map(is_number, p))) for n in names[:MOST_LINES]]
     across = Axis([point[0] for points in drawn for point in points], LEFT, RIGHT)
     up = Axis([top, *(v for points in drawn for point in points for v in point[1:])], BOTTOM, TOP)
     figure = Figure(title)
@@ -102,15 +96,15 @@ def line_figure(title: str, x: str, y: str, lines: Sequence[Line], top: float = 
     figure.body += f'<g transform="translate(0 {figure.height + 12})" data-x="{across}" '
     figure.body += f'data-y="{up}">{_axes(across, up, x)}'
     for index, points in enumerate(drawn):
-        figure.body += _curve(lines[index].name, points, f"var(--s{index})", across, up)
+        figure.body += _curve(names[index], points, f"var(--s{index})", across, up)
     figure.body += "</g>"
     figure.height += BOTTOM + 54
-    for index, (line, points) in enumerate(zip(lines, drawn)):
-        missing = len(line.points) - len(points)
+    for index, (name, points) in enumerate(zip(names, drawn)):
+        missing = len(lines[name]) - len(points)
         remark = f" (without {missing} points that are not numbers)" if missing else ""
-        figure.write(line.name + remark, f"var(--s{index})")
-    for line in lines[MOST_LINES:]:
-        figure.write(f"{line.name} (not drawn, beyond {MOST_LINES} lines)")
+        figure.write(name + remark, f"var(--s{index})")
+    for name in names[MOST_LINES:]:
+        figure.write(f"{name} (not drawn, beyond {MOST_LINES} lines)")
     return figure
 
 

@@ -375,7 +375,6 @@ function showVariants() { // those that this prompt has: a run may keep one roll
 function showResponses() {
   $("responses").hidden = false;
   root.classList.toggle("single", prompts.length === 1); // one prompt needs no picker
-  if (data.left_out) $("left-out").textContent = `The last ${data.left_out} responses are left out to keep this page small.`;
   fillPicker();
   choose(0);
   $("search").addEventListener("input", fillPicker);

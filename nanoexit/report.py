@@ -5,8 +5,8 @@ Content-Security-Policy allows its own script, by hash, and nothing else. Text o
 reaches it as the escaped names of figures, or as data: JSON, deflated, in base64, which report.js
 inflates and shows by textContent.
 
-A page stays under 3 MB: the responses that do not fit are left out, and the page says how many.
-Cells and figures are evaluate's. A base that runs share is shown once.
+200 responses of 400 tokens make a page of less than 3 MB. Cells and figures are evaluate's. A base
+that runs share is shown once.
 """
 
 import base64
@@ -25,9 +25,8 @@ from typing import Any
 
 from nanoexit.config import UserError, read_json, read_json_lines, rounded, write_text
 from nanoexit.evaluate import table_cells
-from nanoexit.figures import CSS, Line, is_number, line_figure
+from nanoexit.figures import CSS, is_number, line_figure
 
-BUDGET = 2_800_000  # bytes of data
 FILES = ("samples.jsonl", "metrics.jsonl", "evaluation.json")
 BASE = ("policy", "accuracy", "perplexity", "prompt", "text")  # where equal, the base is the same
 SHARES = ("accuracy", "written", "target exit", "student exit", "same answer", "exits")
@@ -72,6 +71,7 @@ def write_page(path: str | Path, runs: Sequence[Run], title: str = "", note: str
         evaluation = _evaluation(rows, points)
     with _errors_name(runs, "samples.jsonl"):
         samples = _responses(runs)
+    data = {"samples": samples, "table": table, "single": len(runs) == 1}
     fills = {
         "title": escape(title or ", ".join(run.name for run in runs)),
         "note": escape(note),
@@ -80,7 +80,7 @@ def write_page(path: str | Path, runs: Sequence[Run], title: str = "", note: str
         "js": js,
         "evaluation": evaluation,
         "training": _training(runs),
-        "data": _packed(samples, {"table": table, "single": len(runs) == 1}),
+        "data": base64.b64encode(zlib.compress(json.dumps(rounded(data)).encode())).decode(),
     }
     write_text(Path(path), Template(html).substitute(fills))
 
@@ -119,18 +119,6 @@ def _responses(runs: Sequence[Run]) -> list[dict]:
     return sorted(samples, key=lambda sample: "step" in sample)
 
 
-def _packed(samples: Sequence[dict], rest: dict) -> str:
-    """JSON, deflated, in base64; a tenth of the responses goes until it is within BUDGET."""
-    samples = rounded(samples)
-    kept = len(samples)
-    while True:
-        data = {"samples": samples[:kept], "left_out": len(samples) - kept, **rest}
-        packed = base64.b64encode(zlib.compress(json.dumps(data).encode())).decode()
-        if len(packed) <= BUDGET or kept < 2:
-            return packed
-        kept = kept * 9 // 10
-
-
 def _evaluation(rows: Sequence[dict], points: Sequence[dict]) -> str:
     """Accuracy against depth, a line a kind of policy; then the curves of the rows."""
     policies: dict[str, list] = defaultdict(list)
@@ -158,16 +146,16 @@ def _training(runs: Sequence[Run]) -> str:
     for run in runs:
         for row in run.metrics:
             for key, value in row.items():
-                for place, y in enumerate(value, 1) if isinstance(value, list) else [("", value)]:
-                    name = f"{run.name} exit {place}" if place else run.name
+                values = value if isinstance(value, list) else [value]
+                for place, y in enumerate(values, start=1):
+                    name = f"{run.name} exit {place}" if values is value else run.name
                     metrics[key.replace("_", " ")][name].append((row.get("step"), y))
     return "".join(_figure(key, "step", key, metrics[key]) for key in metrics if key != "step")
 
 
-def _figure(title: str, x: str, y: str, found: dict[str, list]) -> str:
+def _figure(title: str, x: str, y: str, lines: dict[str, list]) -> str:
     """A figure as HTML; "" if no point can be drawn. The vertical axis of a share reaches 1."""
-    if not any(all(map(is_number, point)) for points in found.values() for point in points):
+    if not any(all(map(is_number, point)) for points in lines.values() for point in points):
         return ""
-    lines = [Line(name, points) for name, points in found.items()]
     svg = line_figure(title, x, y, lines, float(y in SHARES)).svg(alone=False)
     return f'<figure class="figure">{svg}</figure>\n'

@@ -18,7 +18,7 @@ from bench_measure import in_turn, load, middle, peak, peer, prompts, report, sn
 
 from nanoexit.config import LoRAConfig, write_text
 from nanoexit.exits import attach
-from nanoexit.figures import Line, line_figure
+from nanoexit.figures import line_figure
 from nanoexit.score import divergence, readout_kl, score
 from nanoexit.weights import DTYPES, load_model
 
@@ -127,7 +127,7 @@ def draw_growth(
     first = middle(rounds[next(iter(rounds))])[0]
     scale, unit = (1.0, unit) if unit else (first, f"times that at {next(iter(rounds))}")
     points = [(n, middle(values)[0] / scale) for n, values in rounds.items()]
-    figure = line_figure(work.capitalize(), "tokens", unit, [Line(work, points)])
+    figure = line_figure(work.capitalize(), "tokens", unit, {work: points})
     write_text(args.out / f"{file}.svg", figure.svg())
     print(f"{work}: " + ", ".join(f"{y:.4g} {unit} at {n}" for n, y in points))
     ratio = middle([b / a for a, b in zip(rounds[before], rounds[last])])

@@ -34,7 +34,7 @@ from nanoexit.config import ROOT, Config, UserError, load_config, read_json, run
 from nanoexit.evaluate import cell, entries, evaluate_run, origin, table
 from nanoexit.exits import as_base
 from nanoexit.faithfulness import OUTCOMES, Subject, preflight
-from nanoexit.figures import CSS, Figure, Line, line_figure
+from nanoexit.figures import CSS, Figure, line_figure
 from nanoexit.reinforce import run_reinforce
 from nanoexit.sft import run_sft
 from nanoexit.tasks import load_prompts
@@ -332,20 +332,20 @@ def over_seeds(rows: Sequence[dict], key: str, form: str) -> str:
     return cell(sum(found) / len(found) if found else None, form) + span
 
 
-def curve(name: str, pairs: Sequence[tuple]) -> Line:
-    """(x, y) pairs of several seeds -> a line through the means, with ranges. "6 steps" is 6."""
+def curve(pairs: Sequence[tuple]) -> list[tuple]:
+    """(x, y) pairs of several seeds -> the means, with ranges. The x of "6 steps" is 6."""
     ys = defaultdict(list)
     for x, y in pairs:
         if x != "" and y is not None:
             ys[float(str(x).split()[0].rstrip("%"))].append(y)
     spans = {x: (min(vs), max(vs)) if len(vs) > 1 else () for x, vs in ys.items()}
-    return Line(name, [(x, float(np.mean(ys[x])), *spans[x]) for x in sorted(ys)])
+    return [(x, float(np.mean(ys[x])), *spans[x]) for x in sorted(ys)]
 
 
 def entry_figure(arms: dict, key: str, title: str, x: str, y: str, top: float) -> Figure:
     """A line an arm through the entries of one figure."""
     pairs = {n: [p for row in rows for p in entries(row, key).items()] for n, rows in arms.items()}
-    return line_figure(title, x, y, [curve(*pair) for pair in pairs.items()], top)
+    return line_figure(title, x, y, {name: curve(pairs[name]) for name in pairs}, top)
 
 
 def draw(results: Sequence[dict]) -> dict[str, Figure]:
@@ -360,11 +360,11 @@ def draw(results: Sequence[dict]) -> dict[str, Figure]:
     parts = [("written", 1), ("accuracy", 1), ("max_depth", BLOCKS)]
     pairs = {key: [(row["lambda"], row[key] / most) for row in plain] for key, most in parts}
     pairs["opaque serial depth, share of 8"] = pairs.pop("max_depth")
-    lines = [curve(*pair) for pair in pairs.items()]
+    lines = {name: curve(pairs[name]) for name in pairs}
     found["externalization"] = line_figure("Externalization", "lambda", "", lines, 1)
     rules = by_arm([row for row in results if row["strength"]], "targets")
     pairs = {t: [(r["mean_depth"], r["accuracy"]) for r in rows] for t, rows in rules.items()}
-    title, lines = "SFT: whose readouts set the targets?", [curve(*pair) for pair in pairs.items()]
+    title, lines = "SFT: whose readouts set the targets?", {t: curve(pairs[t]) for t in pairs}
     found["sft_frontier"] = line_figure(title, "mean depth", "accuracy", lines, 1)
     return {key: figure for key, figure in found.items() if figure.body.count("<polyline") > 1}
 

@@ -114,8 +114,8 @@ def test_a_line_of_the_table_and_a_line_of_a_figure():
     assert script.over_seeds(rows[:1], "b.2 steps", "{:.1f}") == "1.0"
     assert script.over_seeds(rows, "b.3 steps", "{:.1f}") == "–"
     pairs = [pair for row in rows for pair in script.entries(row, "b").items()]
-    assert script.curve("x", pairs).points == [(1.0, 3.0), (2.0, 1.5, 1, 2)]
-    assert script.curve("x", [("25% kept", 1.0), (0.0, 2.0)]).points == [(0.0, 2.0), (25.0, 1.0)]
+    assert script.curve(pairs) == [(1.0, 3.0), (2.0, 1.5, 1, 2)]
+    assert script.curve([("25% kept", 1.0), (0.0, 2.0)]) == [(0.0, 2.0), (25.0, 1.0)]
 
 
 def test_what_the_preflight_says():

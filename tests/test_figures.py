@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from nanoexit.config import ROOT
-from nanoexit.figures import TERMINAL, Axis, Line, has_colors, legend, line_figure, paint
+from nanoexit.figures import TERMINAL, Axis, has_colors, legend, line_figure, paint
 
 EVIL = '</text><script>"'
 COLOURS = {"TERM": "xterm-256color"}
@@ -94,7 +94,7 @@ def test_axes_do_not_dramatize():
 def test_a_line_stands_where_it_should():
     """Catches: an upside-down axis, an interval away from its point, a line that runs back."""
     points = [(2, 0.9, 0.8, 1.0), (1, 0.5, 0.4, 0.6)]
-    svg = line_figure("t", "x", "y", [Line("a", points)], 1).svg()
+    svg = line_figure("t", "x", "y", {"a": points}, 1).svg()
     (x0, y0), (x1, y1) = (p.split(",") for p in re.search(r'points="(\S+) (\S+)"', svg).groups())
     assert float(x0) < float(x1) and float(y0) > float(y1)
     bottom, top = map(float, re.search(rf'd="M{x0} (\S+)V(\S+)"', svg).groups())
@@ -103,9 +103,9 @@ def test_a_line_stands_where_it_should():
 
 def test_what_is_not_drawn_is_named():
     """Catches: a ninth line in the colour of the first, a NaN drawn, a point for each step."""
-    lines = [Line(f"arm {i}", [(n, 1) for n in range(10_000)]) for i in range(10)]
-    lines[0] = Line("arm 0", [(0, 1), (1, float("nan")), ("x", True)])
-    svg = line_figure("t", "x", "y", [*lines, Line("empty", [])]).svg()
+    lines = {f"arm {i}": [(n, 1) for n in range(10_000)] for i in range(10)}
+    lines["arm 0"] = [(0, 1), (1, float("nan")), ("x", True)]
+    svg = line_figure("t", "x", "y", lines | {"empty": []}).svg()
     assert svg.count("<polyline") == 8 and "nan" not in svg and svg.count(",") < 1000
     text = " ".join(ElementTree.fromstring(svg).itertext())
     assert "arm 0 (without 2 points that are not numbers)" in text and "empty" not in text
@@ -115,7 +115,7 @@ def test_what_is_not_drawn_is_named():
 @pytest.mark.parametrize("alone", [True, False])
 def test_names_are_text(alone):
     """Catches: a name that becomes markup, a file that is no XML or is drawn in black."""
-    lines = [Line(EVIL + str(i), [(0, 1), (1, i)]) for i in range(9)]
+    lines = {EVIL + str(i): [(0, 1), (1, i)] for i in range(9)}
     svg = line_figure(EVIL, EVIL, EVIL, lines).svg(alone)
     tree = ElementTree.fromstring(svg)
     assert not [node for node in tree.iter() if node.tag.endswith("script")]
