@@ -146,6 +146,7 @@ class RunConfig:
     init: str | None = knob(None, "start from the adapters and heads of this run")
     threads: int | None = knob(None, "CPU threads; null is torch's own choice", 1, 4096)
     wandb: bool = knob(False, "mirror metrics to Weights & Biases")
+    shard: bool = knob(False, "each process holds a share of the base, and all do the same work")
     patience: int = knob(1800, "seconds until a process that does not answer ends the run", 1)
 
 

@@ -48,9 +48,10 @@ def respond(
     g = config.generation
     temperature = g.temperature if temperature is None else temperature
     ids = [prompt_ids(tokenizer, prompt, config) for prompt in prompts]
+    fast = g.fast and not config.run.shard
     with progress(len(ids), show) as bar:
         tick = lambda *_: bar.update()  # noqa: E731
-        settings = Sampling(g.top_p, g.top_k, None, batch_size, forced, streams, tick, g.fast)
+        settings = Sampling(g.top_p, g.top_k, None, batch_size, forced, streams, tick, fast)
         written = generate(model, ids, policy, g.max_new_tokens, temperature, seed, settings)
     return [read_response(tokenizer, *row) for row in zip(prompts, ids, written)]
 

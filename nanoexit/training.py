@@ -14,6 +14,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from datetime import timedelta
 from importlib.util import find_spec
 from itertools import count
@@ -42,7 +43,7 @@ from nanoexit.config import (
 )
 from nanoexit.exits import attach, check_cap, parse_policy
 from nanoexit.judge import check_judge
-from nanoexit.lora import adapters
+from nanoexit.lora import adapters, linear_maps
 from nanoexit.model import Transformer
 from nanoexit.tasks import Prompt, check_prompts, load_prompts
 from nanoexit.tokenizer import Tokenizer, find_model, load_tokenizer
@@ -53,8 +54,9 @@ try:
 except ImportError:  # Windows: without a lock
     fcntl = None  # type: ignore[assignment]
 
-MAY_CHANGE = ["run.dir", "run.wandb", "run.threads", "run.patience", "model.device"]
-MAY_CHANGE += ["model.logits_chunk", "sft.save_every", "sft.micro_batch"]
+ALIKE = ContextVar("all processes do the same work: run.shard", default=False)
+MAY_CHANGE = ["run.dir", "run.wandb", "run.threads", "run.patience", "run.shard"]
+MAY_CHANGE += ["model.device", "model.logits_chunk", "sft.save_every", "sft.micro_batch"]
 MAY_CHANGE += ["rl.save_every", "rl.micro_batch"]
 
 
@@ -72,6 +74,8 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
         raise UserError("run.wandb is true, but wandb is not installed: pip install wandb")
     _check_folder(Path(config.run.dir), resume)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if config.run.shard and ranks == 1:
+        raise UserError("run.shard: expected several processes, as torchrun starts, found one")
     if reinforce:  # its gradient is only right for samples of the model's own distribution
         for key, expected in {"temperature": 1.0, "top_p": 1.0, "top_k": 0}.items():
             found = getattr(config.generation, key)
@@ -79,7 +83,7 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
                 raise UserError(f"generation.{key}: REINFORCE expects {expected}, found {found}")
         if config.rl.prompts < ranks:
             raise UserError(f"rl.prompts: {config.rl.prompts} is fewer than {ranks} processes")
-    elif config.lora.dropout and ranks > 1:
+    elif config.lora.dropout and ranks > 1 and not config.run.shard:
         most, found = max(1, config.sft.batch_size // ranks), config.sft.micro_batch
         if found > most:
             reason = f"for {ranks} processes, as dropout is drawn by micro-batch"
@@ -96,7 +100,7 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     m, exits, init = config.model, config.exits, config.run.init
     if init and m.revision is None and adapter_base(init)[0] == m.name:
         m.revision = adapter_base(init)[1]
-    model = load_model(m.name, m.device, m.dtype, m.revision)
+    model = load_model(m.name, "cpu" if config.run.shard else m.device, m.dtype, m.revision)
     tokenizer = load_tokenizer(m.name, m.revision)
     attach(model, exits.layers, exits.head, config.lora, exits.cap, config.run.seed)
     if init:
@@ -110,7 +114,25 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     for cap in config.evaluate.caps:
         check_cap(model, cap, "evaluate.caps")
     _check_lengths(model, tokenizer, config)
+    if config.run.shard:
+        shard(model, pick_device(m.device))
     return model, tokenizer
+
+
+def shard(model: Transformer, device: torch.device) -> None:
+    """Leave a share of each linear map of the base in this process, by torch's FSDP2.
+
+    A map is gathered for each product, so all processes must do the same work, and are slow.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # slow to import
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for _, linear in linear_maps(model):
+        ours = {*trained(linear).values()}
+        fully_shard(linear, mesh=mesh, reshard_after_forward=True, ignored_params=ours)
+    model.to(device)
+    model(torch.zeros(1, 1, dtype=torch.long, device=device))  # not first in inference mode
 
 
 def _attached(model: Transformer) -> dict[str, Any]:
@@ -163,11 +185,14 @@ def memory(config: Config, processes: int = 1) -> dict[str, int]:
     attach(model, config.exits.layers, config.exits.head, config.lora)
     ours = sum(p.nbytes for p in trained(model).values())
     base = sum(p.nbytes for p in model.parameters()) - ours
+    if config.run.shard:
+        maps = sum(linear.weight.nbytes for _, linear in linear_maps(model))
+        base -= maps - maps // processes
     read = len(prompts) * config.teacher.traces * g.max_new_tokens * shape.width * dtype.itemsize
     cached = 2 * shape.blocks * shape.kv_heads * shape.head_dim * dtype.itemsize  # of a token
     return {
         "base": base,
-        "base, laid out for decoding": base if g.fast else 0,
+        "base, laid out for decoding": base if g.fast and not config.run.shard else 0,
         "adapters and their gradients": 2 * ours,
         "moments": 2 * ours,
         "teacher's residuals": min(read, int(config.teacher.keep_mb * 1e6)),
@@ -292,7 +317,7 @@ def update(optimizer: Optimizer, lr: float) -> float:
     Raises UserError for a norm that is not finite, before any weight changes.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in parameters if dist.is_initialized() else ():  # the same order in every process
+    for p in parameters if sharing() else ():  # the same order in every process
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         total(p.grad)
     norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
@@ -421,11 +446,17 @@ def processes(config: Config) -> Iterator[None]:
         config.model.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(config.model.device)
     patience = timedelta(seconds=config.run.patience)
+    ALIKE.set(config.run.shard)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def sharing() -> bool:
+    """Whether processes share the work of a step."""
+    return dist.is_initialized() and not ALIKE.get()
 
 
 def is_main() -> bool:
@@ -434,21 +465,22 @@ def is_main() -> bool:
 
 def mine(items: Sequence) -> list:
     """The share of a step's items that this process takes."""
-    if not dist.is_initialized():
+    if not sharing():
         return list(items)
     return list(items[dist.get_rank() :: dist.get_world_size()])
 
 
 def my_batches(items: int, size: int) -> list[range]:
     """The micro-batches of at most `size` items that this process takes of a step."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    ranks = dist.get_world_size() if sharing() else 1
     size = min(size, math.ceil(items / ranks))
     return mine([range(start, min(start + size, items)) for start in range(0, items, size)])
 
 
 def total(tensor: Tensor) -> Tensor:
     """Sum over processes, in place."""
-    _together(dist.all_reduce, tensor)
+    if sharing():
+        _together(dist.all_reduce, tensor)
     return tensor
 
 
@@ -464,4 +496,4 @@ def _together(collective: Callable, *tensors: Tensor) -> None:
             collective(*tensors)
         except RuntimeError as error:
             problem = "another process ended, or did not answer for run.patience seconds"
-            raise UserError(f"{problem}: {error}") from None
+            raise UserError(f"{problem}: {str(error).partition('. ')[0]}") from None

@@ -83,6 +83,29 @@ def test_processes_make_what_one_makes(tmp_path, monkeypatch):
                 assert torch.allclose(tensor, b[key], rtol=0, atol=1e-5), (name, key)
 
 
+def shard_work(folder: Path) -> None:
+    """SFT with the base in shares; the bytes of the base that are left in this process."""
+    config = load_config(TINY, [*SMALL, f"run.dir={folder}", "run.shard=true"])
+    with processes(config):
+        model, tokenizer = load_student(config)
+        base = [p for p in model.parameters() if not p.requires_grad]
+        here = sum(getattr(p, "_local_tensor", p).nbytes for p in base)
+        assert here < 0.55 * sum(p.nbytes for p in base)
+        with run_directory(config, resume=False) as run:
+            sft.run_sft(model, tokenizer, config, run)
+
+
+def test_a_base_in_shares_trains_to_the_same_weights(tmp_path):
+    """Catches: a share that is not gathered, or all of the base kept in each process."""
+    run_work(tmp_path, ["sft"])
+    assert fork(shard_work, tmp_path / "shares") == [0, 0]
+    a, b = (
+        load_file(tmp_path / name / "adapter/adapter_model.safetensors")
+        for name in ("sft", "shares")
+    )
+    assert all(torch.allclose(t, b[key], rtol=0, atol=1e-4) for key, t in a.items())
+
+
 def test_dropout_needs_a_micro_batch_for_each_process(monkeypatch):
     """Catches: a number of processes at which dropout would be drawn otherwise, without a word."""
     monkeypatch.setenv("WORLD_SIZE", "3")
