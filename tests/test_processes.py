@@ -20,13 +20,16 @@ from nanoexit.training import load_student, processes, run_directory
 
 TINY = str(ROOT / "configs" / "tiny.yaml")
 SMALL = ["data.count=16", "teacher.chunk=8", "lora.dropout=0.1", "run.threads=1"]
-SMALL += ["sft.steps=4", "sft.batch_size=8", "sft.micro_batch=4", "sft.save_every=1"]
-SMALL += ["rl.steps=3", "rl.prompts=3", "rl.rollouts=4", "rl.kl_weight=0.1"]
+SMALL += ["sft.steps=3", "sft.batch_size=8", "sft.micro_batch=4", "sft.save_every=1"]
+SMALL += ["rl.steps=2", "rl.prompts=3", "rl.rollouts=4", "rl.kl_weight=0.1"]
 WORK = {"sft": sft.run_sft, "stopped": sft.run_sft, "rl": reinforce.run_reinforce}
 
 
-def fork(work, *args) -> list[int | None]:
-    """work(*args) in two processes, as torchrun would start them -> their exit codes."""
+def fork(work, *args, others: float = 20) -> list[int | None]:
+    """work(*args) in two processes, as torchrun would start them -> their exit codes.
+
+    others: seconds that process 1 may take longer than process 0.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -37,7 +40,7 @@ def fork(work, *args) -> list[int | None]:
         started.append(context.Process(target=begin, args=(its, work, args)))
         started[-1].start()
     started[0].join()
-    started[1].join(5)
+    started[1].join(others)
     codes = [process.exitcode for process in started]
     started[1].kill()
     return codes
@@ -60,27 +63,39 @@ def run_work(folder: Path, names: list[str]) -> None:
                 WORK[name](model, tokenizer, config, run)
 
 
-def test_processes_make_what_one_makes(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """What one process makes; "stopped" is its SFT at step 2."""
+    folder, save = tmp_path_factory.mktemp("one"), training.save_checkpoint
+
+    def keep_step_2(run: Path, step: int, *rest) -> None:
+        save(run, step, *rest)
+        if step == 2 and run.name == "sft":
+            shutil.copytree(run, folder / "stopped")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", keep_step_2)
+        run_work(folder, ["sft", "rl"])
+    return folder
+
+
+def most_different(a: Path, b: Path) -> float:
+    """The largest difference of two runs' weights."""
+    most = 0.0
+    for file in ("adapter_model.safetensors", "exit_heads.safetensors"):
+        found = load_file(b / "adapter" / file)
+        for name, tensor in load_file(a / "adapter" / file).items():
+            most = max(most, (tensor - found[name]).abs().max().item())
+    return most
+
+
+def test_processes_make_what_one_makes(one, tmp_path):
     """Catches: gradients over the wrong count, rows twice or never, noise or dropout that depends
     on ranks; a checkpoint that another number of processes continues to other weights."""
-    one, two, save = tmp_path / "one", tmp_path / "two", training.save_checkpoint
-
-    def keep_step_2(folder: Path, step: int, *rest) -> None:
-        save(folder, step, *rest)
-        if step == 2 and folder.name == "sft":
-            shutil.copytree(folder, two / "stopped")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "save_checkpoint", keep_step_2)
-        run_work(one, ["sft", "rl"])
-    assert fork(run_work, two, ["sft", "stopped", "rl"]) == [0, 0]
+    shutil.copytree(one / "stopped", tmp_path / "stopped")
+    assert fork(run_work, tmp_path, [*WORK]) == [0, 0]
     for name in WORK:
-        files = ("adapter_model.safetensors", "exit_heads.safetensors")
-        for file in files:
-            a = load_file(one / name.replace("stopped", "sft") / "adapter" / file)
-            b = load_file(two / name / "adapter" / file)
-            for key, tensor in a.items():
-                assert torch.allclose(tensor, b[key], rtol=0, atol=1e-5), (name, key)
+        assert most_different(one / name.replace("stopped", "sft"), tmp_path / name) < 1e-5
 
 
 def shard_work(folder: Path) -> None:
@@ -95,15 +110,10 @@ def shard_work(folder: Path) -> None:
             sft.run_sft(model, tokenizer, config, run)
 
 
-def test_a_base_in_shares_trains_to_the_same_weights(tmp_path):
+def test_a_base_in_shares_trains_to_the_same_weights(one, tmp_path):
     """Catches: a share that is not gathered, or all of the base kept in each process."""
-    run_work(tmp_path, ["sft"])
-    assert fork(shard_work, tmp_path / "shares") == [0, 0]
-    a, b = (
-        load_file(tmp_path / name / "adapter/adapter_model.safetensors")
-        for name in ("sft", "shares")
-    )
-    assert all(torch.allclose(t, b[key], rtol=0, atol=1e-4) for key, t in a.items())
+    assert fork(shard_work, tmp_path / "run") == [0, 0]
+    assert most_different(one / "sft", tmp_path / "run") < 1e-4
 
 
 def test_dropout_needs_a_micro_batch_for_each_process(monkeypatch):
@@ -115,7 +125,7 @@ def test_dropout_needs_a_micro_batch_for_each_process(monkeypatch):
 
 def lose_a_process(how: str) -> None:
     """Rank 1 is killed or hangs; exit code 7 where rank 0 notices."""
-    config = load_config(TINY, ["run.patience=2"])
+    config = load_config(TINY, ["run.patience=1"])
     with processes(config):
         if training.is_main():
             with pytest.raises(UserError, match="ended, or did not answer"):
@@ -128,7 +138,7 @@ def lose_a_process(how: str) -> None:
 def test_a_lost_process_ends_the_others(how):
     """Catches: a run that waits for ever for a process that was killed or does not answer."""
     started = time.monotonic()
-    codes = fork(lose_a_process, how)
+    codes = fork(lose_a_process, how, others=1)
     assert codes == [7, -9 if how == "killed" else None] and time.monotonic() - started < 12
 
 
