@@ -19,7 +19,7 @@ Sources: stick-breaking as in PonderNet (Banino et al. 2021); `confidence` is th
 import contextlib
 import math
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +154,17 @@ def sample_depths(chance: Tensor, u: Tensor, layers: Sequence[int], deepest: int
 # --- policies ---------------------------------------------------------------------------------
 
 
+class Asked(NamedTuple):
+    """n tokens that have come to a depth where they may exit."""
+
+    model: Transformer
+    depth: int
+    at: Tensor  # [n] their places in B*T
+    h: Tensor  # [n, D] residuals
+    z: Any  # [n] log-odds of the head at this depth; None without one
+    u: Tensor  # [n] uniform noise
+
+
 class Policy:
     """Decides which tokens exit: full, head, fixed, kl or confidence, as parse_policy explains."""
 
@@ -162,25 +173,21 @@ class Policy:
 
     def layers(self, model: Transformer) -> tuple[int, ...]:
         """The depths at which it wants to decide."""
+        if self.name == "full":
+            return ()
+        if self.name == "fixed":
+            return (int(self.value),) if self.value < model.deepest else ()
         heads = exit_depths(model)
-        if self.name in ("full", "head"):
-            return heads if self.name == "head" else ()
-        every = range(1, model.deepest)
-        if self.name == "fixed":
-            return tuple(depth for depth in every if depth == self.value)
-        return heads or tuple(every)
+        return heads if self.name == "head" or heads else tuple(range(1, model.deepest))
 
-    def exits(self, ask: "Ask", depth: int, h: Tensor, z: Any, u: Tensor, at: Tensor) -> Tensor:
-        """Which of n tokens exit at this depth, [n] bool.
-
-        h [n, D] residuals, z [n] log-odds of the head, u [n] noise, at [n] places in B*T.
-        """
+    def exits(self, asked: Asked) -> Tensor:
+        """Which of the tokens exit, [n] bool."""
         if self.name == "fixed":
-            return torch.ones_like(at, dtype=torch.bool)
+            return torch.ones_like(asked.at, dtype=torch.bool)
         if self.name == "confidence":
-            return ask.model.readout(h).float().softmax(-1).amax(-1) >= self.value
-        p = torch.sigmoid(z)
-        return u < p if self.value is None else p > self.value
+            return asked.model.readout(asked.h).float().softmax(-1).amax(-1) >= self.value
+        p = torch.sigmoid(asked.z)
+        return asked.u < p if self.value is None else p > self.value
 
 
 class Prescribed(Policy):
@@ -194,8 +201,8 @@ class Prescribed(Policy):
         used = self.depths.unique().tolist()  # host sync
         return tuple(depth for depth in used if 0 < depth < model.deepest)
 
-    def exits(self, ask: "Ask", depth: int, h: Tensor, z: Any, u: Tensor, at: Tensor) -> Tensor:
-        return self.depths[at] == depth
+    def exits(self, asked: Asked) -> Tensor:
+        return self.depths[asked.at] == asked.depth
 
 
 def parse_policy(text: str, model: Transformer | None = None, where: str = "") -> Policy:
@@ -256,7 +263,7 @@ class Ask:
         if depth not in self.decides:
             return None
         u = h.new_zeros(len(at)) if self.noise is None else self.noise[at, self.decides[depth]]
-        return self.policy.exits(self, depth, h, z, u, at)
+        return self.policy.exits(Asked(self.model, depth, at, h, z, u))
 
     def logprobs(self, depths: Tensor) -> Tensor:
         """depths [N] -> log p(exit there) [N] float32; 0 without heads."""

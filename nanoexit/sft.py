@@ -33,7 +33,7 @@ from torch import Tensor
 from nanoexit import training
 from nanoexit.adapters import save_adapter
 from nanoexit.config import Config
-from nanoexit.exits import Ask, Policy, Watch, as_base, exit_depths, target_chance
+from nanoexit.exits import Asked, Policy, Watch, as_base, exit_depths, target_chance
 from nanoexit.model import Transformer
 from nanoexit.score import Aligned, align, readout_kl, run_and_score
 from nanoexit.teacher import Trace, make_traces
@@ -70,19 +70,19 @@ class Draw(Policy):
     def layers(self, model: Transformer) -> tuple[int, ...]:
         return self.depths
 
-    def exits(self, ask: Ask, depth: int, h: Tensor, z: Any, u: Tensor, at: Tensor) -> Tensor:
-        column, slot = self.depths.index(depth), self.slot[at]
-        asked = slot >= 0  # prompt tokens before the first readout do not exit
-        k = slot[asked]
+    def exits(self, asked: Asked) -> Tensor:
+        column, slot = self.depths.index(asked.depth), self.slot[asked.at]
+        response = slot >= 0  # prompt tokens before the first readout do not exit
+        k = slot[response]
         if self.base_kl is not None:
             self.kl[k, column] = self.base_kl[k, column]
         else:
-            early = h[asked].detach()
-            self.kl[k, column] = readout_kl(ask.model, self.teacher[k], early, self.chunk)
+            early = asked.h[response].detach()
+            self.kl[k, column] = readout_kl(asked.model, self.teacher[k], early, self.chunk)
         self.reached[k, column] = True
         left = len(self.depths) + 1 - column  # depths still to choose from
-        chance = torch.where(self.uniform[slot], 1 / left, z.detach().sigmoid())
-        return asked & (u < chance)
+        chance = torch.where(self.uniform[slot], 1 / left, asked.z.detach().sigmoid())
+        return response & (asked.u < chance)
 
 
 def exit_loss(z: Tensor, kl: Tensor, strength: float) -> Tensor:

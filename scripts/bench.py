@@ -19,7 +19,6 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import _path  # noqa: F401
 import torch
@@ -41,7 +40,7 @@ from bench_measure import (
 from torch import Tensor, nn
 
 from nanoexit.config import ROOT, LoRAConfig, UserError, run_script
-from nanoexit.exits import Ask, Policy, attach
+from nanoexit.exits import Asked, Policy, attach
 from nanoexit.fast import FastModel
 from nanoexit.lora import attach_lora
 from nanoexit.model import Transformer
@@ -95,8 +94,8 @@ class Mixed(Policy):
     def layers(self, model: Transformer) -> tuple[int, ...]:
         return self.depths
 
-    def exits(self, ask: Ask, depth: int, h: Tensor, z: Any, u: Tensor, at: Tensor) -> Tensor:
-        return u < 1 / (len(self.depths) + 1 - self.depths.index(depth))
+    def exits(self, asked: Asked) -> Tensor:
+        return asked.u < 1 / (len(self.depths) + 1 - self.depths.index(asked.depth))
 
 
 def quarters(L: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanoexit.config import ROOT, UserError
+from nanoexit.exits import Asked
 from nanoexit.generate import Sampling, generate
 from nanoexit.weights import load_model
 
@@ -47,13 +48,12 @@ def test_a_ratio_says_how_many_times_faster():
 
 def test_mixed_depths_are_equally_likely():
     """Catches: a chance that forgets which tokens have exited before."""
-    policy, u = (
-        bench.Mixed((2, 4, 6)),
-        torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)),
-    )
+    policy = bench.Mixed((2, 4, 6))
+    u = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0))
     left, counts = torch.ones(4000, dtype=torch.bool), []
     for column, depth in enumerate(policy.depths):
-        gone = policy.exits(None, depth, None, None, u[:, column], None) & left
+        asked = Asked(None, depth, None, None, None, u[:, column])
+        gone = policy.exits(asked) & left
         counts.append(int(gone.sum()))
         left &= ~gone
     assert all(abs(n - 1000) < 120 for n in [*counts, int(left.sum())])
