@@ -13,6 +13,7 @@ distribution at one uniform number. Host syncs of a step: those of `run`, and on
 tokens.
 """
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -101,58 +102,65 @@ def generate(
     empty prompt, one that leaves no room below the model's largest position, a value out of range,
     and logits that are not finite.
     """
-    _check(model, prompts, max_new_tokens, temperature, settings)
     policy = parse_policy(policy, model) if isinstance(policy, str) else policy
+    seeds = seed if isinstance(seed, Sequence) else [seed]
+    decoder = _Decoder(model, policy, prompts, max_new_tokens, temperature, seeds, settings)
     was_training = model.training
     model.eval()
     try:
-        decoder = _Decoder(model, policy, prompts, max_new_tokens, temperature, seed, settings)
         while decoder.waiting or decoder.rows:
             decoder.admit()
             decoder.step()
-        return decoder.results
     finally:
         model.train(was_training)
+    return decoder.results
 
 
-def _check(
-    model: Transformer, prompts: Sequence, most: int, temperature: float, s: Sampling
-) -> None:
-    """Raise UserError for a prompt or a setting that cannot be used."""
-    size = 1 if s.batch_size is None else s.batch_size
-    wholes = (("max_new_tokens", most, 1), ("top_k", s.top_k, 0), ("batch_size", size, 1))
-    for name, value, low in wholes:
-        if type(value) is not int or value < low:
-            raise UserError(f"{name}: expected a whole number from {low}, found {value!r}")
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature: expected a number from 0, found {temperature!r}")
-    if not 0 < s.top_p <= 1:
-        raise UserError(f"top_p: expected a number above 0, up to 1, found {s.top_p!r}")
-    longest, vocab = model.shape.max_positions, model.shape.vocab
-    for row, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise UserError(f"prompt {row} is empty: expected at least one token")
-        if not 0 <= min(prompt) <= max(prompt) < vocab:
-            raise UserError(f"prompt {row} has a token outside 0..{vocab - 1}")
-        if len(prompt) + most > longest:
-            found = f"{len(prompt)} tokens, and up to {most} more follow"
-            raise UserError(f"prompt {row} has {found}: the model has {longest} positions")
-
-
+@dataclass
 class _Decoder:
     """The rows in progress. A slot is a place in batch and cache; a free one idles."""
 
-    def __init__(self, model, policy, prompts, max_new_tokens, temperature, seed, settings):
-        self.model, self.policy, self.settings = model, policy, settings
-        self.prompts, self.max_new_tokens, self.temperature = prompts, max_new_tokens, temperature
-        self.seed = seed if isinstance(seed, Sequence) else [seed]
-        self.stop_ids = model.stop_ids if settings.stop_ids is None else settings.stop_ids
-        self.results = [Generation() for _ in prompts]
-        self.waiting = deque(range(len(prompts)))
-        size = min(settings.batch_size or len(prompts), len(prompts))
+    model: Transformer
+    policy: Policy
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    temperature: float
+    seed: Sequence[int]
+    settings: Sampling
+
+    def __post_init__(self) -> None:
+        self.check_settings()
+        self.check_prompts()
+        size = min(self.settings.batch_size or len(self.prompts), len(self.prompts))
+        self.results = [Generation() for _ in self.prompts]
+        self.waiting = deque(range(len(self.prompts)))
         self.slots: list[Row | None] = [None] * size
         self.cache: Any = None  # a Cache, from the first prefill on
-        self.engine = FastModel(model, size) if settings.fast else model
+        self.engine = FastModel(self.model, size) if self.settings.fast else self.model
+
+    def check_settings(self) -> None:
+        s = self.settings
+        size = 1 if s.batch_size is None else s.batch_size
+        wholes = {"max_new_tokens": self.max_new_tokens, "batch_size": size, "top_k": s.top_k}
+        for name, value in wholes.items():
+            low = 0 if name == "top_k" else 1
+            if type(value) is not int or value < low:
+                raise UserError(f"{name}: expected a whole number from {low}, found {value!r}")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature: expected a number from 0, found {self.temperature!r}")
+        if not 0 < s.top_p <= 1:
+            raise UserError(f"top_p: expected a number above 0, up to 1, found {s.top_p!r}")
+
+    def check_prompts(self) -> None:
+        most, vocab = self.model.shape.max_positions, self.model.shape.vocab
+        for row, prompt in enumerate(self.prompts):
+            if not len(prompt):
+                raise UserError(f"prompt {row} is empty: expected at least one token")
+            if not 0 <= min(prompt) <= max(prompt) < vocab:
+                raise UserError(f"prompt {row} has a token outside 0..{vocab - 1}")
+            if len(prompt) + self.max_new_tokens > most:
+                found = f"{len(prompt)} tokens, and up to {self.max_new_tokens} more follow"
+                raise UserError(f"prompt {row} has {found}: the model has {most} positions")
 
     @property
     def rows(self) -> list[Row]:
@@ -162,23 +170,24 @@ class _Decoder:
 
     def admit(self) -> None:
         """Fill free slots, a few at a time: one prefill serves them. Later, shrink the batch."""
+        device = self.model.device
         free = [slot for slot, row in enumerate(self.slots) if row is None]
         if self.waiting and len(free) >= max(1, len(self.slots) // 4):
             slots = free[: len(self.waiting)]
-            new = [self._new_row(self.waiting.popleft()) for _ in slots]
-            cache = self._prefill([tuple(row.prompt[:-1]) for row in new])
+            new = [self.new_row(self.waiting.popleft()) for _ in slots]
+            cache = self.prefill([tuple(row.prompt[:-1]) for row in new])
             if self.cache is None:  # the first rows take all slots
                 self.cache = cache
             else:
-                self.cache.admit(torch.tensor(slots, device=self.model.device), cache)
+                self.cache.admit(torch.tensor(slots, device=device), cache)
             for slot, row in zip(slots, new):
                 self.slots[slot] = row
         elif not self.waiting and len(free) >= len(self.slots) / 2:
-            taken = [slot for slot in range(len(self.slots)) if slot not in free]
-            self.cache.select(torch.tensor(taken, device=self.model.device))
+            taken = [slot for slot, row in enumerate(self.slots) if row is not None]
+            self.cache.select(torch.tensor(taken, device=device))
             self.slots = list(self.rows)
 
-    def _new_row(self, number: int) -> Row:
+    def new_row(self, number: int) -> Row:
         settings = self.settings
         stream = settings.streams[number] if settings.streams else number
         size = (self.max_new_tokens, 1 + len(self.policy.layers(self.model)))
@@ -186,12 +195,11 @@ class _Decoder:
         forced = settings.forced[number] if settings.forced else ()
         return Row(number, self.prompts[number], forced, noise, self.results[number])
 
-    def _prefill(self, prompts: list[tuple[int, ...]]) -> Cache:
+    def prefill(self, prompts: list[tuple[int, ...]]) -> Cache:
         """Run these prompts to the deepest depth -> a cache with a row for each of them."""
         model, s = self.model, self.model.shape
         distinct = list(dict.fromkeys(prompts))
-        T = max(map(len, distinct))
-        capacity = max(1, T)
+        T = capacity = max(map(len, distinct))
         if self.cache is None:  # it serves all prompts
             capacity = max(map(len, self.prompts)) + self.max_new_tokens
         sizes = (model.deepest, len(distinct), s.kv_heads, capacity, s.head_dim)
@@ -201,8 +209,7 @@ class _Decoder:
             model.run(pad(distinct, model.device), cache=cache)
         if len(distinct) < len(prompts):
             place = {prompt: row for row, prompt in enumerate(distinct)}
-            rows = torch.tensor([place[prompt] for prompt in prompts], device=model.device)
-            cache.select(rows)
+            cache.select(torch.tensor([place[p] for p in prompts], device=model.device))
         return cache
 
     # --- one step -----------------------------------------------------------------------------
@@ -222,43 +229,36 @@ class _Decoder:
         ids, positions = read[..., None].unbind()  # each [B, 1]
         noise = np.array([row.noise[len(row.out.tokens)] for row in seats])
         u = torch.from_numpy(noise).to(device)  # [B, 1 + depths of the policy]
-        run, exit_logprobs = self._run(ids, positions, alive, u[:, 1:])
-        logits = self.engine.readout(run.hidden[at, 0]).float()  # [n, V]
+        run = functools.partial(self.engine.run, ids, positions, self.cache, alive=alive)
+        policy = self.foresee(run, at, u[:, 1:]) if self.policy.name == "kl" else self.policy
+        ask = Ask(self.model, policy, len(ids), u[:, 1:])
+        hidden, depths = run(stop=ask)
+        logits = self.engine.readout(hidden[at, 0]).float()  # [n, V]
         top_p, top_k = self.settings.top_p, self.settings.top_k
         tokens = sample(logits, u[at, 0], self.temperature, top_p, top_k)
         for i, row in enumerate(rows):
             if len(row.out.tokens) < len(row.forced):
                 tokens[i] = row.forced[len(row.out.tokens)]
-        columns = (tokens, run.depths[at, 0], token_logprob(logits, tokens), exit_logprobs[at])
-        drawn = torch.stack(columns).tolist()  # host sync; float32 holds integers up to 2**24
-        for row, token, depth, logp, exit_logp in zip(rows, *drawn):
-            self._note(row, int(token), int(depth), logp, exit_logp)
+        exits = ask.logprobs(depths[:, 0])[at]
+        columns = torch.stack((tokens, depths[at, 0], token_logprob(logits, tokens), exits))
+        for row, token, depth, *logps in zip(rows, *columns.tolist()):  # host sync
+            self.note(row, int(token), int(depth), *logps)  # float32 holds integers up to 2**24
         self.slots = [None if row is None or row.out.finish else row for row in self.slots]
 
-    def _run(
-        self, ids: Tensor, positions: Tensor, alive: Tensor | None, u: Tensor
-    ) -> tuple[Run, Tensor]:
-        """ids, positions, alive [B, 1], noise u [B, depths] -> the run, log p(exit) [B]."""
-        policy = self.policy
-        if policy.name == "kl" and u.shape[1]:
-            policy = Prescribed(self._foresee(ids, positions, alive, u))
-        ask = Ask(self.model, policy, len(ids), u)
-        run = self.engine.run(ids, positions, self.cache, ask, alive)
-        return run, ask.logprobs(run.depths[:, 0])
-
-    def _foresee(self, ids: Tensor, positions: Tensor, alive: Tensor | None, u: Tensor) -> Tensor:
-        """Run this step to the deepest depth -> the depths [B] that the target rule draws."""
+    def foresee(self, run: Callable[..., Run], at: Any, u: Tensor) -> Policy:
+        """Run the step to the deepest depth -> the policy that takes the target rule's draws."""
         layers = self.policy.layers(self.model)
+        if not layers:
+            return self.policy
         watch = Watch(layers)
-        run = self.engine.run(ids, positions, self.cache, watch, alive)
-        at = slice(None) if alive is None else alive[:, 0]
-        final = self.engine.readout(run.hidden[at, 0])
+        final = self.engine.readout(run(stop=watch).hidden[at, 0])
         early = [divergence(final, self.engine.readout(watch.seen[depth])) for depth in layers]
         chance = torch.zeros_like(u)
         chance[at] = target_chance(torch.stack(early, -1), self.policy.value)
-        return sample_depths(chance, u, layers, self.model.deepest)
+        return Prescribed(sample_depths(chance, u, layers, self.model.deepest))
 
-    def _note(self, row: Row, token: int, depth: int, logp: float, exit_logp: float) -> None:
+    def note(self, row: Row, token: int, depth: int, logp: float, exit_logp: float) -> None:
+        """Add a token to its row, which may finish."""
         out = row.out
         if math.isnan(logp):  # some logit is nan or infinite
             step = len(out.tokens)
@@ -267,7 +267,8 @@ class _Decoder:
         out.depths.append(depth)
         out.token_logprobs.append(logp)
         out.exit_logprobs.append(exit_logp)
-        stopped = token in self.stop_ids
+        own = self.settings.stop_ids
+        stopped = token in (self.model.stop_ids if own is None else own)
         if stopped or len(out.tokens) == self.max_new_tokens:
             out.finish = "stop" if stopped else "length"
             if self.settings.on_finish:
