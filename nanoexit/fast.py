@@ -257,7 +257,7 @@ class FastModel:
     """
 
     def __init__(self, model: Transformer, rows: int, capture: Capture | None = None):
-        self.model, layout = model, choose_layout(model, rows)
+        self.model, self.dtype, layout = model, model.dtype, choose_layout(model, rows)
         self.blocks = [FastBlock(model, layout, b) for b in model.blocks[: model.deepest]]
         self._readout = base_product(model, layout, model.lm_head or model.model.embed_tokens)
         self._norm = fast_norm(model.model.norm)
@@ -270,7 +270,7 @@ class FastModel:
     def turns(self, positions: Tensor) -> list[Tensor]:
         """Positions [n] -> cos and sin for all heads of q, k and v, [n, H + 2 K, head_dim]."""
         angles = positions[:, None, None].float() * self.frequencies
-        return [angles.cos().to(self.model.dtype), angles.sin().to(self.model.dtype)]
+        return [angles.cos().to(self.dtype), angles.sin().to(self.dtype)]
 
     def readout(self, h: Tensor) -> Tensor:
         """Residuals [n, D] -> logits [n, V]."""
@@ -355,7 +355,7 @@ class Graphs:
 
     def __init__(self, capture: Capture):
         self.capture = capture
-        self.memory: tuple | None = None
+        self.kv: Tensor | None = None
         self.seen: Counter[tuple[int, ...]] = Counter()
         self.captured: dict[tuple[int, ...], tuple[Callable[[], object], Tensor, list[Tensor]]] = {}
 
@@ -371,9 +371,9 @@ class Graphs:
         due: Debt | None,
     ) -> Tensor:
         """See FastModel.stretch."""
-        kv, memory = cache.kv, (cache.kv.data_ptr(), cache.kv.shape)
-        if self.memory != memory:  # rows were removed, so the cache is a new tensor
-            self.memory = memory
+        kv = cache.kv
+        if self.kv is not kv:  # rows were removed, so the cache is a new tensor
+            self.kv = kv
             self.seen.clear()
             self.captured.clear()
         span = min(-(-cache.span // self.SPAN) * self.SPAN, kv.shape[-2])

@@ -36,10 +36,6 @@ class LoRA(nn.Module):
         x = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
         return F.linear(x, self.lora_B.to(x.dtype)) * self.scale
 
-    def update(self) -> Tensor:
-        """[out, in] float32: what this adapter adds to the weight."""
-        return self.lora_B @ self.lora_A * self.scale
-
 
 def attach_lora(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
     """Give every linear map named in config.targets a fresh adapter."""
@@ -64,8 +60,7 @@ def linear_maps(model: Transformer) -> Iterator[tuple[str, Linear]]:
 
 def adapters(model: Transformer) -> dict[str, LoRA]:
     """The attached adapters by the name of the map that they add to."""
-    maps = linear_maps(model)
-    return {name: m.adapter for name, m in maps if isinstance(m.adapter, LoRA)}
+    return {name: m.adapter for name, m in linear_maps(model) if isinstance(m.adapter, LoRA)}
 
 
 @contextlib.contextmanager
@@ -83,7 +78,8 @@ def adapters_off(model: Transformer) -> Iterator[None]:
 
 def merged_weight(linear: Linear) -> Tensor:
     """The weight with its adapter added, in the weight's own dtype."""
-    weight = linear.weight.detach()
-    if isinstance(linear.adapter, LoRA):
-        weight = (weight.float() + linear.adapter.update().detach()).to(weight.dtype)
-    return weight
+    weight, lora = linear.weight.detach(), linear.adapter
+    if not isinstance(lora, LoRA):
+        return weight
+    update = lora.lora_B.detach() @ lora.lora_A.detach() * lora.scale  # [out, in] float32
+    return (weight.float() + update).to(weight.dtype)

@@ -169,10 +169,6 @@ class Places(NamedTuple):
     cache: Cache | None
     span: int  # S
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """One block's new keys and values [B, K, T, d] -> all that its queries may see."""
-        return (k, v) if self.cache is None else self.cache.write(layer, self.positions, k, v)
-
     def look_back(self, positions: Tensor) -> Tensor:
         """Query positions [B, W] -> [B, 1, W, S] bool: a query sees no position after its own."""
         return (torch.arange(self.span, device=positions.device) <= positions[..., None])[:, None]
@@ -255,7 +251,9 @@ class Block(nn.Module):
     def forward(self, h: Tensor, layer: int, places: Places, live: Live) -> Tensor:
         """Residuals h [B, T, D] -> after this block; tokens not live only leave k and v."""
         x = self.input_layernorm(h)
-        k, v = places.store(layer, *self.self_attn.keys_values(x, places.cos, places.sin))
+        k, v = self.self_attn.keys_values(x, places.cos, places.sin)  # of this call
+        if places.cache is not None:
+            k, v = places.cache.write(layer, places.positions, k, v)  # all that may be seen
         moving = live.pick(h) + self.self_attn(live.pick(x), k, v, live)
         moving = moving + self.mlp(self.post_attention_layernorm(moving))
         return live.put(moving, h)
@@ -297,7 +295,7 @@ class Transformer(nn.Module):
     @property
     def deepest(self) -> int:
         """The largest depth of a token: the cap, or L."""
-        return min(self.cap or self.full_depth, self.full_depth)
+        return self.cap or self.full_depth
 
     @property
     def device(self) -> torch.device:

@@ -4,12 +4,11 @@ Alignment, once and for all. `depths[i]` is the depth of the readout that produc
 re-score a response feed ids = prompt + tokens[:-1], with depths [L] * (len(prompt) - 1) + depths.
 Position len(prompt) - 1 + i of the result is the distribution that tokens[i] was drawn from, and
 `exit_logprobs` there is that of its exit. `align` makes these tensors for a batch; teacher, SFT,
-REINFORCE and evaluation all use it, so generation and training cannot come to mean different
-things.
+REINFORCE and evaluation all use it.
 
 Memory. Logits are large (V may be 152,000), so losses never hold all of them. `through_readout`
-reads out a chunk of residuals at a time, applies a function to the logits of each row, and keeps
-only its value and its gradient with respect to the residuals. Rows do not mix, so this is exact.
+reads out a chunk of residuals at a time and keeps only a value of each row and its gradient with
+respect to the residual. Rows do not mix, so this is exact.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,19 +47,14 @@ def align(
     device: torch.device,
 ) -> Aligned:
     """Token ids of prompts and responses, a depth for each response token; None: full depth."""
-    inputs = [[*prompt, *tokens[:-1]] for prompt, tokens in zip(prompts, responses)]
-    ids = pad(inputs, device)
-    chosen = depths or [[full_depth] * len(tokens) for tokens in responses]
-    starts = [row * ids.shape[1] + len(prompt) - 1 for row, prompt in enumerate(prompts)]
-    places = [torch.arange(start, start + len(t)) for start, t in zip(starts, responses)]
-    return Aligned(
-        ids,
-        pad([[full_depth] * (len(p) - 1) + list(d) for p, d in zip(prompts, chosen)], device),
-        [len(prompt) for prompt in prompts],
-        [len(tokens) for tokens in responses],
-        torch.cat(places).to(device),
-        torch.tensor([t for tokens in responses for t in tokens], device=device),
-    )
+    lens, counts = [len(prompt) for prompt in prompts], [len(tokens) for tokens in responses]
+    ids = pad([[*prompt, *tokens[:-1]] for prompt, tokens in zip(prompts, responses)], device)
+    chosen = depths or [[full_depth] * n for n in counts]
+    path = pad([[full_depth] * (n - 1) + [*own] for n, own in zip(lens, chosen)], device)
+    starts = [row * ids.shape[1] + n - 1 for row, n in enumerate(lens)]
+    at = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, counts)])
+    tokens = torch.tensor([token for response in responses for token in response], device=device)
+    return Aligned(ids, path, lens, counts, at.to(device), tokens)
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
