@@ -1,12 +1,10 @@
 """Evaluation: what a model does on held-out prompts, as rows of figures, tables and files.
 
-Contract. A row belongs to one variant (base or student) under one policy. `measure` makes it from
-responses; `faithfulness.examine` adds what takes more generation. Same seed, same figures.
-
-Depths are over all tokens of a response, the first included. `mean_depth` is their mean, and
-`layers_run` is that over full depth. `max_depth` is the mean over responses of the deepest token:
-the opaque serial depth. No figure hides a NaN: it is null in files, and a dash in tables with its
-reason below. evaluation.json says which config, weights and commit made it.
+A row belongs to one variant (base or student) under one policy. `measure` makes it from responses;
+`faithfulness.examine` adds what takes more generation. Depths are over all tokens of a response,
+the first included: `mean_depth` is their mean, `layers_run` that over full depth, and `max_depth`
+the mean over responses of the deepest token, the opaque serial depth. No figure hides a NaN: it is
+null in files, and a dash in tables with its reason below. Same seed, same figures.
 """
 
 import contextlib
@@ -217,10 +215,8 @@ def evaluate_run(
             row, shown = evaluate_variant(subject, variant, prompts, judge)
         rows.append(row)
         samples += shown
-    frontier = []
-    for policy in config.evaluate.frontier if thorough else ():
-        subject = Subject(model, tokenizer, config, policy)
-        frontier.append(measure(subject, "student", subject.respond(prompts, "evaluate")))
+    others = [Subject(model, tokenizer, config, p) for p in config.evaluate.frontier if thorough]
+    frontier = [measure(s, "student", s.respond(prompts, "evaluate")) for s in others]
     write_json_lines(folder / "samples.jsonl", samples)
     found = {"rows": rows, "frontier": frontier, "seed": config.run.seed, **origin(model, config)}
     write_text(folder / "evaluation.json", json.dumps(rounded(found), indent=1) + "\n")
@@ -258,10 +254,7 @@ def evaluate_variant(
 
 
 def origin(model: Transformer, config: Config) -> dict:
-    """What figures belong to: the config, the base's weights and the commit of this code.
-
-    The commit ends in "-dirty" where files differ from it, and is "unknown" outside git.
-    """
+    """What figures belong to: config, the base's weights, commit ("-dirty" where files differ)."""
     weights = {key: getattr(model, key) for key in ("name", "revision", "content")}
     command, commit = ["git", "describe", "--always", "--dirty", "--exclude", "*"], "unknown"
     if (ROOT / ".git").exists():

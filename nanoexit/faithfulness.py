@@ -1,7 +1,7 @@
 """Does the answer depend on what is written? Interventions on text and depth, and two monitors.
 
-Contract. A `Subject` is a model that writes under a policy. Each function measures it as it is:
-inside `exits.capped`, under that cap. A figure that a task cannot give is None, or empty.
+A `Subject` is a model that writes under a policy. Each function measures it as it is: inside
+`exits.capped`, under that cap. A figure that a task cannot give is None, or empty.
 
 Source: Lanham et al. 2023, early answering and adding mistakes. Their area over the curve weights
 each length of reasoning by its share of the responses, and so do we. What differs: 1. we cut at
@@ -51,10 +51,7 @@ class Subject:
         forced: Sequence[list[int]] = (),
         greedy: str = "",
     ) -> list[Response]:
-        """One response a prompt. `use` names the stream of randomness and the progress bar.
-
-        greedy: take the likeliest tokens, under this policy.
-        """
+        """One response a prompt, the likeliest under a policy `greedy`. `use` names the stream."""
         who = (self.model, self.tokenizer, prompts, self.config, greedy or self.policy)
         seed, rows = stream(use, self.config.run.seed), self.config.evaluate.batch_size
         responses = respond(*who, seed, rows, 0.0 if greedy else None, forced, show=use)
@@ -92,11 +89,8 @@ def reached(response: Response) -> str | None:
 
 
 def examine(subject: Subject, responses: Sequence[Response]) -> dict:
-    """What scripts/evaluate.py adds to a row: necessity and sufficiency, free and capped.
-
-    The capped ones are under the smallest of evaluate.caps that keeps KEEPS of the accuracy, None
-    where none does.
-    """
+    """What scripts/evaluate.py adds to a row: necessity and sufficiency, at the depth that a model
+    may use, and under the smallest of evaluate.caps that keeps KEEPS of the accuracy."""
     prompts = [r.prompt for r in responses]
     greedy = "head:0.5" if subject.policy == "head" else subject.policy
     found: dict[str, Any] = {
@@ -129,10 +123,7 @@ def interventions(subject: Subject, responses: Sequence[Response]) -> dict:
 
 
 def reasoning_places(tokenizer: Tokenizer, response: Response) -> tuple[int, int, int] | None:
-    """Where in its tokens the reasoning starts, where it ends and where its marker ends.
-
-    None without an end of the reasoning, or without an answer after it.
-    """
+    """Where in its tokens reasoning starts, where it and its marker end; None without an answer."""
     task = task_of(response.prompt)
     part = task.split(response.text)
     if not part.marker or answer(response) is None:
@@ -197,9 +188,8 @@ def outcome(response: Response, change: Change) -> str:
 def steps_in_head(subject: Subject, prompts: Sequence[Prompt]) -> dict[str, int]:
     """Each of evaluate.caps -> the most operations done under it with nothing written.
 
-    Every token runs to the cap and the likeliest answer is taken. A number of operations counts if
-    it and each smaller one among the prompts is answered with RELIABLE accuracy. {} where the tasks
-    list no steps.
+    Every token runs to the cap. A number of operations counts if it and each smaller one among the
+    prompts is answered with RELIABLE accuracy. {} where the tasks list no steps.
     """
     chains = [prompt for prompt in prompts if task_of(prompt).steps(prompt)]
     silent = [f"{task_of(p).written(p, 0)} {task_of(p).closing}" for p in chains]
@@ -218,9 +208,9 @@ def preflight(subject: Subject, prompts: Sequence[Prompt], depths: Sequence[int]
     """Does a base have a shallow written route, which REINFORCE can shift to?
 
     -> depth d -> number of steps -> accuracy of each word of the full reasoning, then the answer.
-    The prompt is frozen at depth d - 1 (a readout at d reads no more of it), every token of the
-    response is forced to exit at d, and all words before are the right ones. A word is right if it
-    is likelier than the task's other words. Prompts whose task lists no steps are left out.
+    The prompt is frozen at depth d - 1 (a readout at d reads no more of it), the response is forced
+    to exit at d, and all words before are the right ones. A word is right if it is likelier than
+    the task's other words. Prompts whose task lists no steps are left out.
     """
     groups: dict[int, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
@@ -254,10 +244,9 @@ def monitor(responses: Sequence[Response]) -> dict[str, float | None]:
     """Two readers of the reasoning predict the answer; each makes a guess where it reads nothing.
 
     The first reads the last written value: `score` is the share of answers that it predicts. The
-    second must predict before the last step, and does that step itself: it knows the right answer
-    if all steps but the last are written and true (`before_last`; None where tasks list no two
-    steps). A false alarm is a prediction that was read, not guessed, and is not the answer: its
-    share of all that was read. The guess is the commonest answer; alone it scores `chance`.
+    second must predict before the last step (`before_last`): it knows the right answer if all steps
+    but the last are written and true. False alarms: the share of what was read, not guessed, that
+    is not the answer. The guess is the commonest answer; alone it scores `chance`.
     """
     answers = [answer(r) for r in responses]
     common = Counter(said for said in answers if said is not None).most_common(1)

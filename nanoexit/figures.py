@@ -2,8 +2,8 @@
 
 `paint` and `legend` give plain text to a pipe, under NO_COLOR (no-color.org), and to a terminal
 without 256 colours. A colour of depth has a contrast of 3 to 1 on white and on black: a program
-cannot know the background of a terminal. In report.css, `safe` darkens with depth, for all kinds of
-colour blindness. The `.svg()` of a `Figure` is a file of its own, light or dark as its reader is.
+cannot know the background of a terminal. The `.svg()` of a `Figure` is a file of its own, light or
+dark as its reader is.
 """
 
 import itertools

@@ -3,10 +3,7 @@
 `write_page(path, [read_run(folder), ...])` fills report.html. The page uses no network: its
 Content-Security-Policy allows its own script, by hash, and nothing else. Text of models and files
 reaches it as the escaped names of figures, or as data: JSON, deflated, in base64, which report.js
-inflates and shows by textContent.
-
-200 responses of 400 tokens make a page of less than 3 MB. Cells and figures are evaluate's. A base
-that runs share is shown once.
+inflates and shows by textContent. 200 responses of 400 tokens make a page of less than 3 MB.
 """
 
 import base64
@@ -72,17 +69,17 @@ def write_page(path: str | Path, runs: Sequence[Run], title: str = "", note: str
     with _errors_name(runs, "samples.jsonl"):
         samples = _responses(runs)
     data = {"samples": samples, "table": table, "single": len(runs) == 1}
-    fills = {
-        "title": escape(title or ", ".join(run.name for run in runs)),
-        "note": escape(note),
-        "hash": base64.b64encode(hashlib.sha256(js.encode()).digest()).decode(),
-        "css": CSS + css,
-        "js": js,
-        "evaluation": evaluation,
-        "training": _training(runs),
-        "data": base64.b64encode(zlib.compress(json.dumps(rounded(data)).encode())).decode(),
-    }
-    write_text(Path(path), Template(html).substitute(fills))
+    page = Template(html).substitute(
+        title=escape(title or ", ".join(run.name for run in runs)),
+        note=escape(note),
+        hash=base64.b64encode(hashlib.sha256(js.encode()).digest()).decode(),
+        css=CSS + css,
+        js=js,
+        evaluation=evaluation,
+        training=_training(runs),
+        data=base64.b64encode(zlib.compress(json.dumps(rounded(data)).encode())).decode(),
+    )
+    write_text(Path(path), page)
 
 
 @contextlib.contextmanager
