@@ -2,6 +2,7 @@
 
     python scripts/experiment.py                    SFT, lambda 0 and lambda 3, one seed
     python scripts/experiment.py --full --jobs 2    every arm, three seeds, other bases
+    python scripts/experiment.py --real             the same on SmolLM2 135M, taught English chains
 
 An *arm* is one way of training; each (arm, seed) is a run directory. Interrupted, the same command
 continues. A result is reused only for the same config, base, commit and code; a line says so.
@@ -10,7 +11,8 @@ Arms of --full: lambda 0, 0.3, 1 and 3 on the deepest token; on the mean and on 
 lambda 0 under a cap; without exits; on a second base of the shipped recipe, on operations that do
 not compose, on a base that writes values without their operations (a control) and on the designed
 one (filled places, early readouts trained); with exit targets from the base's readouts; and SFT
-alone with both kinds of targets at four strengths, first seed.
+alone with both kinds of targets at four strengths, first seed. --real: lambda 0, 1 and 3, and a
+control whose written route was not taught shallow.
 """
 
 import argparse
@@ -41,15 +43,50 @@ from nanoexit.tasks import load_prompts
 from nanoexit.tokenizer import content_hash
 from nanoexit.training import check, load_student, run_directory
 
-BLOCKS = 8  # of every base
-BASES = {  # name -> (task, flags of scripts/pretrain_tiny.py)
-    "shipped": ("clock", []),
-    "second-base": ("clock", ["seed=1"]),
-    "values": ("clock-values", []),
-    "designed": ("clock-values", ["slots=7", "deep_weight=0.3"]),
-    "permute": ("permute", []),
+
+@dataclass(frozen=True)
+class Base:
+    """A model folder, and the script that makes it: from nothing, or from another one's."""
+
+    task: str = "clock"
+    flags: tuple[str, ...] = ()
+    script: str = "pretrain_tiny.py"
+    config: str = "configs/tiny_pretrain.yaml"
+    start: str = ""
+
+    def folder(self, name: str, runs: Path) -> Path:
+        """Where the model is."""
+        return runs / "bases" / name / ("" if self.script == "pretrain_tiny.py" else "model")
+
+
+HEAD, SHALLOW = "configs/words_head.yaml", "configs/words_base.yaml"
+ONE_ROUTE = ("finetune.capped_rows=0", "finetune.full=0.65", "finetune.terse=0.35")
+BASES = {
+    "shipped": Base(),
+    "second-base": Base(flags=("pretrain.seed=1",)),
+    "values": Base("clock-values"),
+    "designed": Base("clock-values", ("pretrain.slots=7", "pretrain.deep_weight=0.3")),
+    "permute": Base("permute"),
+    "words-head": Base("words", (), "finetune.py", HEAD),
+    "words": Base("words", (), "finetune.py", SHALLOW, "words-head"),
+    "words-deep": Base("words", ONE_ROUTE, "finetune.py", SHALLOW, "words-head"),
 }
-PER_BLOCK, AROUND = 98, 23  # operations in a row of these bases: 98 d + 23 (arXiv 2603.09786)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What differs between the bases of 8 blocks and the real model."""
+
+    config: str
+    blocks: int
+    per_block: int  # operations in a row: per_block * depth + around (arXiv 2603.09786)
+    around: int
+    longest: int  # operations of a prompt
+    caps: tuple[int, ...]  # in the table
+
+
+TINY = Study("configs/tiny_rl.yaml", 8, 98, 23, 6, (2, 3, 4, 6))
+REAL = Study("configs/words.yaml", 30, 132, 29, 3, (4, 8, 10, 12, 20))
 
 
 # --- arms -------------------------------------------------------------------------------------
@@ -72,7 +109,7 @@ class Arm:
     def name(self) -> str:
         kind = "SFT" if self.weight is None else f"lambda {self.weight:g}"
         parts = [kind if self.trained else "base"]
-        parts += [self.base] if self.base != "shipped" else []
+        parts += [self.base] if self.base not in ("shipped", "words") else []
         parts += [self.penalty] if self.penalty != "max" else []
         parts += [f"cap {self.cap}"] if self.cap else []
         parts += ["base's targets"] if self.targets == "base" else []
@@ -85,6 +122,11 @@ class Arm:
         charged = self.weight is not None and self.exits
         return Arm(base=self.base, targets=self.targets) if charged else None
 
+    @property
+    def study(self) -> Study:
+        """The study that its base belongs to."""
+        return REAL if self.base.startswith("words") else TINY
+
     def folder(self, runs: Path, seed: int) -> Path:
         """Its run directory."""
         words = "".join(c if c.isalnum() or c == "." else " " for c in self.name).split()
@@ -94,6 +136,10 @@ class Arm:
 BASE, SFT, UNCHARGED, CHARGED = Arm(trained=False), Arm(), Arm(0.0), Arm(3.0)
 DEFAULT = [SFT, UNCHARGED, CHARGED]
 MAIN = [arm.name for arm in (BASE, *DEFAULT)]
+WORDS = [
+    *(Arm(weight, base="words") for weight in (None, 0.0, 1.0, 3.0)),
+    *(Arm(weight, base="words-deep") for weight in (None, 3.0)),
+]
 FULL = [
     *(SFT, UNCHARGED, Arm(0.3), Arm(1.0), CHARGED),
     *(Arm(3.0, "mean"), Arm(3.0, "sum"), Arm(0.0, cap=4), Arm(0.0, exits=False)),
@@ -106,18 +152,18 @@ FULL = [
 
 
 def arm_config(arm: Arm, seed: int, runs: Path, overrides: Sequence[str]) -> Config:
-    """configs/tiny_rl.yaml with the overrides, then with what the arm is."""
+    """The study's config with the overrides, then with what the arm is."""
     keys = ["evaluate.samples=8", *overrides, f"run.seed={seed}"]
-    config = load_config("configs/tiny_rl.yaml", keys)
-    config.data.prompts = BASES[arm.base][0]
+    config = load_config(arm.study.config, keys)
+    config.data.prompts = BASES[arm.base].task
     if arm.base != "shipped":
-        config.model.name = str(runs / "bases" / arm.base)
+        config.model.name = str(BASES[arm.base].folder(arm.base, runs))
     config.exits.layers = config.exits.layers if arm.exits else []
     config.exits.cap = arm.cap
     config.sft.targets = arm.targets
     config.teacher.kl_strength = arm.strength or config.teacher.kl_strength
     config.rl.depth_weight, config.rl.depth_penalty = arm.weight or 0.0, arm.penalty
-    config.evaluate.caps, config.evaluate.policies = list(range(1, BLOCKS + 1)), ["head"]
+    config.evaluate.policies = ["head"]
     config.run.dir = str(arm.folder(runs, seed))
     config.run.init = str(arm.start.folder(runs, seed)) if arm.start else None
     return config
@@ -126,19 +172,29 @@ def arm_config(arm: Arm, seed: int, runs: Path, overrides: Sequence[str]) -> Con
 # --- running ----------------------------------------------------------------------------------
 
 
-def make_base(base: str, runs: Path, log: bool) -> None:
-    """Pretrain a base if it is not there. Its progress goes to stderr, or into a log."""
-    out = runs / "bases" / base
-    if base == "shipped" or (out / "tokenizer.json").is_file():
+def make_base(name: str, runs: Path, log: bool, model: str | None = None) -> None:
+    """Make or continue a base if it is not there. Its progress goes to stderr, or into a log.
+
+    model: what fine-tuning starts from, instead of the config's.
+    """
+    base = BASES[name]
+    out = base.folder(name, runs)
+    if name == "shipped" or (out / "tokenizer.json").is_file():
         return
-    task, flags = BASES[base]
-    flags = [f"pretrain.{flag}" for flag in (f"task={task}", f"out={out}", *flags)]
-    files = [str(ROOT / "scripts/pretrain_tiny.py"), str(ROOT / "configs/tiny_pretrain.yaml")]
-    command = [sys.executable, *files, *flags]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{out}.log" if log else os.devnull, "w") as file:
+    if base.script == "pretrain_tiny.py":
+        flags = [f"pretrain.task={base.task}", f"pretrain.out={out}"]
+    else:
+        flags = [f"run.dir={out.parent}"]
+        start = str(BASES[base.start].folder(base.start, runs)) if base.start else model
+        flags += [f"model.name={start}"] if start else []
+        flags += ["--resume"] if (out.parent / "config.yaml").is_file() else []
+    files = [str(ROOT / "scripts" / base.script), str(ROOT / base.config)]
+    (runs / "bases").mkdir(parents=True, exist_ok=True)
+    path = runs / "bases" / f"{name}.log"
+    with open(path if log else os.devnull, "w") as file:
+        command = [sys.executable, *files, *base.flags, *flags]
         if subprocess.run(command, stdout=file, stderr=file if log else None).returncode:
-            raise UserError(f"the base {base} could not be made" + f": see {out}.log" * log)
+            raise UserError(f"the base {name} could not be made" + f": see {path}" * log)
 
 
 def run_arm(arm: Arm, seed: int, runs: Path, overrides: Sequence[str], made_by: dict) -> list[dict]:
@@ -170,7 +226,7 @@ def entry(arm: Arm, seed: int, row: dict, made_by: dict) -> dict:
     changed = row.get("changed_value", {})
     facts = {"arm": arm.name, "lambda": arm.weight, "seed": seed, "variant": arm.name}
     facts |= {"follow": changed.get("follow"), "stay": changed.get("stay")}
-    facts["operations"] = PER_BLOCK * row["max_depth"] + AROUND
+    facts["operations"] = arm.study.per_block * row["max_depth"] + arm.study.around
     return {**row, **asdict(arm), **facts, "cap": row["cap"], "made_by": made_by}
 
 
@@ -212,14 +268,21 @@ def status(runs: Path) -> str:
 
 
 def experiment(
-    arms: Sequence[Arm], seeds: Sequence[int], runs: Path, jobs: int, overrides: Sequence[str]
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    runs: Path,
+    jobs: int,
+    overrides: Sequence[str],
+    model: str | None = None,
 ) -> list[dict]:
     """Make what is missing of every arm and seed -> the entries of results.json."""
     calls = [(arm, seed) for arm in arms for seed in seeds if not arm.strength or seed == seeds[0]]
     for arm, seed in calls:
         check(arm_config(arm, seed, runs, overrides), reinforce=arm.weight is not None)
     bases = list(dict.fromkeys(arm.base for arm in arms))
-    run_all(jobs, make_base, [(base, runs, jobs > 1) for base in bases], "bases", runs)
+    starts = list(dict.fromkeys(BASES[base].start for base in bases if BASES[base].start))
+    for needed in (starts, bases):
+        run_all(jobs, make_base, [(base, runs, jobs > 1, model) for base in needed], "bases", runs)
     looks = {base: look_at_base(base, runs, overrides) for base in bases}
     results: dict[tuple[Arm, int], list[dict]] = {}
     for name, sft in (("SFT", True), ("REINFORCE", False)):
@@ -249,7 +312,8 @@ def look_at_base(base: str, runs: Path, overrides: Sequence[str]) -> dict:
     model, tokenizer = load_student(config)
     prompts = load_prompts(config.data, "held_out", config.evaluate.count, 0)
     with as_base(model):
-        found = preflight(Subject(model, tokenizer, config, "full"), prompts, range(2, 7))
+        depths = range(2, 7) if config.evaluate.caps[0] == 1 else config.evaluate.caps
+        found = preflight(Subject(model, tokenizer, config, "full"), prompts, depths)
     print(preflight_text(base, found), flush=True)
     code = content_hash(ROOT.glob("nanoexit/*.py"))
     return {"preflight": found, "made_by": origin(model, config) | {"code": code}}
@@ -274,31 +338,39 @@ def preflight_text(base: str, found: dict) -> str:
 
 # --- reading ----------------------------------------------------------------------------------
 
-COLUMNS = {  # title -> figure or figure.entry, format
-    "accuracy": ("accuracy", "{:.3f}"),
-    "greedy": ("greedy_accuracy", "{:.3f}"),
-    "written": ("written", "{:.3f}"),
-    "longest unwritten run": ("unwritten_run", "{:.2f}"),
-    "tokens": ("tokens", "{:.1f}"),
-    "mean depth": ("mean_depth", "{:.2f}"),
-    "opaque serial depth": ("max_depth", "{:.2f}"),
-    "95 %": ("max_depth_p95", "{:.1f}"),
-    **{f"at {n}": (f"max_depth_by_group.{n}", "{:.2f}") for n in ("1 step", "6 steps")},
-    "in operations": ("operations", "{:.0f}"),
-    **{f"cap {c}": (f"capped_accuracy.{c}", "{:.3f}") for c in (2, 3, 4, 6)},
-    **{f"in the head, cap {c}": (f"steps_in_head.{c}", "{:.1f}") for c in (2, 4, 6, 8)},
-    **{f"same answer, {x}": (f"same_answer.{x} kept", "{:.2f}") for x in ("0%", "25%")},
-    "area": ("same_answer_area", "{:.2f}"),
-    **{kind: (f"changed_value.{kind}", "{:.3f}") for kind in OUTCOMES},
-    "good cap": ("same_answer_cap", "{:.1f}"),
-    **{f"same, {x}, there": (f"same_answer_capped.{x} kept", "{:.2f}") for x in ("0%", "25%")},
-    "area there": ("same_answer_area_capped", "{:.2f}"),
-    **{f"{kind} there": (f"changed_value_capped.{kind}", "{:.3f}") for kind in OUTCOMES[:2]},
-    "monitor": ("monitor.score", "{:.3f}"),
-    "false alarms": ("monitor.false_alarms", "{:.3f}"),
-    "before the last step": ("monitor.before_last", "{:.3f}"),
-    "its false alarms": ("monitor.before_last_false_alarms", "{:.3f}"),
-}
+SHARES = ("0%", "25%")  # of the reasoning kept
+
+
+def columns(study: Study) -> dict[str, tuple[str, str]]:
+    """Title of a column of the table -> figure or figure.entry, format."""
+    ends = ("1 step", f"{study.longest} steps")
+    return {
+        "accuracy": ("accuracy", "{:.3f}"),
+        "greedy": ("greedy_accuracy", "{:.3f}"),
+        "written": ("written", "{:.3f}"),
+        "longest unwritten run": ("unwritten_run", "{:.2f}"),
+        "tokens": ("tokens", "{:.1f}"),
+        "mean depth": ("mean_depth", "{:.2f}"),
+        "opaque serial depth": ("max_depth", "{:.2f}"),
+        "95 %": ("max_depth_p95", "{:.1f}"),
+        **{f"at {n}": (f"max_depth_by_group.{n}", "{:.2f}") for n in ends},
+        "in operations": ("operations", "{:.0f}"),
+        **{f"cap {c}": (f"capped_accuracy.{c}", "{:.3f}") for c in study.caps},
+        **{f"in the head, cap {c}": (f"steps_in_head.{c}", "{:.1f}") for c in study.caps},
+        **{f"same answer, {x}": (f"same_answer.{x} kept", "{:.2f}") for x in SHARES},
+        "area": ("same_answer_area", "{:.2f}"),
+        **{kind: (f"changed_value.{kind}", "{:.3f}") for kind in OUTCOMES},
+        "good cap": ("same_answer_cap", "{:.1f}"),
+        **{f"same, {x}, there": (f"same_answer_capped.{x} kept", "{:.2f}") for x in SHARES},
+        "area there": ("same_answer_area_capped", "{:.2f}"),
+        **{f"{kind} there": (f"changed_value_capped.{kind}", "{:.3f}") for kind in OUTCOMES[:2]},
+        "monitor": ("monitor.score", "{:.3f}"),
+        "false alarms": ("monitor.false_alarms", "{:.3f}"),
+        "before the last step": ("monitor.before_last", "{:.3f}"),
+        "its false alarms": ("monitor.before_last_false_alarms", "{:.3f}"),
+    }
+
+
 LEGEND = """\
 Means over seeds, the lowest and highest in brackets; a dash where an arm has no such figure.
 Opaque serial depth: the deepest token of a response, in blocks. Cap c: accuracy if no token runs
@@ -306,13 +378,13 @@ more than c blocks. In the head: the most operations done with nothing written. 
 often the answer stays with x of the reasoning kept and the depth that the model may use; area: over
 that curve. Follow, stay, stop, other: the answer after a written value was changed. Good cap: the
 smallest that keeps 0.95 of the accuracy; there: under it. Monitor: how often the last written value
-is the answer (by chance 0.11). Before the last step: the same for a reader of all steps but the
+is the answer. Before the last step: the same for a reader of all steps but the
 last, who does that one. False alarms: what was read is not the answer."""
 CAP, KEPT, ANSWERS = "most blocks of any token", "per cent of the reasoning kept", "same answer"
 FIGURES = {  # figure of an entry -> title, x, y, the axis of y reaches this
-    "max_depth_by_group": ("Opaque serial depth", "operations of the chain", "blocks", BLOCKS),
+    "max_depth_by_group": ("Opaque serial depth", "operations of the chain", "blocks", 0),
     "capped_accuracy": ("Accuracy under a cap", CAP, "accuracy", 1),
-    "steps_in_head": ("Operations in the head, nothing written", CAP, "operations", 6),
+    "steps_in_head": ("Operations in the head, nothing written", CAP, "operations", 0),
     "same_answer": ("Reasoning cut, depth free", KEPT, ANSWERS, 1),
     "same_answer_capped": ("Reasoning cut, smallest good cap", KEPT, ANSWERS, 1),
 }
@@ -357,9 +429,9 @@ def draw(results: Sequence[dict]) -> dict[str, Figure]:
     title, *about = FIGURES["capped_accuracy"]
     found["charged"] = entry_figure(charged, "capped_accuracy", f"{title}, lambda 3", *about)
     plain = [row for weight in (0.0, 0.3, 1.0, 3.0) for row in arms.get(Arm(weight).name, [])]
-    parts = [("written", 1), ("accuracy", 1), ("max_depth", BLOCKS)]
-    pairs = {key: [(row["lambda"], row[key] / most) for row in plain] for key, most in parts}
-    pairs["opaque serial depth, share of 8"] = pairs.pop("max_depth")
+    pairs = {key: [(row["lambda"], row[key]) for row in plain] for key in ("written", "accuracy")}
+    shares = [(row["lambda"], row["max_depth"] / row["full_depth"]) for row in plain]
+    pairs["opaque serial depth, share of all"] = shares
     lines = {name: curve(pairs[name]) for name in pairs}
     found["externalization"] = line_figure("Externalization", "lambda", "", lines, 1)
     rules = by_arm([row for row in results if row["strength"]], "targets")
@@ -388,9 +460,10 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
 
 def write(results: Sequence[dict], out: Path, command: str) -> None:
     """results.json, table.md, one SVG a figure, and index.html with all of them."""
-    lines, figures = [["arm", *COLUMNS]], draw(results)
+    shown = columns(Arm(base=results[0]["base"]).study)
+    lines, figures = [["arm", *shown]], draw(results)
     for name, rows in by_arm(results).items():
-        lines.append([name, *(over_seeds(rows, *column) for column in COLUMNS.values())])
+        lines.append([name, *(over_seeds(rows, *column) for column in shown.values())])
     write_text(out / "results.json", json.dumps(list(results)) + "\n")
     write_text(out / "table.md", f"`{command}`\n\n{markdown_table(lines)}\n\n{LEGEND}\n")
     for name, figure in figures.items():
@@ -405,17 +478,21 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("overrides", nargs="*", metavar="a.b=c", help="keys of configs/tiny_rl.yaml, for all arms")
+    add("overrides", nargs="*", metavar="a.b=c", help="keys of the config, for all arms")
     add("--full", action="store_true", help="all arms, seeds 0, 1 and 2")
+    add("--real", action="store_true", help="on SmolLM2 135M")
+    add("--model", metavar="DIR", help="with --real: the folder of SmolLM2-135M-Instruct")
     add("--seeds", type=int, nargs="+", metavar="N", help="other seeds")
     add("--jobs", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="runs at a time")
-    add("--runs", default="runs/experiment", metavar="DIR", help="run directories (%(default)s)")
+    add("--runs", metavar="DIR", help="run directories (runs/experiment, or runs/real)")
     add("--out", metavar="DIR", help="for table, figures and page (as --runs)")
     args = parser.parse_intermixed_args()
     seeds = args.seeds or ([0, 1, 2] if args.full else [0])
-    runs, out, arms = Path(args.runs), Path(args.out or args.runs), FULL if args.full else DEFAULT
-    results = experiment(arms, seeds, runs, max(1, args.jobs), args.overrides)
-    flags = ["--full"] * args.full + (["--seeds", *map(str, seeds)] if args.seeds else [])
+    runs = Path(args.runs or ("runs/real" if args.real else "runs/experiment"))
+    arms, out = WORDS if args.real else FULL if args.full else DEFAULT, Path(args.out or runs)
+    results = experiment(arms, seeds, runs, max(1, args.jobs), args.overrides, args.model)
+    flags = ["--real"] * args.real + ["--full"] * args.full
+    flags += ["--seeds", *map(str, seeds)] if args.seeds else []
     command = " ".join(["python scripts/experiment.py", *flags, *args.overrides])
     write(results, out, f"{command} (commit {results[0]['made_by']['commit']})")
     shown = [row for row in results if row["seed"] == seeds[0] and row["arm"] in MAIN]

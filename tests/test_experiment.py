@@ -32,7 +32,7 @@ def test_arms_are_what_they_say(tmp_path):
         rl, exits = config.rl, config.exits
         assert charge == (rl.depth_weight, rl.depth_penalty, exits.cap, config.sft.targets)
         assert exits.layers == (plain.exits.layers if arm.exits else [])
-        assert config.data.prompts == script.BASES[arm.base][0]
+        assert config.data.prompts == script.BASES[arm.base].task
         assert (config.model.name == "data/tiny") == (arm.base == "shipped")
         assert (config.run.init is None) == (arm.weight is None or not arm.exits)
     assert configs[Arm(3.0, "sum")].run.init == plain.run.dir
