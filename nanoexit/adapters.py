@@ -191,7 +191,7 @@ def save_merged(model: Transformer, source: Path, out: Path) -> None:
 
 def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, LoRAConfig]:
     """adapter_config.json and the names of the linear maps -> the adapter of each map with one."""
-    for key in config.keys() - PEFT.keys() - {*IDLE}:
+    for key in sorted(config.keys() - PEFT.keys() - {*IDLE}):
         if config[key] is not False and config[key] not in (None, [], {}):
             raise UserError(f"{where}: {key} = {show(config[key])} is not implemented")
     found = {}
