@@ -168,6 +168,7 @@ class Places(NamedTuple):
     sin: Tensor
     cache: Cache | None
     span: int  # S
+    sees: Tensor | None = None  # [B, T, S] bool: what a token may look at; None: all before it
 
     def look_back(self, positions: Tensor) -> Tensor:
         """Query positions [B, W] -> [B, 1, W, S] bool: a query sees no position after its own."""
@@ -179,6 +180,7 @@ class Places(NamedTuple):
         if alive is None:
             aligned = self.cache is None or self.cache.start is not None
             mask = None if aligned and T in (1, self.span) else self.look_back(self.positions)
+            mask = mask if self.sees is None else self.sees[:, None]
             return Live(self.cos, self.sin, mask, T)
         index = alive.view(-1).nonzero().view(-1)
         width = int(alive.sum(1).max())
@@ -187,6 +189,9 @@ class Places(NamedTuple):
         here = self.positions.reshape(-1)[index]
         queries = here.new_zeros(B * width).index_copy(0, slots, here)  # padding is at position 0
         mask = self.look_back(queries.view(B, width))
+        if self.sees is not None:
+            seen = self.sees.flatten(0, 1)[index]
+            mask = mask.new_ones(B * width, self.span).index_copy(0, slots, seen).view_as(mask)
         cos, sin = self.cos.flatten(0, 1)[index], self.sin.flatten(0, 1)[index]
         return Live(cos, sin, mask, width, index, slots)
 
@@ -321,18 +326,21 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         stop: Stop | None = None,
         alive: Tensor | None = None,
+        sees: Tensor | None = None,
     ) -> Run:
         """ids [B, T] -> the residual of each token at the depth where it stopped.
 
         positions [B, T]: absolute; default 0..T-1. cache: keys and values of earlier tokens; those
         of this call are added. stop: None runs every block. alive [B, T] bool: tokens to run at
-        all; the others (padding, idle rows) only leave keys and values.
+        all; the others (padding, idle rows) only leave keys and values. sees [B, T, T] bool, where
+        there is no cache: what each token may look at; None: itself and all before it.
         """
         h = self.model.embed_tokens(ids)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         span = ids.shape[1] if cache is None else cache.span
-        places = Places(positions, *rotations(self.shape, positions, self.dtype), cache, span)
+        cos, sin = rotations(self.shape, positions, self.dtype)
+        places = Places(positions, cos, sin, cache, span, sees)
         depths = torch.full_like(ids, self.deepest)
         if alive is not None:
             depths = depths.masked_fill(~alive, 0)

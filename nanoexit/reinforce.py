@@ -36,6 +36,8 @@ from nanoexit.tasks import Prompt, Response, load_prompts
 from nanoexit.teacher import against_base, rescore, respond, show_response
 from nanoexit.tokenizer import Tokenizer
 
+LONGEST_ROW = 1024  # tokens of all rollouts of a prompt, to share a row
+
 
 @dataclass
 class Rollout:
@@ -104,17 +106,31 @@ def collect(
 
 
 def accumulate(model: Transformer, rollouts: Sequence[Rollout], config: Config, count: int) -> None:
-    """Backward through the mean over `count` rollouts, a micro-batch at a time."""
-    active = [r for r in rollouts if abs(r.advantage) > 1e-12]  # the others teach nothing
-    for start in range(0, len(active), config.rl.micro_batch):
-        batch = active[start : start + config.rl.micro_batch]
-        a, scored = rescore(model, [r.response for r in batch])
+    """Backward through the mean over `count` rollouts, a micro-batch at a time.
+
+    Short rollouts of a prompt share a row, and its prompt. Attention grows with the square of a
+    row, so long ones do not.
+    """
+    K = config.rl.rollouts
+    groups = [rollouts[start : start + K] for start in range(0, len(rollouts), K)]
+    active = [r for group in groups if not is_flat(group) for r in group]  # others teach nothing
+    longest = max((len(r.response.generation.tokens) for r in active), default=0)
+    together = K if K * longest <= LONGEST_ROW else 1
+    size = max(1, config.rl.micro_batch // together) * together
+    for start in range(0, len(active), size):
+        batch = active[start : start + size]
+        a, scored = rescore(model, [r.response for r in batch], together)
         h = scored.hidden.flatten(0, 1)[a.at]
         logp = readout_logprobs(model, h, a.tokens, config.model.logits_chunk)
         logp = logp + scored.exit_logprobs.flatten()[a.at]  # [n]: of token and exit
         advantage = torch.tensor([r.advantage for r in batch], dtype=torch.float32)
         weight = advantage.to(model.device)[a.rows]
         (-(weight * logp).sum() / count).backward()
+
+
+def is_flat(group: Sequence[Rollout]) -> bool:
+    """Whether the rollouts of a prompt were all rewarded alike."""
+    return max(abs(r.advantage) for r in group) < 1e-12
 
 
 def figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float]:
@@ -131,10 +147,10 @@ def figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float]:
             "tokens": len(depths),
         }
         rows.append(row | {f"reward_{name}": part for name, part in r.parts.items()})
-    groups = torch.tensor([r.advantage for r in rollouts]).view(-1, config.rl.rollouts)
-    flat = (groups.abs().amax(1) < 1e-12).sum()  # groups that teach nothing
+    K = config.rl.rollouts
+    flat = sum(is_flat(rollouts[start : start + K]) for start in range(0, len(rollouts), K))
     sums = torch.tensor([[*row.values(), 1.0] for row in rows]).sum(0)
-    *means, count, flat = training.total(torch.cat((sums, flat[None]))).tolist()
+    *means, count, flat = training.total(torch.cat((sums, torch.tensor([flat])))).tolist()
     return {name: value / count for name, value in zip(rows[0], means)} | {"flat_groups": flat}
 
 

@@ -30,13 +30,16 @@ class Aligned:
     depths: Tensor  # [B, T] int64; 0 on padding
     prompt_lens: list[int]
     counts: list[int]  # tokens of each response
-    at: Tensor  # [n] places in B*T of the readouts, row after row
+    at: Tensor  # [n] places in B*T of the readouts, response after response
     tokens: Tensor  # [n] the token that each readout produced
+    positions: Tensor | None = None  # [B, T]; None: 0..T-1
+    sees: Tensor | None = None  # [B, T, T] bool: what a token may look at; None: all before it
 
     @property
     def rows(self) -> Tensor:
-        """[n] the row of each readout."""
-        return self.at.div(self.ids.shape[1], rounding_mode="floor")
+        """[n] the response of each readout."""
+        counts = torch.tensor(self.counts, device=self.at.device)
+        return torch.arange(len(counts), device=self.at.device).repeat_interleave(counts)
 
 
 def align(
@@ -45,16 +48,36 @@ def align(
     depths: Sequence[Sequence[int]] | None,
     full_depth: int,
     device: torch.device,
+    together: int = 1,
 ) -> Aligned:
-    """Token ids of prompts and responses, a depth for each response token; None: full depth."""
-    lens, counts = [len(prompt) for prompt in prompts], [len(tokens) for tokens in responses]
-    ids = pad([[*prompt, *tokens[:-1]] for prompt, tokens in zip(prompts, responses)], device)
+    """Token ids of prompts and responses, a depth for each response token; None: full depth.
+
+    together: so many adjacent responses to one prompt share a row, in which the prompt is computed
+    once, up to its last token: that is the first readout of each.
+    """
+    counts = [len(tokens) for tokens in responses]
     chosen = depths or [[full_depth] * n for n in counts]
-    path = pad([[full_depth] * (n - 1) + [*own] for n, own in zip(lens, chosen)], device)
-    starts = [row * ids.shape[1] + n - 1 for row, n in enumerate(lens)]
-    at = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, counts)])
-    tokens = torch.tensor([token for response in responses for token in response], device=device)
-    return Aligned(ids, path, lens, counts, at.to(device), tokens)
+    rows: list[list] = []
+    starts = []
+    for first in range(0, len(prompts), together):
+        *shared, last = prompts[first]
+        row = [(token, full_depth, at, 1) for at, token in enumerate(shared)]
+        for i in range(first, first + together):
+            starts.append((len(rows), len(row)))
+            tokens = zip([last, *responses[i]], chosen[i])
+            row += [(t, d, len(shared) + k, 2 + i - first) for k, (t, d) in enumerate(tokens)]
+        rows.append(row)
+    ids, path, positions, parts = (pad(x, device) for x in zip(*(zip(*row) for row in rows)))
+    at = [torch.arange(n) + row * ids.shape[1] + i for (row, i), n in zip(starts, counts)]
+    found = torch.tensor([token for response in responses for token in response], device=device)
+    lens = [len(prompt) for prompt in prompts[::together]]
+    aligned = Aligned(ids, path, lens, counts, torch.cat(at).to(device), found)
+    if together > 1:
+        keys, queries = parts[:, None], parts[:, :, None]
+        before = positions[:, None] <= positions[:, :, None]
+        aligned.sees = before & ((keys == 1) | (keys == queries))
+        aligned.positions = positions
+    return aligned
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -80,12 +103,19 @@ class Score:
 
 
 def score(
-    model: Transformer, ids: Tensor, depths: Tensor, prompt_lens: Sequence[int] | Tensor
+    model: Transformer,
+    ids: Tensor,
+    depths: Tensor,
+    prompt_lens: Sequence[int] | Tensor,
+    positions: Tensor | None = None,
+    sees: Tensor | None = None,
 ) -> Score:
     """ids [B, T] right-padded; depths [B, T] of the input positions, 0 on padding; beyond the cap
     they mean the cap. prompt_lens [B]: nothing is chosen before the last prompt position.
+    positions, sees: as in Aligned.
     """
-    return run_and_score(model, ids, Prescribed(depths), depths > 0, prompt_lens)
+    how = Prescribed(depths), depths > 0, prompt_lens, None
+    return run_and_score(model, ids, *how, positions, sees)
 
 
 def run_and_score(
@@ -95,10 +125,13 @@ def run_and_score(
     alive: Tensor,
     prompt_lens: Sequence[int] | Tensor,
     noise: Tensor | None = None,
+    positions: Tensor | None = None,
+    sees: Tensor | None = None,
 ) -> Score:
     """One forward in which `policy` decides -> what it computed. alive [B, T]: not padding."""
     ask = Ask(model, policy, ids.numel(), noise)
-    run = model.run(ids, stop=ask, alive=None if bool(alive.all()) else alive)  # host sync
+    asked = None if bool(alive.all()) else alive  # host sync
+    run = model.run(ids, positions, None, ask, asked, sees)
     z = ask.head_logits.unflatten(0, ids.shape)
     logp = ask.logprobs(run.depths.flatten()).view(ids.shape)
     first = torch.as_tensor(prompt_lens, device=ids.device)[:, None] - 1

@@ -65,12 +65,17 @@ def read_response(
     return Response(prompt, list(ids), generation, text, task_of(prompt).verify(prompt, text))
 
 
-def rescore(model: Transformer, responses: Sequence[Response]) -> tuple[Aligned, Score]:
-    """The forward that re-scores these responses, at the depths where they were written."""
+def rescore(
+    model: Transformer, responses: Sequence[Response], together: int = 1
+) -> tuple[Aligned, Score]:
+    """The forward that re-scores these responses, at the depths where they were written.
+
+    together: see score.align.
+    """
     prompts, written = [r.prompt_ids for r in responses], [r.generation for r in responses]
     tokens, depths = [g.tokens for g in written], [g.depths for g in written]
-    a = align(prompts, tokens, depths, model.full_depth, model.device)
-    return a, score(model, a.ids, a.depths, a.prompt_lens)
+    a = align(prompts, tokens, depths, model.full_depth, model.device, together)
+    return a, score(model, a.ids, a.depths, a.prompt_lens, a.positions, a.sees)
 
 
 @torch.no_grad()

@@ -120,6 +120,28 @@ def test_the_first_readout_chooses_its_depth(family):
     assert all(g.exit_logprobs[0] < 0 for g in gens)
 
 
+def test_rows_that_share_a_prompt_score_as_rows_of_their_own(family):
+    """Catches: a response that sees its neighbour, or padding; positions counted along the row."""
+    model = with_exits(random_model(family))
+    prompts = [PROMPTS[1]] * 3 + [PROMPTS[0]] * 3 + [PROMPTS[2][:1]] * 3
+    gens = generate(model, prompts, "head", 6, 1.0, 0)
+    tokens, depths = [g.tokens for g in gens], [g.depths for g in gens]
+    found = []
+    for together in (1, 3):
+        a = align(prompts, tokens, depths, model.full_depth, model.device, together)
+        out = score(model, a.ids, a.depths, a.prompt_lens, a.positions, a.sees)
+        logits = out.logits.flatten(0, 1)[a.at].log_softmax(-1)
+        logp = logits.gather(1, a.tokens[:, None]).squeeze(1) + out.exit_logprobs.flatten()[a.at]
+        weight = torch.linspace(-1, 1, len(logp))
+        names = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad((weight * logp).sum(), list(names.values()))
+        found.append((a, logp, gradients))
+    (alone, logp, gradients), (packed, same, others) = found
+    assert packed.ids.numel() < alone.ids.numel() and torch.equal(alone.rows, packed.rows)
+    assert torch.allclose(logp, same, atol=1e-4)
+    assert all(torch.allclose(g, h, atol=1e-3) for g, h in zip(gradients, others))
+
+
 # --- law 3: skipping is exact -----------------------------------------------------------------
 
 
