@@ -177,7 +177,8 @@ def memory(config: Config, processes: int = 1) -> dict[str, int]:
     prompts = load_prompts(config.data, "train", config.data.count, config.run.seed)
     tokenizer = load_tokenizer(m.name, m.revision)
     length = g.max_new_tokens + max(len(prompt_ids(tokenizer, p, config)) for p in prompts)
-    rows = min(sft.micro_batch, math.ceil(sft.batch_size / processes))
+    share = 1 if config.run.shard else processes
+    rows = min(sft.micro_batch, math.ceil(sft.batch_size / share))
     small = [dataclasses.replace(shape, blocks=blocks, vocab=1) for blocks in (2, 3)]
     two, three = (left_by_token(Transformer(s).to(device, dtype), config.lora) for s in small)
     with torch.device("meta"):

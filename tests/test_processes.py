@@ -39,10 +39,11 @@ def fork(work, *args, others: float = 20) -> list[int | None]:
         its = settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         started.append(context.Process(target=begin, args=(its, work, args)))
         started[-1].start()
-    started[0].join()
+    started[0].join(300)
     started[1].join(others)
     codes = [process.exitcode for process in started]
-    started[1].kill()
+    for process in started:
+        process.kill()
     return codes
 
 
