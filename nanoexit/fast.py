@@ -15,7 +15,7 @@ What makes it fast.
 4. Debts of earlier steps join the product of k and v.
 5. On CUDA, the blocks between two exits are replayed as one graph.
 
-Host syncs: one or two at each depth where a row may exit, one if some rows are idle.
+Host syncs: one at each depth where a row may exit, one if some rows are idle, one for new debts.
 """
 
 import functools
@@ -305,10 +305,13 @@ class FastModel:
             if stop is None or depth not in asked:
                 continue
             leaves = stop(depth, h if going is None else h[going], going)
-            if leaves is None or not leaves.any():  # host sync
+            if leaves is None:
+                continue
+            stay = leaves.logical_not().nonzero()[:, 0]  # host sync
+            if len(stay) == len(leaves):
                 continue
             depths[slice(None) if going is None else going] = torch.where(leaves, depth, D)
-            going = (depths == D).nonzero()[:, 0]  # host sync
+            going = stay if going is None else going[stay]
             if not len(going):
                 rows = depths.nonzero()[:, 0]
                 cache.owe(depth, h[rows], rows, at[rows])
