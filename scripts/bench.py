@@ -4,6 +4,7 @@
     python scripts/bench.py exits --shape smollm2-135m              what early exits save
     python scripts/bench.py rollout                                 256 rows against one
     python scripts/bench.py train --shape smollm2-135m --peer hf    a LoRA step; a student step
+    python scripts/bench.py update --shape smollm2-135m             REINFORCE: prompts computed once
     python scripts/bench.py memory                                  KL over 152,000 tokens by chunks
     python scripts/bench.py load --shape smollm2-135m --peer hf     loading a folder
     python scripts/bench.py growth                                  cost against length, up to 4,096
@@ -44,7 +45,7 @@ from nanoexit.exits import Asked, Policy, attach
 from nanoexit.fast import FastModel
 from nanoexit.lora import attach_lora
 from nanoexit.model import Transformer
-from nanoexit.score import readout_kl, readout_logprobs, score
+from nanoexit.score import align, readout_kl, readout_logprobs, score
 from nanoexit.training import make_optimizer, trained
 from nanoexit.weights import DTYPES, pick_device
 
@@ -203,6 +204,37 @@ def train(args: argparse.Namespace) -> None:
     report(args, work, "full depth", *ratio, "of the time", tokens_per_s=speed)
 
 
+def update(args: argparse.Namespace) -> None:
+    """8 rollouts of 8 prompts: 8 that are equal share their prompt, 8 that differ do not.
+
+    With the defaults 16 + 64 tokens; short texts are --prompt 40 --new 20.
+    """
+    K, rows = 8, 64
+    model = load(args)
+    attach(model, quarters(model.full_depth), lora=LoRAConfig(dropout=0.0))
+    apart = prompts(rows, args.prompt, model.shape.vocab)
+    ids = {"shared": [row for row in apart[:K] for _ in range(K)], "apart": apart}
+    written = {name: write(model, ids[name], "head", args.new, 1.0) for name in ids}
+
+    def rescore(name: str, together: int) -> None:
+        tokens, depths = [g.tokens for g in written[name]], [g.depths for g in written[name]]
+        a = align(ids[name], tokens, depths, model.full_depth, model.device, together)
+        h = score(model, a.ids, a.depths, a.prompt_lens, a.positions, a.sees).hidden
+        readout_logprobs(model, h.flatten(0, 1)[a.at], a.tokens, args.chunk).mean().backward()
+
+    variants: dict[str, Callable[[], object]] = {}
+    for name, together in (("shared", K), ("apart", 1)):
+        variants[name] = lambda x=name: write(model, ids[x], "head", args.new, 1.0)
+        variants[f"rescore {name}"] = lambda x=name, n=together: rescore(x, n)
+    times = in_turn(variants, args.rounds, args.device)
+    work = f"{K} x {K} x ({args.prompt} + {args.new})"
+    report(args, f"rollouts, {work}", "prompts apart", *times.ratio("apart", "shared"))
+    r = times.rounds
+    whole = {x: [a + b for a, b in zip(r[x], r[f"rescore {x}"])] for x in ("shared", "apart")}
+    ratio = Times(whole).ratio("apart", "shared")
+    report(args, f"rollouts and re-scoring, {work}", "prompts apart", *ratio)
+
+
 def lora_step(args: argparse.Namespace, model: Transformer, ids: Tensor) -> None:
     """Rank 8 on q, k, v and o, AdamW, beside transformers and peft."""
     hf = peer("hf")
@@ -232,6 +264,7 @@ WORKS = {
     "exits": exits,
     "rollout": rollout,
     "train": train,
+    "update": update,
     "memory": memory,
     "load": loading,
     "growth": growth,

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from nanoexit.config import UserError, read_json_lines, write_text
 from nanoexit.exits import Policy
-from nanoexit.generate import Sampling, generate
+from nanoexit.generate import Generation, Sampling, generate
 from nanoexit.model import Transformer
 from nanoexit.weights import load_model, read_shape
 
@@ -37,6 +37,7 @@ LENGTHS = {  # tokens a row, as reported
     "exits": "{prompt} + {new}",
     "rollout": "{prompt} + {new}",
     "train": "{length}",
+    "update": "prompt {prompt}, {new} written",
     "memory": "1600",
     "load": "1",
     "growth": "up to {longest}",
@@ -171,9 +172,9 @@ def write(
     new: int,
     temperature: float = 0.0,
     fast: bool = True,
-) -> None:
+) -> list[Generation]:
     """Generate `new` tokens a row."""
-    generate(model, ids, policy, new, temperature, settings=Sampling(stop_ids=(), fast=fast))
+    return generate(model, ids, policy, new, temperature, settings=Sampling(stop_ids=(), fast=fast))
 
 
 # --- what is reported -------------------------------------------------------------------------
