@@ -17,6 +17,7 @@ import re
 import reprlib
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ class RLConfig:
 
 @dataclass
 class JudgeConfig:
-    kind: str = knob("offline", "the task's rubric, or a model", choices=["offline", "api", "none"])
+    kind: str = knob("none", "api asks a model to score responses", choices=["api", "none"])
     base_url: str | None = knob(None, "OpenAI-compatible endpoint, as http://127.0.0.1:8000/v1")
     model: str | None = knob(None, "the judge's model name at that endpoint")
     api_key_env: str = knob("JUDGE_API_KEY", "environment variable that holds the key")
@@ -172,13 +173,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: Any = C
     """`schema` from a YAML file, then overrides as "sft.lr=1e-3". UserError for any mistake."""
     path = find_file(path, "config")
     config = schema()
-    _fill(config, _parse_yaml(read_text(path), str(path)), str(path))
+    _fill(config, parse_yaml(read_text(path), str(path)), str(path))
     for override in overrides:
         key, equals, text = override.partition("=")
-        where = f"override {override!r}"
+        where = f"override {show(override)}"
         if not equals:
             raise UserError(f"{where}: expected KEY=VALUE, such as sft.lr=1e-3")
-        tree = _parse_yaml(text, where)
+        tree = parse_yaml(text, where)
         for part in reversed(key.split(".")):
             tree = {part: tree}
         _fill(config, tree, where)
@@ -210,17 +211,18 @@ class _Loader(yaml.SafeLoader):
     """YAML's safe loader; a key given twice is an error instead of the last one winning."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice")
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, times in keys.items():
+            if times > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {show(key)} is given twice")
         return super().construct_mapping(node, deep)
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML text -> its value. UserError for broken, too deep or too long input."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also for 5,000 digits
+    except Exception as error:  # the package raises IndexError for `!!int ""`, and others
         raise UserError(f"{where} is not YAML: {error}") from None
 
 
@@ -233,7 +235,7 @@ def _fill(config: Any, tree: Any, where: str, prefix: str = "") -> None:
         key = f"{prefix}{name}"
         if name not in knobs:
             allowed = f"{nearest(name, knobs)}; allowed here: {', '.join(knobs)}"
-            raise UserError(f"{where}: unknown key {key!r}{allowed}")
+            raise UserError(f"{where}: unknown key {show(key)}{allowed}")
         if is_dataclass(hints[name]):
             _fill(getattr(config, name), value, where, f"{key}.")
         else:
@@ -250,6 +252,9 @@ def _checked(value: Any, hint: Any, meta: Any, where: str) -> Any:
         with contextlib.suppress(ValueError):
             value = float(str(value))  # YAML 1.1 reads 1e-5 as text: it is a number here
     check_value(value, Rule(kinds, *meta["bounds"]), where)
+    for name, item in value.items() if isinstance(value, dict) else ():
+        check_value(name, Rule((str,)), f"{where}: a name")
+        check_value(item, Rule((bool, int, float, str, NoneType), -math.inf), f"{where}.{name}")
     return value
 
 
@@ -272,17 +277,20 @@ class Rule(NamedTuple):
     choices: Sequence = ()
 
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+KINDS |= {str: "text without NUL or surrogate"}
 KINDS |= {list: "a list such as [1, 2]", dict: "a mapping such as {key: value}", NoneType: "null"}
 
 
 def check_value(value: Any, rule: Rule, where: str) -> None:
-    """Raise UserError for a value that breaks its rule; NaN and infinity break any."""
+    """Raise UserError for a value that breaks its rule; so do NaN, infinity, NUL, surrogates."""
     kinds, low, high, choices = rule
     kind = float if type(value) is int and float in kinds else type(value)
     fits = kind in kinds and (not choices or value in choices)
     if kind in (int, float):
-        fits = fits and low <= value <= high and value != math.inf
+        fits = fits and low <= value <= high and abs(value) != math.inf
+    if kind is str:
+        fits = fits and not re.search("[\0\ud800-\udfff]", value)
     if fits:
         return
     expected = " or ".join(KINDS[kind] for kind in kinds)
@@ -363,9 +371,9 @@ def _report(line: str) -> None:
 
 def find_file(path: str | Path, what: str = "file") -> Path:
     """`path` from the working directory, else from the root of the repository, else UserError."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     for candidate in (path, ROOT / path):
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
     raise UserError(f"{what} {path}: no such file, from {Path.cwd()} or {ROOT}")
 

@@ -24,7 +24,7 @@ import numpy as np
 from nanoexit.config import ROOT, Config, rounded, write_json_lines, write_text
 from nanoexit.exits import as_base
 from nanoexit.faithfulness import KEEPS, Subject, accuracy, examine, mean, means
-from nanoexit.judge import Item, Judge, judge_summary, offline_rubric, repetition
+from nanoexit.judge import Item, Judge, judge_summary
 from nanoexit.model import Transformer
 from nanoexit.reinforce import kept_samples
 from nanoexit.tasks import Prompt, Response, load_prompts
@@ -79,21 +79,16 @@ def interval(p: float | None, n: int) -> list[float] | None:
     return [max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))]
 
 
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of a response's 4-grams that occurred in it before; 0 if it is shorter."""
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def judged(responses: Sequence[Response], judge: Judge) -> dict:
-    """Scores by the judge of the config, or computed from the steps that the task found."""
+    """Scores by the judge of the config."""
     items = [Item(r.prompt.id, r.prompt.prompt, r.text, r.prompt.answer) for r in responses]
-    if judge.config.kind == "api":
-        return judge_summary(judge.score(items), "api", judge.config.model)
-    for item, r in zip(items, responses):
-        v = r.verdict
-        if not v.steps:
-            item.why = "the task lists no steps; judge.kind=api asks a model"
-            continue
-        right = v.correct if v.well_formed else None
-        form = v.well_formed and r.generation.finish == "stop"
-        again = repetition(r.generation.tokens)
-        item.scores = offline_rubric(sum(v.steps), v.claimed, len(v.steps), right, form, again)
-    return judge_summary(items, "offline")
+    return judge_summary(judge.score(items), judge.config.model)
 
 
 # A figure in tables: its key in a row, title, format, and why it may be None; without a reason
@@ -165,7 +160,7 @@ def cell(value: Any, form: str) -> str:
 
 def table_cells(rows: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
     """-> lines of cells, the head first, and a reason for each figure that has a dash."""
-    judge = next((r["judge"]["model"] or r["judge"]["kind"] for r in rows if "judge" in r), "")
+    judge = next((r["judge"]["model"] for r in rows if "judge" in r), "")
     caps = ["" if row["cap"] is None else f", cap {row['cap']}" for row in rows]
     lines = [["", *(f"{r['variant']} ({r['policy']}{cap})" for r, cap in zip(rows, caps))]]
     reasons: dict[str, str] = {}
@@ -246,7 +241,7 @@ def evaluate_variant(
         responses = subject.respond(prompts, "evaluate")
         row = measure(subject, variant, responses)
         if judge is not None:
-            if judge.config.kind != "none":
+            if judge.config.kind == "api":
                 row["judge"] = judged(responses, judge)
             row |= examine(subject, responses)
     shown = responses[: evaluate.samples]

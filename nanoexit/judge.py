@@ -89,37 +89,12 @@ def checked_scores(verdict: dict) -> dict[str, float]:
     return scores | {"overall": sum(scores.values())}
 
 
-def offline_rubric(
-    true: int, written: int, needed: int, right: bool | None, well_formed: bool, repeated: float
-) -> dict[str, float]:
-    """The four parts and `overall` from what a task's checker found.
-
-    Of `written` steps `true` are true; a whole chain has `needed`. `right`: None without an answer.
-    `repeated`: the `repetition`, which a well-formed chain of true steps may have.
-    """
-    given = right is not None
-    wrong = written - true + (right is False)
-    if well_formed and true == written <= needed:
-        repeated = 0.0
-    coherence = 1 + 9 * true / max(written, 1)
-    completeness = 1 + 4.5 * true / needed + 1.5 * given + 3 * (right is True)
-    clarity = 1.0 + 6 * well_formed + 3 * given
-    no_repetition = 1 + 9 * (1 - repeated) * (1 - wrong / (written + 1))
-    return checked_scores(dict(zip(PARTS, (coherence, completeness, clarity, no_repetition))))
-
-
-def repetition(tokens: Sequence[int]) -> float:
-    """Share of a response's 4-grams that occurred in it before; 0 if it is shorter."""
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def judge_summary(items: Sequence[Item], kind: str, model: str | None = None) -> dict:
+def judge_summary(items: Sequence[Item], model: str | None) -> dict:
     """The `judge` entry of a row: means over what was judged, and the reasons of the rest."""
     judged = [item.scores for item in items if item.scores]
     means = {name: fmean(s[name] for s in judged) for name in judged[0]} if judged else {}
     reasons = Counter(item.why for item in items if not item.scores)
-    found = {"kind": kind, "model": model, "means": means, "reasons": dict(reasons.most_common(5))}
+    found = {"model": model, "means": means, "reasons": dict(reasons.most_common(5))}
     return {**found, "judged": len(judged), "not_judged": reasons.total()}
 
 

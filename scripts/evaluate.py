@@ -4,7 +4,7 @@
     python scripts/evaluate.py configs/tiny_rl.yaml --adapter runs/tiny-sft --adapter runs/tiny-rl
 
 Accuracy, free and under each cap of evaluate.caps; depth; what the answer does when the reasoning
-is cut or a value in it is changed, with free depth and capped; what a monitor can read; a rubric
+is cut or a value in it is changed, with free depth and capped; what a monitor can read; a judge
 (judge.kind); accuracy against depth for each policy of evaluate.frontier.
 
 Writes evaluation.json and evaluation.md into the run directory. Same seed, same figures.

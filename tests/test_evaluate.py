@@ -11,7 +11,7 @@ from judge_server import KEY, JudgeServer
 from test_faithfulness import Scripted, Words, chain, in_head, on_paper, said
 
 from nanoexit.config import ROOT, Config, JudgeConfig, UserError, load_config
-from nanoexit.evaluate import cell, evaluate_run, judged, measure, table
+from nanoexit.evaluate import cell, evaluate_run, judged, measure, repetition, table
 from nanoexit.faithfulness import Subject, examine
 from nanoexit.judge import Judge
 from nanoexit.tasks import TASKS, Prompt
@@ -244,8 +244,7 @@ def test_a_cap_deeper_than_the_model(name, tmp_path):
 
 
 def test_a_judge_scores_the_rows_and_is_named(tmp_path, monkeypatch):
-    """Catches: the offline rubric under a judge's name; a judge asked again for what it has
-    answered; its key in a file."""
+    """Catches: a judge asked again for what it has answered; its key in a file."""
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     config, cache = Config(), tmp_path / "judge.jsonl"
     subject = Scripted(in_head, config)
@@ -257,20 +256,11 @@ def test_a_judge_scores_the_rows_and_is_named(tmp_path, monkeypatch):
         asked = sum(server.served.values())
         assert judged(responses, judge) == scores
         assert asked == 2 == sum(server.served.values())
-    assert (scores["kind"], scores["means"]["overall"]) == ("api", 30)
+    assert scores["means"]["overall"] == 30
+    assert repetition([5, 2] * 4) == pytest.approx(0.6) and repetition([5, 5, 5]) == 0
     row = measure(subject, "student", responses) | {"judge": scores, "monitor": {}}
     assert re.search(r"\nrubric of 40 \(loopback\) +30.0\n", table([row]))
     assert KEY not in cache.read_text()
-
-
-def test_the_offline_rubric_needs_steps(tmp_path):
-    """Catches: a score for prompts whose steps no task can see."""
-    config = Config()
-    subject = Scripted(lambda p, given, cap: f"{given} so\n#### 7", config)
-    responses = subject.respond([Prompt("q", "q", "#### 7", checker="gsm8k"), chain()], "evaluate")
-    found = judged(responses, Judge(subject.config.judge))
-    assert (found["kind"], found["judged"], found["not_judged"]) == ("offline", 1, 1)
-    assert list(found["reasons"]) == ["the task lists no steps; judge.kind=api asks a model"]
 
 
 def test_several_runs_in_one_table():

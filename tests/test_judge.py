@@ -85,24 +85,10 @@ def test_failures_are_counted_and_never_averaged():
     """Catches failures as score 0: (30 + 20) / 2 is 25, with two zeros counted it is 12.5."""
     done = [Item("", "", "", None, SCORES | {"overall": n}) for n in (30, 20)]
     lost = [Item("", "", "", why="x")] * 2
-    summary = j.judge_summary(lost + done, "api", "m")
+    summary = j.judge_summary(lost + done, "m")
     assert summary["means"] == {**SCORES, "overall": 25} and summary["reasons"] == {"x": 2}
     assert summary["judged"] == summary["not_judged"] == 2
-    assert j.judge_summary(lost, "api")["means"] == {}
-
-
-def test_offline_rubric_on_numbers_worked_by_hand():
-    """Catches a part that pays for what it should not, or forgives what it should not."""
-    for facts, parts in {
-        (4, 4, 4, True, True, 0.5): [10, 10, 10, 10, 40],  # true values may repeat
-        (0, 0, 4, True, True, 0.0): [1, 5.5, 10, 10, 26.5],  # nothing to follow
-        (2, 2, 4, True, True, 0.0): [10, 7.75, 10, 10, 37.75],
-        (3, 4, 4, False, True, 0.0): [7.75, 5.875, 10, 6.4, 30.025],  # 1 + 9 (1 - 2/5)
-        (0, 0, 4, None, False, 1.0): [1, 1, 1, 1, 4],
-        (4, 5, 4, True, False, 0.5): [8.2, 10, 4, 4.75, 26.95],  # 1 + 9 (1 - 0.5) (1 - 1/6)
-    }.items():
-        assert list(j.offline_rubric(*facts).values()) == pytest.approx(parts)
-    assert j.repetition([5, 2] * 4) == pytest.approx(0.6) and j.repetition([5, 5, 5]) == 0
+    assert j.judge_summary(lost, "m")["means"] == {}
 
 
 def test_the_response_cannot_leave_its_fence(server):
@@ -201,7 +187,7 @@ def test_settings_that_cannot_work_are_named_before_any_work(monkeypatch):
         with pytest.raises(UserError, match=f"judge.{knob}") as caught:
             j.check_judge(config)
         assert "hunter2" not in str(caught.value) and str(caught.value).isprintable()
-    assert j.check_judge(JudgeConfig(kind="offline")) == ""
+    assert j.check_judge(JudgeConfig()) == ""
 
 
 def test_an_endpoint_that_fails_for_good_ends_the_asking(server, monkeypatch):
