@@ -74,8 +74,9 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
         raise UserError("run.wandb is true, but wandb is not installed: pip install wandb")
     _check_folder(Path(config.run.dir), resume)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if config.run.shard and ranks == 1:
-        raise UserError("run.shard: expected several processes, as torchrun starts, found one")
+    if config.run.shard and (ranks == 1 or reinforce):
+        found = "REINFORCE" if reinforce else "one"
+        raise UserError(f"run.shard: expected SFT in several processes of torchrun, found {found}")
     if reinforce:  # its gradient is only right for samples of the model's own distribution
         for key, expected in {"temperature": 1.0, "top_p": 1.0, "top_k": 0}.items():
             found = getattr(config.generation, key)
@@ -127,6 +128,8 @@ def shard(model: Transformer, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # slow to import
 
+    if is_main():
+        print("run.shard: weights are gathered for each product, which is slow", file=sys.stderr)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for _, linear in linear_maps(model):
         ours = {*trained(linear).values()}
@@ -263,10 +266,10 @@ def _check_folder(folder: Path, resume: bool) -> bool:
 
     Raises UserError where that is not a run of ours, and where there is no run to resume.
     """
-    ours = (folder / "config.yaml").is_file()
+    ours = os.path.isfile(folder / "config.yaml")
     if resume and not ours:
         raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
-    inside = os.listdir(folder) if folder.is_dir() else [folder.name] * folder.exists()
+    inside = os.listdir(folder) if os.path.isdir(folder) else [folder.name] * os.path.exists(folder)
     used = bool({*inside} - {"config.yaml", "traces"})
     if used and not ours:
         raise UserError(f"run.dir: {folder} is not a run (no config.yaml), so it is left alone")
