@@ -148,7 +148,11 @@ def load_adapter(model: Transformer, folder: str | Path) -> None:
     try:
         for name, lora in plan.items():
             maps[name].adapter = LoRA(maps[name], lora, torch.Generator())
-        for file, parameters in _trained(model).items():
+        wanted = _trained(model)
+        for file in FILES:
+            if file.endswith(".safetensors") and file not in wanted and (path / file).exists():
+                raise UserError(f"{path}: no JSON file describes {file}: damaged; export it again")
+        for file, parameters in wanted.items():
             _copy_in(path / file, parameters)
     except UserError:
         detach(model)

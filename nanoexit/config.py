@@ -338,16 +338,20 @@ def run_script(main: Callable[[], None]) -> None:
     signals = (signal.SIGINT, signal.SIGTERM)
     for number in signals:
         signal.signal(number, stop)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  None: it is closed
+        stream.reconfigure(errors="replace")
+        setattr(sys, name, stream)
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # `... | head` closed our output: not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:  # OSError: disk full, no permission
-        _report(f"error: {UserError(str(error))}")
-        raise SystemExit(2) from None
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        if not isinstance(error, BrokenPipeError):  # `... | head` closed our output: not an error
+            _report(f"error: {UserError(str(error))}")
+            raise SystemExit(2) from None
     except KeyboardInterrupt as stopped:
         for number in signals:  # a second one adds no traceback
             signal.signal(number, signal.SIG_IGN)

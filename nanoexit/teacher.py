@@ -170,6 +170,7 @@ def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> lis
     chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     paths = [folder / f"{number:05d}.jsonl" for number in range(len(chunks))]
     missing = [number for number in mine(range(len(chunks))) if not paths[number].is_file()]
+    folder.mkdir(parents=True, exist_ok=True)  # a refusal comes before the work
     with progress(len(missing), "teacher writes traces", "chunk") as bar, as_base(model):
         for number in missing:
             seed, rows = stream("traces", config.run.seed, number), config.generation.batch_size

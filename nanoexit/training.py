@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -245,7 +246,7 @@ def run_directory(config: Config, resume: bool) -> Iterator[Path]:
 def _open_run(folder: Path, config: Config, resume: bool) -> int:
     """Make or continue the folder -> its lock."""
     used = _check_folder(folder, resume)
-    lock = _lock(folder)
+    lock = lock_folder(folder)
     if resume:
         _check_same_config(folder / "config.yaml", config)
     elif used:
@@ -254,7 +255,7 @@ def _open_run(folder: Path, config: Config, resume: bool) -> int:
         folder.rename(aside)
         print(f"the earlier run in {folder} is now {aside}", file=sys.stderr)
         os.close(lock)
-        lock = _lock(folder)
+        lock = lock_folder(folder)
     for left in folder.rglob("*.tmp"):  # of a process that was killed while writing
         left.unlink()
     write_text(folder / "config.yaml", to_yaml(config))
@@ -270,13 +271,16 @@ def _check_folder(folder: Path, resume: bool) -> bool:
     if resume and not ours:
         raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
     inside = os.listdir(folder) if os.path.isdir(folder) else [folder.name] * os.path.exists(folder)
-    used = bool({*inside} - {"config.yaml", "traces"})
+    used = not all(re.fullmatch(r"traces|config\.yaml(\.\d+\.tmp)?", name) for name in inside)
     if used and not ours:
         raise UserError(f"run.dir: {folder} is not a run (no config.yaml), so it is left alone")
+    place = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    if not os.path.isdir(place) or not os.access(place, os.W_OK):
+        raise UserError(f"run.dir: {folder} cannot be written: {place} is a file or read-only")
     return used
 
 
-def _lock(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """Make the folder and lock it, until the handle is closed or the process ends in any way."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
@@ -290,7 +294,7 @@ def _lock(folder: Path) -> int:
 
 
 def _check_same_config(path: Path, config: Config) -> None:
-    old = dataclasses.asdict(load_config(path))
+    old = dataclasses.asdict(load_config(path, schema=type(config)))
     for section, values in dataclasses.asdict(config).items():
         for key, value in values.items():
             name, before = f"{section}.{key}", old[section][key]
@@ -347,7 +351,8 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
         tensors[f"parameter.{name}"] = p.detach()
         for key, value in optimizer.state.get(p, {}).items():  # step, exp_avg, exp_avg_sq
             tensors[f"{key}.{name}"] = value
-    write = lambda beside: save_file(tensors, beside, {"step": str(step)})  # noqa: E731
+    about = {"step": str(step), "metrics": str(zlib.crc32(metrics_until(folder, step)))}
+    write = lambda beside: save_file(tensors, beside, about)  # noqa: E731
     replace(folder / "checkpoint" / "state.safetensors", write)
 
 
@@ -361,21 +366,33 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
         return 0
     try:
         with safe_open(path, "pt") as file:
-            done = int(file.metadata()["step"])
+            about = file.metadata()
+            done = int(about["step"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to train from the start") from None
+    crc, metrics = str(zlib.crc32(metrics_until(folder, done))), folder / "metrics.jsonl"
+    if metrics.exists() and about.get("metrics", crc) != crc:
+        problem = f"is damaged up to step {done}, or {path} is another run's"
+        raise UserError(f"{metrics} {problem}; delete it to go on without it")
     for name, p in trained(model).items():
         value = tensors.get(f"parameter.{name}")
-        if value is None or value.shape != p.shape:
-            expected = f"parameter.{name} of shape {list(p.shape)}"
-            raise UserError(f"{path}: no tensor {expected}: another model's")
+        if value is None or value.shape != p.shape or not value.isfinite().all():
+            expected = f"parameter.{name}, finite, of shape {list(p.shape)}"
+            raise UserError(f"{path}: no tensor {expected}: damaged, or another model's; delete it")
         p.data.copy_(value)
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if f"{key}.{name}" in tensors:
                 value = tensors[f"{key}.{name}"]
                 optimizer.state[p][key] = value if key == "step" else value.to(p.device)
     return done
+
+
+def metrics_until(folder: Path, step: int) -> bytes:
+    """The whole lines of metrics.jsonl up to this step."""
+    path = folder / "metrics.jsonl"
+    lines = re.finditer(rb'{"step": (\d+), .*}\n', path.read_bytes() if path.is_file() else b"")
+    return b"".join(line[0] for line in lines if int(line[1]) <= step)
 
 
 def stream(name: str, seed: int, *numbers: int) -> list[int]:
@@ -413,8 +430,7 @@ class Metrics:
         self.path, self.wandb = folder / "metrics.jsonl", None
         if not is_main():
             return
-        lines = self.path.read_bytes().splitlines(True) if self.path.is_file() else []
-        kept = b"".join(lines[:done])  # line n is step n
+        kept = metrics_until(folder, done)
         replace(self.path, lambda beside: beside.write_bytes(kept))
         if config.run.wandb:
             import wandb

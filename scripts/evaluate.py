@@ -17,7 +17,7 @@ import _path  # noqa: F401
 from nanoexit.adapters import adapter_folder
 from nanoexit.config import command_line, load_config, run_script
 from nanoexit.evaluate import evaluate_run, table
-from nanoexit.training import check, load_student
+from nanoexit.training import check, load_student, lock_folder
 
 
 def main() -> None:
@@ -36,6 +36,8 @@ def main() -> None:
         adapter_folder(folder)
         check(config)
         configs.append(config)
+    for folder in {Path(config.run.dir).resolve() for config in configs}:
+        lock_folder(folder)  # until this process ends
     tables = []
     for config in configs:
         model, tokenizer = load_student(config)

@@ -196,12 +196,14 @@ def main():
     time.sleep(60)
 run_script(main)
 """
+IMPORTS = "import _path, time; print('ready', flush=True); time.sleep(60)"
 
 
+@pytest.mark.parametrize("script", [ENDLESS, IMPORTS])
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_stopped_script_ends_in_one_line(name, code):
+def test_a_stopped_script_ends_in_one_line(name, code, script):
     """Catches: a traceback for Ctrl-C, also twice, or for a scheduler's SIGTERM; a wrong code."""
-    command = [sys.executable, "-c", ENDLESS]
+    command = [sys.executable, "-c", script]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT / "scripts")
     assert process.stdout and process.stdout.readline() == "ready\n"
@@ -210,3 +212,12 @@ def test_a_stopped_script_ends_in_one_line(name, code):
     process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=10)
     assert process.returncode == code and len(errors.splitlines()) == 1, errors
+
+
+@pytest.mark.parametrize("output, code", [(">&-", 0), ("> /dev/full", 2)])
+def test_an_output_that_takes_nothing(output, code):
+    """Catches: a traceback or exit code 120 where stdout is closed, or where its disk is full."""
+    script = "import _path; from nanoexit.config import run_script; run_script(lambda: print(1))"
+    command = f"'{sys.executable}' -c '{script}' {output}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT / "scripts")
+    assert done.returncode == code and len(done.stderr.splitlines()) == code // 2, done.stderr

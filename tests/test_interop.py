@@ -171,8 +171,8 @@ def test_the_base_of_an_adapter(tmp_path, small):
         adapter_base(tmp_path)
 
 
-EDITS = {"exit_layers": [["1"], 1, [0], [3], [2], [1.0]], "head": ["tree", 1], "cap": [0, 9, "2"]}
-EDITS |= {"base_model": [5], "revision": [5], "content": ["sha256:0", 1]}
+EDITS = {"exit_layers": [[], ["1"], 1, [0], [3], [2], [1.0]], "head": ["tree", 1]}
+EDITS |= {"cap": [0, 9, "2"], "base_model": [5], "revision": [5], "content": ["sha256:0", 1]}
 
 
 @pytest.mark.parametrize("key, value", [(k, v) for k in EDITS for v in EDITS[k]], ids=str)

@@ -4,11 +4,11 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace as changed
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -29,10 +29,15 @@ from nanoexit.training import (
     trained,
 )
 
+sys.path.insert(0, str(ROOT / "scripts"))
+import finetune
+
 TINY = str(ROOT / "configs" / "tiny.yaml")
 SMALL = ["data.count=96", "teacher.chunk=32", "evaluate.count=8", "evaluate.samples=1"]
 SMALL += ["sft.steps=6", "sft.batch_size=12", "sft.micro_batch=8", "sft.save_every=1"]
 SMALL += ["lora.dropout=0.1", "evaluate.policies=[head]", "evaluate.caps=[]"]
+TUNE = ["steps=6", "save_every=2", "capped_rows=3", "cap=3", "early=[2]", "early_weight=0.5"]
+TUNE += ["scaffold=1", "scaffold_steps=4", "longest=6", "batch_size=6"]
 ROLL = ["rl.steps=4", "rl.prompts=2", "rl.rollouts=4", "rl.save_every=2", "data.count=20"]
 
 
@@ -47,7 +52,7 @@ def run(folder: Path, *more: str) -> subprocess.CompletedProcess:
 
 def adapter_bits(folder: Path) -> dict[str, bytes]:
     """Every trained tensor, bit for bit."""
-    files = sorted((folder / "adapter").glob("*.safetensors"))
+    files = sorted(folder.glob("[am]*/*.safetensors"))  # adapter/ or model/
     tensors = [(f"{path.name} {name}", t) for path in files for name, t in load_file(path).items()]
     return {name: t.numpy().tobytes() for name, t in tensors}
 
@@ -65,28 +70,50 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("moment", [random.Random(os.getpid()).uniform(0.2, 1.0), "steps"])
-def test_a_killed_run_ends_with_the_same_weights(whole, tmp_path, moment):
-    """Catches: randomness that is not a function of the step; lost moments; a trace twice.
+def work(stage: str, folder: Path, resume: bool) -> None:
+    """One stage, in a process of its own."""
+    if stage == "finetune":
+        keys = [f"run.dir={folder}", *(f"finetune.{key}" for key in TUNE)]
+        config = load_config(folder.parent / "empty.yaml", keys, finetune.Recipe)
+        return finetune.finetune(config, resume)
+    config = load_config(
+        TINY, [*SMALL, *ROLL[:-1], "data.count=48", "teacher.chunk=8", f"run.dir={folder}"]
+    )
+    model, tokenizer = load_student(config)
+    job = reinforce.run_reinforce if stage == "rl" else sft.run_sft
+    with run_directory(config, resume) as run:
+        job(model, tokenizer, config, run)
 
-    Once in the middle of the steps, once at a random moment from the first trace on.
-    """
-    folder = tmp_path / "run"
-    none = subprocess.DEVNULL
-    process = subprocess.Popen(command(folder), stdout=none, stderr=none)
-    lines, wait = (3, 0.0) if moment == "steps" else (0, moment)
-    started = folder / "metrics.jsonl" if lines else folder / "config.yaml"
-    while process.poll() is None:
-        if started.exists() and len(started.read_text().splitlines()) >= lines:
-            break
-        time.sleep(0.01)
-    time.sleep(wait)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = run(folder, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert adapter_bits(folder) == adapter_bits(whole) and adapter_bits(whole)
-    assert [row["step"] for row in steps_of(folder)] == [*range(1, 7)]
+
+def begin(*arguments):
+    process = get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("stage", ["traces", "sft", "rl", "finetune"])
+def test_a_killed_run_ends_with_the_same_weights(tmp_path, stage):
+    """Catches: randomness that is not a function of the step; lost moments; a step or a trace
+    twice; a folder that a kill leaves unusable. Moments are random; KILLS=10 is the long form."""
+    (tmp_path / "empty.yaml").touch()
+    begun = "config.yaml" if stage == "traces" else "metrics.jsonl"
+    took, whole = 0.0, {}
+    for kill in range(int(os.environ.get("KILLS", 1)) + 1):  # the first run is left alone
+        folder = tmp_path / str(kill)
+        process = begin(stage, folder, False)
+        while not (folder / begun).exists():
+            time.sleep(0.01)
+        started = time.monotonic()
+        if kill:
+            process.join(random.uniform(0, took / 3 if stage == "traces" else took))
+            process.kill()
+            process.join()
+            process = begin(stage, folder, True)
+        process.join()
+        if not kill:
+            took, whole = time.monotonic() - started, adapter_bits(folder)
+        assert process.exitcode == 0 and adapter_bits(folder) == whole != {}
+        assert steps_of(folder) == steps_of(tmp_path / "0")
 
 
 def test_a_run_writes_what_it_promises(whole):
@@ -125,20 +152,26 @@ def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path):
     for name in ("thesis", "file"):
         with pytest.raises(UserError, match=f"{name} is not a run"):
             check(load_config(TINY, [f"run.dir={tmp_path / name}"]))
+    with pytest.raises(UserError, match=r"cannot be written: .*file is a file or read-only"):
+        check(load_config(TINY, [f"run.dir={tmp_path}/file/run"]))
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["chapter1.tex", "file", "thesis"]
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "config.yaml.7.tmp").touch()  # by a kill during the first write
+    check(load_config(TINY, [f"run.dir={tmp_path}/killed"]))
 
 
 def test_a_second_process_on_one_run_is_refused(whole, tmp_path):
     """Catches: two writers in one directory; a lock that a finished process leaves behind."""
     shutil.copytree(whole, tmp_path / "run")
     config = load_config(TINY, [*SMALL, f"run.dir={tmp_path / 'run'}"])
-    for _ in range(2):
+    other = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), TINY, "--adapter"]
+    for args in (command(tmp_path / "run", "--resume"), [*other, str(tmp_path / "run")]):
         with run_directory(config, resume=True):
-            done = run(tmp_path / "run", "--resume")
+            done = subprocess.run(args, capture_output=True, text=True)
             assert done.returncode == 2 and "in use by another process" in done.stderr
 
 
-@pytest.mark.parametrize("file", ["checkpoint/state.safetensors", "config.yaml"])
+@pytest.mark.parametrize("file", ["checkpoint/state.safetensors", "config.yaml", "metrics.jsonl"])
 @pytest.mark.parametrize("damage", ["empty", "cut", "other"])
 def test_a_damaged_run_file_is_named(whole, tmp_path, file, damage):
     """Catches: a traceback, or half of a file used, after a disk was full."""
