@@ -116,6 +116,11 @@ def load(config: Recipe) -> tuple[Transformer, Tokenizer]:
     elif f.weights == "blocks":
         model.model.layers.requires_grad_(True)
     tokenizer.has_template = tokenizer.has_template and f.template
+    task = TASKS.get(config.data.prompts)
+    if task is None:
+        read_rows(config, tokenizer)  # a mistake in the file comes before the run directory
+    elif not isinstance(task, Made):
+        raise UserError(f"data.prompts: the task {config.data.prompts} does not make prompts")
     return model, tokenizer
 
 

@@ -26,6 +26,8 @@ def main() -> None:
         raise UserError(
             f"{args.config}: run.init: name the SFT run to start from, as runs/tiny-sft"
         )
+    if Path(config.run.init).resolve() == Path(config.run.dir).resolve():
+        raise UserError(f"run.init: {config.run.init} is run.dir too; name another run.dir")
     check(config, args.resume, reinforce=True)
     with processes(config):
         if not (Path(config.run.init) / "adapter" / "nanoexit.json").is_file():

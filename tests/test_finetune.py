@@ -104,9 +104,9 @@ def test_a_file_of_prompts_and_responses(tmp_path, capsys):
     changed = [n for n, p in model.named_parameters() if not torch.equal(p, base[n])]
     assert changed and all("_proj" in name for name in changed)
     path.write_text('{"prompt": "1 +1"}')
-    model, tokenizer = finetune.load(config)
     with pytest.raises(UserError, match=r"rows.jsonl:1: expected a prompt and a response"):
-        finetune.read_rows(config, tokenizer)
+        finetune.finetune(config, resume=False)
+    assert (tmp_path / "run" / "model").is_dir()  # not moved
 
 
 def test_depths_beyond_the_model_are_refused(tmp_path):
