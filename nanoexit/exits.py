@@ -98,7 +98,7 @@ def detach(model: Transformer) -> None:
 def check_cap(model: Transformer, cap: int | None, key: str = "exits.cap") -> None:
     """Raise UserError for a cap outside 1..L."""
     if cap is not None and not 1 <= cap <= model.full_depth:
-        raise UserError(f"{key}: expected a depth from 1 to {model.full_depth}, found {cap}")
+        raise UserError(f"{key}: expected a depth from 1 to {model.full_depth}, found {show(cap)}")
 
 
 @contextlib.contextmanager
@@ -224,7 +224,7 @@ def parse_policy(text: str, model: Transformer | None = None, where: str = "") -
     if text in ("full", "head"):
         return Policy(text)
     L = 10**6 if model is None else model.full_depth
-    bounds = {"head": (0, 1), "fixed": (1, L), "kl": (0, math.inf), "confidence": (0, 1)}
+    bounds = {"head": (0, 1), "fixed": (1, L), "kl": (0, 1e6), "confidence": (0, 1)}
     if name not in bounds or not colon:
         close = nearest(text, POLICIES)
         raise UserError(f"{where}policy {show(text)} is not one of {', '.join(POLICIES)}{close}")

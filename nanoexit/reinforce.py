@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nanoexit import training
 from nanoexit.adapters import save_adapter
-from nanoexit.config import Config, RLConfig, read_json_lines, write_json_lines
+from nanoexit.config import Config, RLConfig, UserError, read_json_lines, write_json_lines
 from nanoexit.model import Transformer
 from nanoexit.score import readout_logprobs
 from nanoexit.tasks import Prompt, Response, load_prompts
@@ -199,7 +199,10 @@ def kept_samples(folder: Path, done: int) -> list[dict]:
     path = folder / "samples.jsonl"
     if not done or not path.is_file():
         return []
-    return [row for _, row in read_json_lines(path) if row.get("step", done + 1) <= done]
+    try:
+        return [row for _, row in read_json_lines(path) if row.get("step", done + 1) <= done]
+    except TypeError:
+        raise UserError(f"{path}: a step that is no number; delete the file") from None
 
 
 def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:

@@ -179,7 +179,8 @@ def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> lis
             write_json_lines(paths[number], [trace_row(tokenizer, r) for r in written])
             bar.update()
     barrier()
-    return [trace for path, chunk in zip(paths, chunks) for trace in read_traces(path, chunk)]
+    vocab = model.shape.vocab
+    return [t for path, chunk in zip(paths, chunks) for t in read_traces(path, chunk, vocab)]
 
 
 def trace_row(tokenizer: Tokenizer, r: Response) -> dict:
@@ -188,11 +189,12 @@ def trace_row(tokenizer: Tokenizer, r: Response) -> dict:
     return asdict(Trace(r.prompt.id, r.prompt.prompt, text, r.prompt_ids, g.tokens, g.finish))
 
 
-def read_traces(path: Path, prompts: Sequence[Prompt]) -> list[Trace]:
+def read_traces(path: Path, prompts: Sequence[Prompt], vocab: int) -> list[Trace]:
     """The traces of one chunk. Raises UserError where the file is damaged or of other prompts."""
     try:
         traces = [Trace(**row) for _, row in read_json_lines(path)]
-        whole = all(trace.tokens and trace.prompt_ids for trace in traces)
+        rows = [row for trace in traces for row in (trace.prompt_ids, trace.tokens)]
+        whole = all(rows) and all(type(i) is int and 0 <= i < vocab for row in rows for i in row)
     except (TypeError, UserError):
         whole, traces = False, []
     if not whole or [trace.id for trace in traces] != [prompt.id for prompt in prompts]:

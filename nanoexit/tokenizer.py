@@ -36,8 +36,8 @@ def find_model(
     """A folder (from the working directory, else the repository), or a snapshot of OWNER/NAME and
     its commit. With a revision (branch, tag or commit), always the hub's. Raises UserError.
     """
-    for path in (Path(name).expanduser(), ROOT / name):
-        if revision is None and path.is_dir():
+    for path in (Path(os.path.expanduser(name)), ROOT / name):
+        if revision is None and os.path.isdir(path):
             return path, None
     if not HUB_ID.fullmatch(name):
         problem = "a folder has no revisions" if revision else "no such folder"

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import _path  # noqa: F401
 import numpy as np
-import yaml
 
 from nanoexit.adapters import adapter_base, load_adapter
-from nanoexit.config import Config, UserError, printable, run_script
+from nanoexit.config import Config, UserError, parse_yaml, printable, run_script
 from nanoexit.exits import POLICIES, check_cap, parse_policy
 from nanoexit.figures import legend, paint
 from nanoexit.generate import Sampling, generate
@@ -102,10 +101,7 @@ def template_variables(pairs: list[str]) -> dict:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--template {pair}: expected NAME=VALUE")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--template {pair}: the value is not YAML") from None
+        found[name] = parse_yaml(value, f"--template {pair}")
     return found
 
 

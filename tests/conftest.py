@@ -13,6 +13,16 @@ from nanoexit.model import Llama3Rope, Shape, Transformer
 
 torch.set_num_threads(1)
 
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # tests/test_fuzz.py is skipped
+    pass
+else:
+    options = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+    settings.register_profile("suite", max_examples=100, derandomize=True, **options)
+    settings.register_profile("long", max_examples=3000, database=None, **options)
+    settings.load_profile("suite")
+
 SCALING = Llama3Rope(4.0, 1.0, 4.0, 16)
 BIASES = {"o_bias": True, "mlp_bias": True, "qkv_bias": True}
 SHAPES = {

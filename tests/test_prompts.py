@@ -104,25 +104,6 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, fault):
     assert f"{tmp_path}/a.{kind}:{says}" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_any_file_is_read_or_refused(tmp_path):
-    """Catches: a traceback for content that no list of examples foresaw."""
-    hypothesis = pytest.importorskip("hypothesis")
-    words = [*'{}[]:,"\\\n\r7;', '"prompt"', "prompt,answer\n", '{"prompt": "a", ', '"answer": ']
-    words += ["####", "\0", "\ufeff", "é"]
-    texts = hypothesis.strategies.lists(hypothesis.strategies.sampled_from(words)).map("".join)
-
-    @hypothesis.given(texts, hypothesis.strategies.sampled_from(["utf-8", "utf-16", "latin-1"]))
-    def parse(text, encoding):
-        for kind in ("csv", "jsonl"):
-            try:
-                prompts = read(tmp_path / f"a.{kind}", text.encode(encoding, "ignore"))
-                assert all(p.prompt.strip() for p in prompts)
-            except UserError as error:
-                assert "\n" not in str(error)
-
-    parse()
-
-
 @pytest.mark.parametrize("knobs, says", [
     ({"prompts": "clok"}, "clok: no such file"),
     ({"checker": "exact"}, "data.checker: expected auto or clock, found 'exact'"),
