@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from conftest import random_model
 
-from nanoexit.exits import path_logprob, sample_depths, target_chance
+from nanoexit.exits import Asked, Policy, path_logprob, sample_depths, target_chance
 from nanoexit.reinforce import depth_cost, leave_one_out
-from nanoexit.score import align, divergence, pad, through_readout, token_logprob
+from nanoexit.score import align, divergence, pad, readout_kl, through_readout, token_logprob
 from nanoexit.training import batch_at, cosine_share
 
 HALF, THIRD = 0.0, math.log(0.5)  # log-odds of 1/2 and of 1/3
@@ -51,6 +52,22 @@ def test_divergence_has_a_direction_and_no_epsilon():
     assert divergence(q, p).item() == pytest.approx(0.5 * math.log(4 / 3), abs=1e-6)
     far = divergence(torch.tensor([100.0, 0.0]), torch.tensor([0.0, 100.0]))
     assert far.item() == pytest.approx(100, abs=1e-3)
+
+
+def test_the_teacher_is_the_first_argument_of_the_kl():
+    """Catches: KL(student || teacher) in SFT; a chunk of one beside another chunk of the other."""
+    model = random_model("qwen2")
+    teacher, student = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
+    expected = divergence(model.readout(teacher), model.readout(student))
+    assert torch.allclose(readout_kl(model, teacher, student, 2), expected, atol=1e-5)
+
+
+def test_confidence_is_that_of_the_early_readout():
+    """Catches: a rule that looks at other logits than an exit would be drawn from."""
+    model, h = random_model("qwen2"), torch.randn(9, 24, generator=torch.Generator().manual_seed(0))
+    sure = model.readout(h).softmax(-1).amax(-1)
+    asked = Asked(model, 1, torch.arange(9), h, None, torch.zeros(9))
+    assert torch.equal(Policy("confidence", sure.median()).exits(asked), sure >= sure.median())
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])

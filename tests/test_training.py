@@ -27,6 +27,7 @@ from nanoexit.training import (
     save_checkpoint,
     stream,
     trained,
+    update,
 )
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -256,7 +257,11 @@ def test_a_number_that_is_not_finite_ends_the_run(tmp_path):
     """Catches: NaN trained on and reported as a figure (law 9). The last checkpoint is kept."""
     config = load_config(TINY, [*ROLL, f"run.dir={tmp_path / 'run'}", "rl.save_every=1"])
     model, tokenizer = load_student(config)
-    next(iter(trained(model).values())).data.fill_(float("nan"))
+    p = next(iter(trained(model).values()))
+    p.grad = torch.full_like(p, float("nan"))
+    with pytest.raises(UserError, match="nothing was updated"):
+        update(make_optimizer([p], 1e-3), 1e-3)
+    p.data.fill_(float("nan"))
     with run_directory(config, False) as folder, pytest.raises(UserError, match="not finite"):
         reinforce.train(model, tokenizer, config, folder)
     assert not (tmp_path / "run" / "checkpoint").exists()
@@ -302,6 +307,10 @@ def test_exits_are_drawn_at_readouts_only(tmp_path):
     layers = torch.arange(1, 8)
     assert torch.equal(draw.reached, depths[a.at][:, None] >= layers)
     assert (draw.kl[~draw.reached] == 0).all() and draw.kl.max() > 0.5
+    exited = depths[a.at] < 8  # by the readouts that they had
+    kl = sft.readout_kl(teacher.model, draw.teacher, scored.hidden.flatten(0, 1)[a.at], 64)
+    lost = draw.kl[exited].gather(1, depths[a.at][exited, None] - 1)[:, 0]
+    assert len(lost) and torch.allclose(lost, kl[exited], atol=1e-4)
 
 
 def test_the_base_rule_looks_at_the_base(tmp_path):
