@@ -230,7 +230,7 @@ def _matches(names: str | list, name: str) -> bool:
     if isinstance(names, list):
         return name in names or name.endswith(tuple(f".{n}" for n in names))
     choices = 3 * len(re.findall(r"(?<!\()[*+?{]", names)) + names.count("|")
-    if re.search(r"\)[*+{]", names) or choices > 24:
+    if re.search(r"\)[*+{]", names) or choices > 20:
         raise re.error(f"{show(names)} repeats a group, or too often: matching could take long")
     return re.fullmatch(names, name) is not None
 

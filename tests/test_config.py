@@ -52,6 +52,10 @@ MISTAKES = [
     ("run:\n  seed: 1" + "0" * 5000 + "\n", ["c.yaml", "not YAML"]),
     ("[" * 10000, ["c.yaml", "not YAML"]),
     ("model:\n  name: \x1b[2J\n", ["c.yaml", "not YAML"]),
+    ("run:\n  seed: !!int ''\n", ["c.yaml", "not YAML"]),
+    ('run:\n  dir: "a\\0"\n', ["run.dir", "text without NUL or surrogate"]),
+    ("data:\n  template: {x: [1]}\n", ["data.template.x", "[1]"]),
+    ("data:\n  template: {1: 2}\n", ["data.template: a name", "1"]),
 ]
 
 
@@ -104,6 +108,7 @@ REFUSED = [
     ("exits.cap=9", "exits.cap: expected a depth from 1 to 8"),
     ("model.name=no/such/folder", "no/such/folder"),
     ("data.prompts=nothing.jsonl", "nothing.jsonl"),
+    ("data.prompts=~nobody-here/x.jsonl", "~nobody-here/x.jsonl: no such file"),
     ("data.checker=clok", "clok"),
     ("data.held_out=0", "data.held_out = 0.0: no held_out prompts in clock"),
     ("evaluate.policies=[haed]", "evaluate.policies: policy"),

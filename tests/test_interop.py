@@ -80,6 +80,7 @@ def test_adapters_of_peft_as_it_is_installed(tmp_path, small, name):
 
 NAN, INF = float("nan"), float("inf")
 TARGETS = [["lm_head", "q_proj"], ["embed_tokens"], ".*", ["x"], 5, None, "(", "(a+)+$"]
+TARGETS += [".?" * 25, "(.|.)" * 25]
 REFUSED = {
     "peft_type": ["IA3", None],
     "bias": ["all", "lora_only", 0, False],
