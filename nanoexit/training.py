@@ -369,6 +369,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
             about = file.metadata()
             done = int(about["step"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("a value is not finite")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to train from the start") from None
     crc, metrics = str(zlib.crc32(metrics_until(folder, done))), folder / "metrics.jsonl"
@@ -377,9 +379,9 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
         raise UserError(f"{metrics} {problem}; delete it to go on without it")
     for name, p in trained(model).items():
         value = tensors.get(f"parameter.{name}")
-        if value is None or value.shape != p.shape or not value.isfinite().all():
-            expected = f"parameter.{name}, finite, of shape {list(p.shape)}"
-            raise UserError(f"{path}: no tensor {expected}: damaged, or another model's; delete it")
+        if value is None or value.shape != p.shape:
+            expected = f"parameter.{name} of shape {list(p.shape)}"
+            raise UserError(f"{path}: no tensor {expected}: another model's")
         p.data.copy_(value)
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if f"{key}.{name}" in tensors:

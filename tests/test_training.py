@@ -173,14 +173,16 @@ def test_a_second_process_on_one_run_is_refused(whole, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["checkpoint/state.safetensors", "config.yaml", "metrics.jsonl"])
-@pytest.mark.parametrize("damage", ["empty", "cut", "other"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "other", "NaN"])
 def test_a_damaged_run_file_is_named(whole, tmp_path, file, damage):
     """Catches: a traceback, or half of a file used, after a disk was full."""
     shutil.copytree(whole, tmp_path / "run")
     path = tmp_path / "run" / file
     config = load_config(TINY, [f"run.dir={tmp_path / 'run'}", *SMALL])
     data = path.read_bytes()
-    path.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "other": b"[3]"}[damage])
+    nan = data[:-4] + b"\xff\xff\xff\x7f"  # the last number of a checkpoint
+    cut = data[: len(data) // 2]
+    path.write_bytes({"empty": b"", "cut": cut, "other": b"[3]", "NaN": nan}[damage])
     model, _ = load_student(config)
     with pytest.raises(UserError, match=file) as error, run_directory(config, True) as folder:
         load_checkpoint(folder, model, make_optimizer(trained(model).values(), 1e-3))
@@ -311,6 +313,9 @@ def test_exits_are_drawn_at_readouts_only(tmp_path):
     kl = sft.readout_kl(teacher.model, draw.teacher, scored.hidden.flatten(0, 1)[a.at], 64)
     lost = draw.kl[exited].gather(1, depths[a.at][exited, None] - 1)[:, 0]
     assert len(lost) and torch.allclose(lost, kl[exited], atol=1e-4)
+    losses = sft.exit_loss(scored.head_logits.flatten(0, 1)[a.at], draw.kl, 4.0)
+    figures = sft.student_losses(teacher.model, a, draw, noise, 4.0)[1]
+    assert figures["exit_loss"].item() == pytest.approx(losses[draw.reached].sum().item())
 
 
 def test_the_base_rule_looks_at_the_base(tmp_path):
