@@ -198,13 +198,20 @@ def cross_entropy(model: Transformer, h: Tensor, tokens: Tensor) -> tuple[Tensor
 def full_loss(
     model: Transformer, rows: Sequence[Row], f: FinetuneConfig, growing: bool
 ) -> tuple[Tensor, float]:
-    """-> the loss at full depth, and the share of rows whose last word is the likeliest."""
-    a, hidden, early = forward(model, rows, f.early if f.early_weight else ())
+    """-> the loss at full depth, and the share of rows whose last word is the likeliest.
+
+    With capped rows, first tokens are read out at their depths too, from rows of every style: what
+    a shallow readout chooses is what a deep one does.
+    """
+    capped_at = {*f.early, f.cap} if f.capped_rows else set()
+    a, hidden, early = forward(model, rows, capped_at | {*f.early} if f.early_weight else capped_at)
     nats, right = cross_entropy(model, hidden[a.at], a.tokens)
     ends = torch.tensor(a.counts, device=nats.device).cumsum(0)
     starts = torch.cat((ends.new_zeros(1), ends[:-1]))
-    loss = nats.mean() + f.first_weight * nats[starts].mean()
-    if early:
+    firsts = [cross_entropy(model, h[starts], a.tokens[starts])[0].mean() for h in early]
+    first = torch.stack([nats[starts].mean(), *(firsts if f.capped_rows else [])]).mean()
+    loss = nats.mean() + f.first_weight * first
+    if f.early_weight:
         losses = [cross_entropy(model, h, a.tokens)[0].mean() for h in early]
         loss = loss + f.early_weight * torch.stack(losses).mean()
     values = [(i * a.ids.shape[1] + at, v) for i, row in enumerate(rows) for at, v in row.values]
