@@ -12,14 +12,16 @@ What makes it fast.
 3. Rows that exit keep their places and stay in the joint q, k, v product as long as some row runs:
    they need keys and values, and cutting out their queries costs more than it saves. Attention
    output and MLP run for the other rows alone; on a CPU attention too, where that saves reading.
-4. Debts of earlier steps join the product of k and v.
+4. Once every row has exited, nothing more is computed: the frozen residuals wait as debts until a
+   later token runs the deeper blocks, and then join the product of q, k and v there. A run of
+   shallow tokens never touches the deep blocks.
 5. On CUDA, the blocks between two exits are replayed as one graph.
 
 Host syncs: one at each depth where a row may exit, one if some rows are idle, one for new debts.
 """
 
 import functools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoexit.cache import Cache, Debt
+from nanoexit.cache import Cache
 from nanoexit.lora import LoRA
 from nanoexit.model import Block, Linear, RMSNorm, Run, Shape, Stop, Transformer, rope_frequencies
 
@@ -159,9 +161,6 @@ class FastBlock:
         self.heads, self.head_dim = a.heads, a.head_dim
         join = functools.partial(joined, model, layout)
         self.qkv, self.o = join(a.q_proj, a.k_proj, a.v_proj), join(a.o_proj)
-        self.q_and_kv = functools.cache(  # laid out only once there is a debt
-            lambda: (join(a.q_proj), join(a.k_proj, a.v_proj))
-        )
         self.gate_up, self.down = join(m.gate_proj, m.up_proj), join(m.down_proj)
         self.before = fast_norm(block.input_layernorm)
         self.between = fast_norm(block.post_attention_layernorm)
@@ -171,35 +170,31 @@ class FastBlock:
             self.qk_norm = torch.stack(weights)  # [H + K, head_dim]
 
     def __call__(self, h: Tensor, on: Tensor, step: "Step", layer: int) -> Tensor:
-        """Residuals h [B, D] of all rows, of which `on` [n, D] run -> `on` after this block."""
-        q, kv = self.queries_keys_values(h, step)
-        on = self.o(step.attend(layer, q, kv)).add_(on)
-        gate, up = self.gate_up(self.between(on)).chunk(2, -1)
-        return self.down(F.silu(gate, inplace=True).mul_(up)).add_(on)
-
-    def queries_keys_values(self, h: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
-        """-> q [B, H, head_dim]; k and v [B + m, 2 K, head_dim], those of m debts at the end."""
-        if step.due is None:
-            y = self.qkv(self.before(h))
-        else:
-            x = self.before(torch.cat((h, step.due.h)))
-            q, kv = self.q_and_kv()
-            y = torch.cat((F.pad(q(x[: len(h)]), (0, 0, 0, len(x) - len(h))), kv(x)), -1)
-        y = y.view(len(y), -1, self.head_dim)  # [B + m, H + 2 K, head_dim]
+        """Residuals h [B + m, D] of rows and debts; `on` [n, D], which run -> after this block."""
+        y = self.qkv(self.before(h)).view(len(h), -1, self.head_dim)  # [B + m, H + 2 K, head_dim]
         if self.qk_norm is not None:
             n = len(self.qk_norm)
             y[:, :n] = F.rms_norm(y[:, :n], (self.head_dim,), None, self.eps) * self.qk_norm
         cos, sin = step.turns
         y = (y * cos).addcmul_(y.roll(self.head_dim // 2, -1), sin)
-        return y[: len(h), : self.heads], y[:, self.heads :]
+        on = self.o(step.attend(layer, y[:, : self.heads], y[:, self.heads :])).add_(on)
+        gate, up = self.gate_up(self.between(on)).chunk(2, -1)
+        return self.down(F.silu(gate, inplace=True).mul_(up)).add_(on)
+
+
+class Debt(NamedTuple):
+    """Tokens without keys and values in the deeper blocks."""
+
+    h: Tensor  # [m, D] frozen residuals
+    rows: Tensor  # [m] rows of the batch
+    positions: Tensor  # [m]
 
 
 class Step:
     """Where the tokens of one call are, and the cache that they read and write.
 
     positions [B]; kv: that of the cache; span: how many positions are read; aligned: all rows write
-    the same position. `keep` sets `going` [n], the rows that run on (None: all), and `due`, debts
-    paid beside them.
+    the same position. `keep` sets `going` [n], the rows that run on (None: all), and adds m debts.
     """
 
     def __init__(self, fast: "FastModel", positions: Tensor, kv: Tensor, span: int, aligned: bool):
@@ -218,27 +213,23 @@ class Step:
             self.mask = seen[:, None, None]  # [B, 1, 1, span]
 
     def keep(self, going: Tensor | None, due: Debt | None) -> None:
-        self.going, self.due, self.apart = going, due, self._apart(going)
-        self.places, self.turns = self.own_places, self.own_turns
+        self.going, self.places, self.turns = going, self.own_places, self.own_turns
         if due is not None:
             own = [turn.expand(len(self.planes), -1, -1) for turn in self.own_turns]
             self.turns = [torch.cat(both) for both in zip(own, self.fast.turns(due.positions))]
             places = (self.planes[due.rows] + due.positions[:, None]).view(-1)
             self.places = torch.cat((self.own_places, places))
-
-    def _apart(self, going: Tensor | None) -> list[slice]:
-        """The rows that attend one by one: on a CPU, if that takes less than attention for all."""
-        if going is None or not going.is_cpu:
-            return []
-        saved = (len(self.planes) - len(going)) * self.keys[0][0].numel() * 2
-        worth = saved > len(going) * self.fast.attention_call
-        return [slice(row, row + 1) for row in going.tolist()] if worth else []
+        self.apart: list[slice] = []  # rows that attend one by one
+        if going is not None and going.is_cpu:  # if that takes less than attention for all
+            saved = (len(self.keys[0]) - len(going)) * self.keys[0][0].numel() * 2
+            if saved > len(going) * self.fast.attention_call:
+                self.apart = [slice(row, row + 1) for row in going.tolist()]
 
     def attend(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """q [B, H, d], new keys and values [B + m, 2 K, d] -> [n, H * d] of rows that run on."""
-        B, H, d = q.shape
+        """q [B + m, H, d], new keys and values [B + m, 2 K, d] -> [n, H * d] of rows that run."""
+        B, (_, H, d) = len(self.planes), q.shape
         self.slots[layer].index_copy_(0, self.places, new.reshape(-1, d))
-        q = q.reshape(B, self.kv_heads, -1, d)  # the group takes the place of queries
+        q = q[:B].reshape(B, self.kv_heads, -1, d)  # the group takes the place of queries
         k, v, mask = self.keys[layer], self.values[layer], self.mask
         if self.apart:
             parts = [
@@ -251,7 +242,7 @@ class Step:
 
 
 class FastModel:
-    """`run` and `readout` of a Transformer, for one token a row.
+    """`run` and `readout` of a Transformer, for one token a row and one cache.
 
     capture: makes graphs of what it is given (default: CUDA's on CUDA, else none).
     """
@@ -266,6 +257,8 @@ class FastModel:
         if capture is None and model.device.type == "cuda":
             capture = capture_cuda
         self.graphs = None if capture is None else Graphs(capture)
+        self.debts: dict[int, list[Debt]] = defaultdict(list)  # by the first block without them
+        self.names = torch.empty(0)  # of the rows, as in the cache
 
     def turns(self, positions: Tensor) -> list[Tensor]:
         """Positions [n] -> cos and sin for all heads of q, k and v, [n, H + 2 K, head_dim]."""
@@ -289,6 +282,7 @@ class FastModel:
         Rows that are not alive have depth 0 and a meaningless residual, and write to their
         position, which must be in the cache.
         """
+        self.follow(cache.names)
         D, at = len(self.blocks), positions[:, 0]
         depths = torch.full_like(at, D) if alive is None else alive[:, 0] * D
         going = None if alive is None else alive[:, 0].nonzero()[:, 0]  # host sync
@@ -299,9 +293,12 @@ class FastModel:
         else:
             blocks = functools.partial(self.graphs, self, cache, at)
         asked = set() if stop is None else {depth for depth in stop.layers if depth < D}
-        bounds = sorted({*asked, *cache.debts} - {0, D})
+        bounds = sorted({*asked, *self.debts})
         for start, depth in zip([0, *bounds], [*bounds, D]):
-            h = blocks(start, depth, h, going, cache.pay(start, depth))
+            due = self.pay(start, depth)
+            if due is not None and going is None:
+                going = torch.arange(len(h), device=h.device)
+            h = blocks(start, depth, h, going, due)
             if stop is None or depth not in asked:
                 continue
             leaves = stop(depth, h if going is None else h[going], going)
@@ -314,25 +311,48 @@ class FastModel:
             going = stay if going is None else going[stay]
             if not len(going):
                 rows = depths.nonzero()[:, 0]
-                cache.owe(depth, h[rows], rows, at[rows])
+                self.debts[depth].append(Debt(h[rows], rows, at[rows]))
                 break
         return Run(h[:, None], depths[:, None])
+
+    def pay(self, start: int, end: int) -> Debt | None:
+        """The debts of block `start`, for which blocks start..end-1 now make keys and values."""
+        depths = [depth for depth in self.debts if depth <= start]
+        owed = [debt for depth in depths for debt in self.debts.pop(depth)]
+        if not owed:
+            return None
+        due = Debt(*map(torch.cat, zip(*owed)))
+        if end < len(self.blocks):
+            self.debts[end].append(due)
+        return due
+
+    def follow(self, names: Tensor) -> None:
+        """Debts move with the rows of the cache, whose names these now are, and leave with them."""
+        if names is self.names:
+            return
+        debts, self.debts = self.debts, defaultdict(list)
+        for depth, owed in debts.items():
+            h, rows, positions = map(torch.cat, zip(*owed))
+            stay, rows = (self.names[rows, None] == names).nonzero(as_tuple=True)  # host sync
+            if len(rows):
+                self.debts[depth].append(Debt(h[stay], rows, positions[stay]))
+        self.names = names
 
     def stretch(
         self, step: Step, start: int, end: int, h: Tensor, going: Tensor | None, due: Debt | None
     ) -> Tensor:
         """Residuals h [B, D] -> after blocks start..end-1, between which no row exits.
 
-        going [n]: the rows that run on; None: all. due: debts that are paid.
+        going [n]: the rows that run on; None: all. due: debts that are paid beside them.
         """
         step.keep(going, due)
-        on = h
+        B, on = len(h), h
         if going is not None:
-            h, on = h.clone(), h[going]  # a `stop` may have kept h
+            h, on = torch.cat((h, h[:0] if due is None else due.h)), h[going]
         for layer in range(start, end):
             on = self.blocks[layer](h, on, step, layer)
             h = on if going is None else h.index_copy_(0, going, on)
-        return h
+        return h[:B]
 
 
 # --- CUDA graphs ------------------------------------------------------------------------------
@@ -382,14 +402,11 @@ class Graphs:
         span = min(-(-cache.span // self.SPAN) * self.SPAN, kv.shape[-2])
         given = [positions, h]
         if going is not None:
-            given += _pad(len(h), going)
-        if due is not None:
-            given += _pad(None, *due)
+            given += [_pad(going)[: len(h)], *map(_pad, due or ())]
 
-        def run(positions: Tensor, h: Tensor, *more: Tensor) -> Tensor:
+        def run(positions: Tensor, h: Tensor, going: Any = None, *due: Tensor) -> Tensor:
             step = Step(fast, positions, kv, span, aligned=False)
-            debts = None if due is None else Debt(*more[-3:])
-            return fast.stretch(step, start, end, h, None if going is None else more[0], debts)
+            return fast.stretch(step, start, end, h, going, Debt(*due) if due else None)
 
         key = (start, end, span, *map(len, given))
         self.seen[key] += 1
@@ -405,12 +422,7 @@ class Graphs:
         return out.clone()  # the next replay writes there
 
 
-def _pad(most: int | None, *tensors: Tensor) -> list[Tensor]:
-    """Tensors [n, ...] -> [the next power of two, at most `most`, ...]: the last is repeated."""
-    n = len(tensors[0])
-    size = 1 << (n - 1).bit_length()
-    size = size if most is None else min(size, most)
-    if size == n:
-        return list(tensors)
-    last = torch.arange(size, device=tensors[0].device).clamp(max=n - 1)
-    return [x[last] for x in tensors]
+def _pad(x: Tensor) -> Tensor:
+    """[n, ...] -> [the next power of two, ...]: the last is repeated."""
+    size = 1 << (len(x) - 1).bit_length()
+    return torch.cat((x, x[-1:].expand(size - len(x), *x.shape[1:])))

@@ -135,7 +135,8 @@ class _Decoder:
         self.results = [Generation() for _ in self.prompts]
         self.waiting = deque(range(len(self.prompts)))
         self.slots: list[Row | None] = [None] * size
-        self.cache: Any = None  # a Cache, from the first prefill on
+        longest = max(map(len, self.prompts), default=0)
+        self.cache = self.new_cache(size, longest + self.max_new_tokens)
         self.engine = FastModel(self.model, size) if self.settings.fast else self.model
 
     def check_settings(self) -> None:
@@ -170,21 +171,15 @@ class _Decoder:
 
     def admit(self) -> None:
         """Fill free slots, a few at a time: one prefill serves them. Later, shrink the batch."""
-        device = self.model.device
         free = [slot for slot, row in enumerate(self.slots) if row is None]
         if self.waiting and len(free) >= max(1, len(self.slots) // 4):
             slots = free[: len(self.waiting)]
-            new = [self.new_row(self.waiting.popleft()) for _ in slots]
-            cache = self.prefill([tuple(row.prompt[:-1]) for row in new])
-            if self.cache is None:  # the first rows take all slots
-                self.cache = cache
-            else:
-                self.cache.admit(torch.tensor(slots, device=device), cache)
-            for slot, row in zip(slots, new):
-                self.slots[slot] = row
+            for slot in slots:
+                self.slots[slot] = self.new_row(self.waiting.popleft())
+            self.prefill(slots)
         elif not self.waiting and len(free) >= len(self.slots) / 2:
             taken = [slot for slot, row in enumerate(self.slots) if row is not None]
-            self.cache.select(torch.tensor(taken, device=device))
+            self.cache.select(torch.tensor(taken, device=self.model.device))
             self.slots = list(self.rows)
 
     def new_row(self, number: int) -> Row:
@@ -195,22 +190,23 @@ class _Decoder:
         forced = settings.forced[number] if settings.forced else ()
         return Row(number, self.prompts[number], forced, noise, self.results[number])
 
-    def prefill(self, prompts: list[tuple[int, ...]]) -> Cache:
-        """Run these prompts to the deepest depth -> a cache with a row for each of them."""
+    def new_cache(self, rows: int, capacity: int) -> Cache:
         model, s = self.model, self.model.shape
+        sizes = (model.deepest, rows, s.kv_heads, capacity, s.head_dim)
+        return Cache(*sizes, model.device, model.dtype)
+
+    def prefill(self, slots: list[int]) -> None:
+        """Run the prompts of these slots, without their last tokens, to the deepest depth."""
+        model = self.model
+        prompts = [tuple(row.prompt[:-1]) for slot in slots if (row := self.slots[slot])]
         distinct = list(dict.fromkeys(prompts))
-        T = capacity = max(map(len, distinct))
-        if self.cache is None:  # it serves all prompts
-            capacity = max(map(len, self.prompts)) + self.max_new_tokens
-        sizes = (model.deepest, len(distinct), s.kv_heads, capacity, s.head_dim)
-        cache = Cache(*sizes, model.device, model.dtype)
+        T = max(map(len, distinct))
+        cache = self.new_cache(len(distinct), T)
+        cache.place(0, T)
         if T:
-            cache.place(0, T)
             model.run(pad(distinct, model.device), cache=cache)
-        if len(distinct) < len(prompts):
-            place = {prompt: row for row, prompt in enumerate(distinct)}
-            cache.select(torch.tensor([place[p] for p in prompts], device=model.device))
-        return cache
+        rows = [distinct.index(prompt) for prompt in prompts]
+        self.cache.admit(torch.tensor(slots, device=model.device), cache, rows)
 
     # --- one step -----------------------------------------------------------------------------
 

@@ -259,6 +259,8 @@ class Block(nn.Module):
         k, v = self.self_attn.keys_values(x, places.cos, places.sin)  # of this call
         if places.cache is not None:
             k, v = places.cache.write(layer, places.positions, k, v)  # all that may be seen
+        if live.width == 0:  # every token has exited
+            return h
         moving = live.pick(h) + self.self_attn(live.pick(x), k, v, live)
         moving = moving + self.mlp(self.post_attention_layernorm(moving))
         return live.put(moving, h)
@@ -335,7 +337,6 @@ class Transformer(nn.Module):
         all; the others (padding, idle rows) only leave keys and values. sees [B, T, T] bool, where
         there is no cache: what each token may look at; None: itself and all before it.
         """
-        h = self.model.embed_tokens(ids)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         span = ids.shape[1] if cache is None else cache.span
@@ -345,29 +346,14 @@ class Transformer(nn.Module):
         if alive is not None:
             depths = depths.masked_fill(~alive, 0)
         live = places.live(alive)
+        h = self.model.embed_tokens(ids)
         for depth, block in enumerate(self.blocks[: self.deepest], start=1):
-            if cache is not None:
-                self._pay(cache, depth - 1)
             h = block(h, depth - 1, places, live)
-            if stop is None or depth == self.deepest or depth not in stop.layers:
+            if stop is None or depth == self.deepest or depth not in stop.layers or not live.width:
                 continue
             leaves = stop(depth, live.pick(h).flatten(0, -2), live.at)
             if leaves is None or not leaves.any():  # host sync: the next shapes depend on it
                 continue
             depths[depths == self.deepest] = torch.where(leaves, depth, self.deepest)
             live = places.live(depths == self.deepest)
-            if live.width == 0:  # every token has exited; padding leaves no debt
-                at = depths.nonzero(as_tuple=True)
-                if cache is not None:
-                    cache.owe(depth, h[at], at[0], positions[at])
-                break
         return Run(h, depths)
-
-    def _pay(self, cache: Cache, layer: int) -> None:
-        """Make the keys and values that earlier exits owe to a block, which is about to run."""
-        due = cache.pay(layer, layer + 1)
-        if due is not None:
-            block = self.blocks[layer]
-            turn = rotations(self.shape, due.positions[:, None], self.dtype)
-            k, v = block.self_attn.keys_values(block.input_layernorm(due.h[:, None]), *turn)
-            cache.write_due(layer, due, k, v)

@@ -169,7 +169,7 @@ def test_packed_forward_equals_the_slow_reference(family, head):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_generation_equals_the_slow_reference(family, fast):
-    """Catches: debts of the cache paid late, twice, or to the wrong block; another row's noise."""
+    """Catches: debts paid late, twice, or to the wrong block; another row's noise."""
     model = with_exits(random_model(family))
     gens = generate(model, PROMPTS, "head", 7, 0, 5, Sampling(stop_ids=[0], fast=fast))
     assert any(len(set(g.depths)) > 2 for g in gens), "exits at several depths, or it shows nothing"
@@ -264,6 +264,19 @@ def test_token_frequencies_are_the_softmax():
         assert ((share - p).abs() <= 4 * (p * (1 - p) / n).sqrt()).all(), (share, p)
     for temperature in (0, 1e-30):
         assert sample(logits, torch.tensor([0.999]), temperature, 1.0, 0).item() == 0
+
+
+@pytest.mark.parametrize("wrong", ["max_new_tokens", "top_k", "top_p", "batch_size", "temperature"])
+def test_generate_refuses_values_out_of_range(wrong):
+    """Catches: a value that generation would misread; an empty prompt, which has no readout."""
+    for value in (-1, 2.5, float("nan")):
+        named = {wrong: value} if wrong in ("max_new_tokens", "temperature") else {}
+        settings = Sampling(**({} if named else {wrong: value}))
+        if (wrong, value) != ("temperature", 2.5):
+            with pytest.raises(UserError, match=wrong):
+                generate(random_model("llama"), PROMPTS, settings=settings, **named)
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        generate(random_model("llama"), [[3], []])
 
 
 # --- law 7: nothing is executed that was loaded -----------------------------------------------
