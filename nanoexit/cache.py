@@ -3,7 +3,8 @@
 Contract. Row i of the batch keeps the key of its token at position p in slot p. Positions are
 explicit, so rows may have any lengths. `write` stores what one block made for the tokens of this
 call and returns all that they can attend to. A token that exits leaves its keys and values in the
-later blocks within the same call, so every block has those of every earlier position.
+later blocks within the same call, so every block has those of every earlier position. (fast.py
+writes them late, but before they are read.)
 """
 
 import torch

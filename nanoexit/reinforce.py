@@ -112,8 +112,7 @@ def accumulate(model: Transformer, rollouts: Sequence[Rollout], config: Config, 
     row, so long ones do not.
     """
     K = config.rl.rollouts
-    groups = [rollouts[start : start + K] for start in range(0, len(rollouts), K)]
-    active = [r for group in groups if not is_flat(group) for r in group]  # others teach nothing
+    active = [r for group in by_prompt(rollouts, K) if not is_flat(group) for r in group]
     longest = max((len(r.response.generation.tokens) for r in active), default=0)
     together = K if K * longest <= LONGEST_ROW else 1
     size = max(1, config.rl.micro_batch // together) * together
@@ -128,8 +127,13 @@ def accumulate(model: Transformer, rollouts: Sequence[Rollout], config: Config, 
         (-(weight * logp).sum() / count).backward()
 
 
+def by_prompt(rollouts: Sequence[Rollout], K: int) -> list[Sequence[Rollout]]:
+    """The K adjacent rollouts of each prompt."""
+    return [rollouts[start : start + K] for start in range(0, len(rollouts), K)]
+
+
 def is_flat(group: Sequence[Rollout]) -> bool:
-    """Whether the rollouts of a prompt were all rewarded alike."""
+    """Whether a prompt's rollouts were all rewarded alike, so that they teach nothing."""
     return max(abs(r.advantage) for r in group) < 1e-12
 
 
@@ -147,8 +151,7 @@ def figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float]:
             "tokens": len(depths),
         }
         rows.append(row | {f"reward_{name}": part for name, part in r.parts.items()})
-    K = config.rl.rollouts
-    flat = sum(is_flat(rollouts[start : start + K]) for start in range(0, len(rollouts), K))
+    flat = sum(is_flat(group) for group in by_prompt(rollouts, config.rl.rollouts))
     sums = torch.tensor([[*row.values(), 1.0] for row in rows]).sum(0)
     *means, count, flat = training.total(torch.cat((sums, torch.tensor([flat])))).tolist()
     return {name: value / count for name, value in zip(rows[0], means)} | {"flat_groups": flat}

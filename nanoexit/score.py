@@ -59,7 +59,7 @@ def align(
     chosen = depths or [[full_depth] * n for n in counts]
     rows: list[list] = []
     starts = []
-    for first in range(0, len(prompts), together):
+    for first in range(0, len(prompts), together):  # parts of a row: 1 the prompt, 2.. responses
         *shared, last = prompts[first]
         row = [(token, full_depth, at, 1) for at, token in enumerate(shared)]
         for i in range(first, first + together):
@@ -114,8 +114,8 @@ def score(
     they mean the cap. prompt_lens [B]: nothing is chosen before the last prompt position.
     positions, sees: as in Aligned.
     """
-    how = Prescribed(depths), depths > 0, prompt_lens, None
-    return run_and_score(model, ids, *how, positions, sees)
+    more = {"positions": positions, "sees": sees}
+    return run_and_score(model, ids, Prescribed(depths), depths > 0, prompt_lens, **more)
 
 
 def run_and_score(
@@ -130,8 +130,8 @@ def run_and_score(
 ) -> Score:
     """One forward in which `policy` decides -> what it computed. alive [B, T]: not padding."""
     ask = Ask(model, policy, ids.numel(), noise)
-    asked = None if bool(alive.all()) else alive  # host sync
-    run = model.run(ids, positions, None, ask, asked, sees)
+    padding = not bool(alive.all())  # host sync
+    run = model.run(ids, positions, None, ask, alive if padding else None, sees)
     z = ask.head_logits.unflatten(0, ids.shape)
     logp = ask.logprobs(run.depths.flatten()).view(ids.shape)
     first = torch.as_tensor(prompt_lens, device=ids.device)[:, None] - 1

@@ -33,10 +33,10 @@ from torch import Tensor
 from nanoexit import training
 from nanoexit.adapters import save_adapter
 from nanoexit.config import Config
-from nanoexit.exits import Asked, Policy, Watch, as_base, exit_depths, target_chance
+from nanoexit.exits import Asked, Policy, exit_depths, target_chance
 from nanoexit.model import Transformer
-from nanoexit.score import Aligned, align, readout_kl, run_and_score
-from nanoexit.teacher import Trace, make_traces
+from nanoexit.score import Aligned, readout_kl, run_and_score
+from nanoexit.teacher import Teacher, Trace, make_traces
 from nanoexit.tokenizer import Tokenizer
 
 MOST_KL = 2.0
@@ -111,47 +111,6 @@ def student_losses(
         "target_exit": (target_chance(draw.kl, strength) * draw.reached).sum(0),
         "student_exit": (z.detach().sigmoid() * draw.reached).sum(0),
     }
-
-
-class Teacher:
-    """The base's residuals at the readouts of traces; kept if they fit into teacher.keep_mb."""
-
-    def __init__(self, model: Transformer, traces: Sequence[Trace], config: Config):
-        self.model, self.traces, self.chunk = model, traces, config.model.logits_chunk
-        self.from_base, rows = config.sft.targets == "base", config.sft.micro_batch
-        self.kept: list[Sequence[Tensor]] = []  # what `read` says, a trace
-        tokens = sum(len(trace.tokens) for trace in traces)
-        size = tokens * model.shape.width * model.dtype.itemsize
-        if size <= config.teacher.keep_mb * 1e6:
-            places = range(len(traces))
-            with training.progress(len(traces), "teacher reads traces", "trace") as bar:
-                for piece in [places[i : i + rows] for i in range(0, len(places), rows)]:
-                    a = self.align(piece)
-                    self.kept += zip(*(x.split(a.counts) for x in self.read(a)))
-                    bar.update(len(piece))
-
-    def align(self, piece: Sequence[int]) -> Aligned:
-        """Some traces as one batch."""
-        batch = [self.traces[i] for i in piece]
-        prompts, responses = [t.prompt_ids for t in batch], [t.tokens for t in batch]
-        return align(prompts, responses, None, self.model.full_depth, self.model.device)
-
-    @torch.no_grad()
-    def read(self, a: Aligned) -> list[Tensor]:
-        """-> the residuals at the readouts [n, D]; with sft.targets=base, base_kl [n, E] too."""
-        depths = exit_depths(self.model) if self.from_base else ()
-        watch = Watch(depths)
-        with as_base(self.model):
-            teacher = self.model.run(a.ids, stop=watch).hidden.flatten(0, 1)[a.at]
-        kl = [readout_kl(self.model, teacher, watch.seen[d][a.at], self.chunk) for d in depths]
-        return [teacher, torch.stack(kl, -1)] if kl else [teacher]
-
-    def __call__(self, piece: Sequence[int]) -> tuple[Aligned, list[Tensor]]:
-        """Some traces as one batch, and what `read` says of them."""
-        a = self.align(piece)
-        if not self.kept:
-            return a, self.read(a)
-        return a, [torch.cat(parts) for parts in zip(*(self.kept[i] for i in piece))]
 
 
 def draw_noise(

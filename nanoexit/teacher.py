@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanoexit.config import Config, UserError, read_json_lines, write_json_lines
-from nanoexit.exits import as_base, exit_depths
+from nanoexit.exits import Watch, as_base, exit_depths
 from nanoexit.generate import Generation, Sampling, generate
 from nanoexit.model import Transformer
-from nanoexit.score import Aligned, Score, align, divergence, score, token_logprob
+from nanoexit.score import Aligned, Score, align, divergence, readout_kl, score, token_logprob
 from nanoexit.tasks import Prompt, Response, load_prompts, task_of
 from nanoexit.tokenizer import Tokenizer
 from nanoexit.training import barrier, is_main, mine, progress, prompt_ids, stream
@@ -217,3 +218,44 @@ def traces_folder(
         other = f"{base} holds traces of other prompts or settings"
         print(f"{other}; new ones go to {folder.name}/", file=sys.stderr)
     return folder
+
+
+class Teacher:
+    """The base's residuals at the readouts of traces; kept if they fit into teacher.keep_mb."""
+
+    def __init__(self, model: Transformer, traces: Sequence[Trace], config: Config):
+        self.model, self.traces, self.chunk = model, traces, config.model.logits_chunk
+        self.from_base, rows = config.sft.targets == "base", config.sft.micro_batch
+        self.kept: list[Sequence[Tensor]] = []  # what `read` says, a trace
+        tokens = sum(len(trace.tokens) for trace in traces)
+        size = tokens * model.shape.width * model.dtype.itemsize
+        if size <= config.teacher.keep_mb * 1e6:
+            places = range(len(traces))
+            with progress(len(traces), "teacher reads traces", "trace") as bar:
+                for piece in [places[i : i + rows] for i in range(0, len(places), rows)]:
+                    a = self.align(piece)
+                    self.kept += zip(*(x.split(a.counts) for x in self.read(a)))
+                    bar.update(len(piece))
+
+    def align(self, piece: Sequence[int]) -> Aligned:
+        """Some traces as one batch."""
+        batch = [self.traces[i] for i in piece]
+        prompts, responses = [t.prompt_ids for t in batch], [t.tokens for t in batch]
+        return align(prompts, responses, None, self.model.full_depth, self.model.device)
+
+    @torch.no_grad()
+    def read(self, a: Aligned) -> list[Tensor]:
+        """-> the residuals at the readouts [n, D]; with sft.targets=base, base_kl [n, E] too."""
+        depths = exit_depths(self.model) if self.from_base else ()
+        watch = Watch(depths)
+        with as_base(self.model):
+            teacher = self.model.run(a.ids, stop=watch).hidden.flatten(0, 1)[a.at]
+        kl = [readout_kl(self.model, teacher, watch.seen[d][a.at], self.chunk) for d in depths]
+        return [teacher, torch.stack(kl, -1)] if kl else [teacher]
+
+    def __call__(self, piece: Sequence[int]) -> tuple[Aligned, list[Tensor]]:
+        """Some traces as one batch, and what `read` says of them."""
+        a = self.align(piece)
+        if not self.kept:
+            return a, self.read(a)
+        return a, [torch.cat(parts) for parts in zip(*(self.kept[i] for i in piece))]

@@ -205,15 +205,15 @@ def train(args: argparse.Namespace) -> None:
 
 
 def update(args: argparse.Namespace) -> None:
-    """8 rollouts of 8 prompts: 8 that are equal share their prompt, 8 that differ do not.
+    """8 rollouts a prompt share it; as many rows of different prompts do not.
 
-    With the defaults 16 + 64 tokens; short texts are --prompt 40 --new 20.
+    --prompt 40 --new 20 is the shape of short answers.
     """
-    K, rows = 8, 64
+    K, rows = 8, args.batch
     model = load(args)
     attach(model, quarters(model.full_depth), lora=LoRAConfig(dropout=0.0))
     apart = prompts(rows, args.prompt, model.shape.vocab)
-    ids = {"shared": [row for row in apart[:K] for _ in range(K)], "apart": apart}
+    ids = {"shared": [row for row in apart[: rows // K] for _ in range(K)], "apart": apart}
     written = {name: write(model, ids[name], "head", args.new, 1.0) for name in ids}
 
     def rescore(name: str, together: int) -> None:
@@ -227,7 +227,7 @@ def update(args: argparse.Namespace) -> None:
         variants[name] = lambda x=name: write(model, ids[x], "head", args.new, 1.0)
         variants[f"rescore {name}"] = lambda x=name, n=together: rescore(x, n)
     times = in_turn(variants, args.rounds, args.device)
-    work = f"{K} x {K} x ({args.prompt} + {args.new})"
+    work = f"{rows // K} x {K} x ({args.prompt} + {args.new})"
     report(args, f"rollouts, {work}", "prompts apart", *times.ratio("apart", "shared"))
     r = times.rounds
     whole = {x: [a + b for a, b in zip(r[x], r[f"rescore {x}"])] for x in ("shared", "apart")}
@@ -280,7 +280,7 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="a folder with a model instead")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, float32 elsewhere")
     add("--device", default="auto")
-    add("--batch", type=int, help="rows (default: 1; train 4, rollout 256)")
+    add("--batch", type=int, help="rows (default: 1; train 4, update 64, rollout 256)")
     add("--peer", choices=PEERS, help="measure this beside; llama.cpp: decode on a CPU")
     add("--prompt", type=int, default=16, help="tokens before those decoded (default: 16)")
     add("--new", type=int, default=64, help="tokens to decode (default: 64)")
@@ -302,7 +302,7 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     args.device = pick_device(args.device)
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     args.out = args.out or ROOT / ("data/bench" if args.work == "table" else "runs/bench")
-    args.batch = args.batch or {"train": 4, "rollout": 256}.get(args.work, 1)
+    args.batch = args.batch or {"train": 4, "rollout": 256, "update": 64}.get(args.work, 1)
     if args.peer == "llama.cpp" and (args.work != "decode" or args.device.type != "cpu"):
         raise UserError(f"--peer llama.cpp: expected decode on a CPU, found {args.work}")
     return args

@@ -59,17 +59,17 @@ class Base:
         return runs / "bases" / name / ("" if self.script == "pretrain_tiny.py" else "model")
 
 
-HEAD, SHALLOW = "configs/words_head.yaml", "configs/words_base.yaml"
-ONE_ROUTE = ("finetune.capped_rows=0", "finetune.full=0.65", "finetune.terse=0.35")
+WORDS_HEAD, WORDS_BASE = "configs/words_head.yaml", "configs/words_base.yaml"
+DEEP_ONLY = ("finetune.capped_rows=0", "finetune.full=0.65", "finetune.terse=0.35")
 BASES = {
     "shipped": Base(),
     "second-base": Base(flags=("pretrain.seed=1",)),
     "values": Base("clock-values"),
     "designed": Base("clock-values", ("pretrain.slots=7", "pretrain.deep_weight=0.3")),
     "permute": Base("permute"),
-    "words-head": Base("words", (), "finetune.py", HEAD),
-    "words": Base("words", (), "finetune.py", SHALLOW, "words-head"),
-    "words-deep": Base("words", ONE_ROUTE, "finetune.py", SHALLOW, "words-head"),
+    "words-head": Base("words", (), "finetune.py", WORDS_HEAD),
+    "words": Base("words", (), "finetune.py", WORDS_BASE, "words-head"),
+    "words-deep": Base("words", DEEP_ONLY, "finetune.py", WORDS_BASE, "words-head"),
 }
 
 
@@ -78,15 +78,15 @@ class Study:
     """What differs between the bases of 8 blocks and the real model."""
 
     config: str
-    blocks: int
+    preflight: Sequence[int]  # depths
     per_block: int  # operations in a row: per_block * depth + around (arXiv 2603.09786)
     around: int
     longest: int  # operations of a prompt
     caps: tuple[int, ...]  # in the table
 
 
-TINY = Study("configs/tiny_rl.yaml", 8, 98, 23, 6, (2, 3, 4, 6))
-REAL = Study("configs/words.yaml", 30, 132, 29, 3, (4, 8, 10, 12, 20))
+TINY = Study("configs/tiny_rl.yaml", range(2, 7), 98, 23, 6, (2, 3, 4, 6))
+REAL = Study("configs/words.yaml", (4, 8, 12, 16, 20, 24), 132, 29, 3, (4, 8, 10, 12, 20))
 
 
 # --- arms -------------------------------------------------------------------------------------
@@ -312,8 +312,8 @@ def look_at_base(base: str, runs: Path, overrides: Sequence[str]) -> dict:
     model, tokenizer = load_student(config)
     prompts = load_prompts(config.data, "held_out", config.evaluate.count, 0)
     with as_base(model):
-        depths = range(2, 7) if config.evaluate.caps[0] == 1 else config.evaluate.caps
-        found = preflight(Subject(model, tokenizer, config, "full"), prompts, depths)
+        subject = Subject(model, tokenizer, config, "full")
+        found = preflight(subject, prompts, Arm(base=base).study.preflight)
     print(preflight_text(base, found), flush=True)
     code = content_hash(ROOT.glob("nanoexit/*.py"))
     return {"preflight": found, "made_by": origin(model, config) | {"code": code}}

@@ -54,12 +54,10 @@ class FinetuneConfig:
     terse: float = knob(0.5, "share of responses without a written step", high=1)
     full: float = knob(0.5, "share with every step written; the rest writes the first few", high=1)
     first_weight: float = knob(0.0, "weight of first tokens, which choose whether to write")
-    longest: int = knob(3, "most operations of a prompt", low=1)
     early: list[int] = knob([], "depths of early readouts that are trained", low=1)
     early_weight: float = knob(0.0, "weight of their mean loss, at full depth")
     cap: int = knob(1, "depth of the capped rows, read out there and at early depths below", low=1)
     capped_rows: int = knob(0, "fully written rows of a step that run through `cap` blocks alone")
-    capped_weight: float = knob(1.0, "weight of their loss")
     scaffold: float = knob(0.0, "weight of the running values at operations of the prompt")
     scaffold_steps: int = knob(0, "steps after which the scaffold is gone")
     autocast: bool = knob(False, "products in bfloat16, weights in float32")
@@ -131,7 +129,7 @@ def made_row(
     rng: np.random.Generator, task: Made, tokenizer: Tokenizer, f: FinetuneConfig, written: bool
 ) -> Row:
     """A random prompt that is not held out, of each number of operations in proportion to it."""
-    lengths = np.arange(1, f.longest + 1)
+    lengths = np.arange(1, task.longest + 1)
     chances = lengths / lengths.sum()
     while is_held_out(prompt := task.make(rng, int(rng.choice(lengths, p=chances)))):
         continue
@@ -203,14 +201,15 @@ def full_loss(
     With capped rows, first tokens are read out at their depths too, from rows of every style: what
     a shallow readout chooses is what a deep one does.
     """
-    capped_at = {*f.early, f.cap} if f.capped_rows else set()
-    a, hidden, early = forward(model, rows, capped_at | {*f.early} if f.early_weight else capped_at)
+    depths = [*f.early, f.cap] if f.capped_rows else f.early if f.early_weight else []
+    a, hidden, early = forward(model, rows, depths)
     nats, right = cross_entropy(model, hidden[a.at], a.tokens)
     ends = torch.tensor(a.counts, device=nats.device).cumsum(0)
     starts = torch.cat((ends.new_zeros(1), ends[:-1]))
-    firsts = [cross_entropy(model, h[starts], a.tokens[starts])[0].mean() for h in early]
-    first = torch.stack([nats[starts].mean(), *(firsts if f.capped_rows else [])]).mean()
-    loss = nats.mean() + f.first_weight * first
+    firsts = [nats[starts]]
+    if f.capped_rows:
+        firsts += [cross_entropy(model, h[starts], a.tokens[starts])[0] for h in early]
+    loss = nats.mean() + f.first_weight * torch.cat(firsts).mean()
     if f.early_weight:
         losses = [cross_entropy(model, h, a.tokens)[0].mean() for h in early]
         loss = loss + f.early_weight * torch.stack(losses).mean()
@@ -247,7 +246,7 @@ def step_losses(
             figures[name] = loss.item()
     if shallow:
         loss, figures["capped_right"] = capped_loss(model, shallow, f)
-        (f.capped_weight * loss).backward()
+        loss.backward()
         figures["capped"] = loss.item()
     return figures
 

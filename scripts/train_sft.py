@@ -9,7 +9,7 @@ Missing traces are written first. --resume continues an interrupted run, to the 
 
 import _path  # noqa: F401
 
-from nanoexit.config import command_line, load_config, run_script
+from nanoexit.config import UserError, command_line, load_config, run_script
 from nanoexit.evaluate import evaluate_run, table
 from nanoexit.sft import run_sft
 from nanoexit.training import check, is_main, load_student, memory, processes, run_directory
@@ -21,7 +21,9 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     check(config, args.resume)
-    if args.plan:
+    if args.plan is not None:
+        if args.plan < 1:
+            raise UserError(f"--plan: expected at least 1 process, found {args.plan}")
         sizes = memory(config, args.plan)
         for name, size in [*sizes.items(), ("at most, in each process", sum(sizes.values()))]:
             print(f"{name:30} {size / 1e6:10.1f} MB")

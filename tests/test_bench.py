@@ -105,7 +105,7 @@ def test_memory_is_measured_at_its_peak(model, capsys):
     for way in ("chunked", "whole"):  # the smaller one first: freed memory hides a peak
         args = bench.command_line(["memory", f"--way={way}", "--threads=1", "--chunk=16"])
         sizes.append(bench_alone.memory_alone(args, vocab=12000, tokens=512)[0])
-    assert sizes[0] < sizes[1] / 2  # 16 rows of logits against 512
+    assert sizes[0] < sizes[1] / 3  # 16 rows of logits against 512
 
 
 def test_growth_is_told_by_its_last_doubling(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""scripts/finetune.py on the shipped model: a few steps, files, resuming."""
+"""scripts/finetune.py on the shipped model. Kills and resuming are in test_training.py."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from nanoexit.config import ROOT, UserError, load_config
 from nanoexit.tasks import TASKS, Prompt, is_held_out
-from nanoexit.training import run_directory, trained
+from nanoexit.training import trained
 from nanoexit.weights import load_model
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -19,7 +19,7 @@ YAML = """
 model: {name: data/tiny}
 data: {prompts: clock}
 finetune: {steps: 4, batch_size: 6, capped_rows: 3, cap: 3, early: [2], early_weight: 0.5,
-  scaffold: 1, scaffold_steps: 2, first_weight: 1, longest: 6, save_every: 2}
+  scaffold: 1, scaffold_steps: 2, first_weight: 1, save_every: 2}
 run: {threads: 1}
 """
 
@@ -30,49 +30,21 @@ def configured(tmp_path, *overrides: str):
     return load_config(tmp_path / "c.yaml", keys, finetune.Recipe)
 
 
-def trained_to(config, resume: bool = False):
-    model, tokenizer = finetune.load(config)
-    with run_directory(config, resume) as folder:
-        finetune.train(model, tokenizer, config, folder)
-    return model
-
-
-def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path):
-    """Catches: rows or a scaffold that depend on where the process started."""
-    whole = trained_to(configured(tmp_path))
-    (tmp_path / "run").rename(tmp_path / "whole")
-
-    class Stop(Exception):
-        pass
-
-    config = configured(tmp_path)
-    model, tokenizer = finetune.load(config)
-    steps = finetune.step_losses
-    with pytest.raises(Stop), run_directory(config, False) as folder:
-
-        def until_three(model, full, shallow, f, step):
-            if step == 3:
-                raise Stop
-            return steps(model, full, shallow, f, step)
-
-        finetune.step_losses = until_three
-        try:
-            finetune.train(model, tokenizer, config, folder)
-        finally:
-            finetune.step_losses = steps
-    again = trained_to(config, resume=True)
-    assert all(torch.equal(p, again.get_parameter(n)) for n, p in whole.named_parameters())
+def chain_of(tokenizer, row) -> str:
+    return tokenizer.decode(row.prompt, skip_special=True).removesuffix(" =")
 
 
 def test_capped_rows_change_no_block_beyond_the_cap(tmp_path):
-    """Catches: a loss under a cap that runs deeper, or full rows that are gone."""
+    """Catches: a loss under a cap that runs deeper; capped rows with steps left out."""
     config = configured(tmp_path, "finetune.weights=blocks", "finetune.early_weight=0")
     model, tokenizer = finetune.load(config)
     _, shallow = finetune.rows_of_step(config, tokenizer, [], 0)
     finetune.step_losses(model, [], shallow, config.finetune, 9)
     touched = {int(n.split(".")[2]) for n, p in trained(model).items() if p.grad is not None}
     assert touched == {0, 1, 2}
-    assert all((not row.terse and len(row.response) > 6) or len(row.values) < 3 for row in shallow)
+    for row in shallow:
+        prompt = Prompt("x", chain_of(tokenizer, row), checker="clock")
+        assert TASKS["clock"].verify(prompt, tokenizer.decode(row.response[:-1])).written == 1
 
 
 def test_made_rows_are_right_and_not_held_out(tmp_path):
@@ -82,7 +54,7 @@ def test_made_rows_are_right_and_not_held_out(tmp_path):
     full, _ = finetune.rows_of_step(config, tokenizer, [], 5)
     task = TASKS["clock"]
     for row in full:
-        chain = tokenizer.decode(row.prompt, skip_special=True).removesuffix(" =")
+        chain = chain_of(tokenizer, row)
         prompt = Prompt("x", chain, checker="clock")
         assert not is_held_out(prompt)
         assert task.verify(prompt, tokenizer.decode(row.response[:-1])).correct
@@ -91,7 +63,7 @@ def test_made_rows_are_right_and_not_held_out(tmp_path):
         assert [tokenizer.decode([v]) for _, v in row.values] == task.values(chain)
 
 
-def test_a_file_of_prompts_and_responses(tmp_path, capsys):
+def test_a_file_of_prompts_and_responses(tmp_path):
     """Catches: a file that is read as a task; a model folder that is not one."""
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"{n} +1", "response": f"<think> </think> {n + 1}"} for n in range(8)]

@@ -108,7 +108,7 @@ def test_a_deadline_holds_for_the_whole_reply(server):
     """Catches a timeout between two bytes, which a trickle never meets."""
     server.hang, started = 60, time.monotonic()
     good, *slow = judge_at(server, retries=0).score(items_with("good", "trickle", "timeout"))
-    assert time.monotonic() - started < 30 and good.scores == SCORES
+    assert time.monotonic() - started < 5 and good.scores == SCORES
     assert all(r.scores == {} and "judge.timeout" in r.why for r in slow)
 
 
@@ -147,7 +147,7 @@ def test_stopped_in_the_middle_it_goes_on(server, tmp_path, number, code):
     started = time.monotonic()
     run.send_signal(number)
     assert "Traceback" not in run.communicate()[1] and run.returncode == code
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 5
     assert (tmp_path / "judge.jsonl").read_text().count('"scores"') == 3
 
 
