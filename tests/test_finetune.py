@@ -42,7 +42,8 @@ def test_capped_rows_change_no_block_beyond_the_cap(tmp_path):
     finetune.step_losses(model, [], shallow, config.finetune, 9)
     touched = {int(n.split(".")[2]) for n, p in trained(model).items() if p.grad is not None}
     assert touched == {0, 1, 2}
-    for row in shallow:
+    config.finetune.capped_rows = 30
+    for row in finetune.rows_of_step(config, tokenizer, [], 0)[1]:
         prompt = Prompt("x", chain_of(tokenizer, row), checker="clock")
         assert TASKS["clock"].verify(prompt, tokenizer.decode(row.response[:-1])).written == 1
 

@@ -98,6 +98,25 @@ def test_the_estimator_is_unbiased_and_the_baseline_helps(cap):
     assert spread[True] < 0.8 * spread[False]
 
 
+def test_rollouts_of_several_prompts_are_a_sum():
+    """Catches: a row that is shared by rollouts of different prompts; a flat group that is kept."""
+    model, config = small_model(None), Config()
+    config.rl.rollouts, gradients, rollouts = K, [], []
+    for prompt, scale in (([0, 1], 1.0), ([1, 0, 0], -2.0), ([1], 0.0)):
+        gens = generate(model, [prompt] * K, "head", LONGEST, 1.0, 3, Sampling(stop_ids=[STOP]))
+        responses = [Response(Prompt("x", "x"), prompt, g, "", Verdict(False)) for g in gens]
+        group = [Rollout(r, {}, scale * (i + 1)) for i, r in enumerate(responses)]
+        rollouts += group
+        model.zero_grad()
+        accumulate(model, group, config, 1)
+        gradients += [flat([p.grad for p in trained(model).values()])] if scale else []
+        assert scale or all(p.grad is None for p in trained(model).values())
+    model.zero_grad()
+    accumulate(model, rollouts, config, 1)
+    whole = flat([p.grad for p in trained(model).values()])
+    assert torch.allclose(whole, sum(gradients), atol=1e-4) and whole.norm() > 1
+
+
 @pytest.mark.parametrize("penalty, cost", [("max", 1.0), ("mean", 14 / 24), ("sum", 14 / 8)])
 def test_rewards_are_the_weighted_parts(penalty, cost):
     """Catches: a first readout that is not charged; depth in other units than L."""

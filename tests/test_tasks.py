@@ -1,12 +1,14 @@
 """Tasks: what is right, what only looks right, which steps are written, what a change does."""
 
+import itertools
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from nanoexit.tasks import TASKS, Prompt, Verdict, task_of
+from nanoexit.tasks import TASKS, Prompt, Verdict, is_held_out, task_of
 
 # checker target == right replies != wrong replies. Bars part replies, ;; parts rows, ¶ is a
 # line break, <2212> a character. Replies start with #### or Answer: unless an @ stands before them.
@@ -156,6 +158,35 @@ def test_chains_write_verify_and_change_their_own_steps(name):
             rest = task.parse(prompt.prompt)[n + 1 :]
             assert task.values(" ".join([change.text[-1], *rest]))[-1] == change.follow
             assert change.stay == prompt.answer != change.follow
+
+
+def test_chains_in_english():
+    """Catches: values out of range; a full text that its verifier refuses; a change whose effect is
+    not what arithmetic says; a chain in training that is held out under other names."""
+    task, rng = TASKS["words"], np.random.default_rng(0)
+    number = {word: i for i, word in enumerate(task.numbers)}
+    for prompt in itertools.islice(task.prompts(rng), 400):
+        start, *rest = re.findall("|".join(task.numbers), prompt.prompt)
+        signs = [1 if verb == "adds" else -1 for verb in re.findall("adds|takes", prompt.prompt)]
+        moves = [sign * number[n] for sign, n in zip(signs, rest)]
+        values = [number[start] + sum(moves[:i]) for i in range(1, len(moves) + 1)]
+        assert task.numbers[values[-1]] == prompt.answer and min(values) >= 0 and max(values) < 8
+        for n in range(len(moves) + 1):
+            verdict = task.verify(prompt, task.response(prompt, n))
+            assert verdict.correct and verdict.steps == [i < n for i in range(len(moves))]
+        assert task.response(prompt, 0) == f" So {prompt.answer}"
+        assert not task.verify(prompt, task.response(prompt, 1) + " no").correct
+        swapped = replace(prompt, prompt=re.sub(r"[A-Z]\w+ (?=adds|takes)", "Ivy ", prompt.prompt))
+        assert is_held_out(prompt) == is_held_out(swapped) and swapped.prompt != prompt.prompt
+        if change := task.change(prompt, "", rng):
+            *true, wrong = re.findall(r"makes (\w+)", change.text)
+            moved = number[wrong] - values[len(true)]
+            true_text = task.written(prompt, len(true) + 1)
+            assert moved and change.text == f"{true_text.rpartition(' ')[0]} {wrong}"
+            assert change.follow == task.numbers[values[-1] + moved]
+    for bad in ("nine. Ann adds one.", "seven. Ann adds one.", "two."):
+        bad = f"Start with {bad}"
+        assert task.values(bad) == [] and task.target(Prompt("x", bad)) is None
 
 
 def test_operations():
