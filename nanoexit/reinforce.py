@@ -204,8 +204,8 @@ def kept_samples(folder: Path, done: int) -> list[dict]:
         return []
     try:
         return [row for _, row in read_json_lines(path) if row.get("step", done + 1) <= done]
-    except TypeError:
-        raise UserError(f"{path}: a step that is no number; delete the file") from None
+    except (TypeError, UserError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to go on without") from None
 
 
 def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:

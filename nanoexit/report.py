@@ -52,8 +52,11 @@ def read_run(folder: str | Path) -> Run:
     paths = [Path(folder, name) for name in FILES]
     if not any(path.is_file() for path in paths):
         raise UserError(f"{folder}: no run to report; expected a folder with {' or '.join(FILES)}")
-    lines = [[row for _, row in read_json_lines(p)] if p.is_file() else [] for p in paths[:2]]
-    samples, metrics, found = *lines, read_json(paths[2])
+    try:
+        lines = [[row for _, row in read_json_lines(p)] if p.is_file() else [] for p in paths[:2]]
+        samples, metrics, found = *lines, read_json(paths[2])
+    except UserError as error:
+        raise UserError(f"{error}; delete the file to leave it out") from None
     name = Path(folder).resolve().name
     return Run(name, samples, metrics, found.get("rows", []), found.get("frontier", []))
 

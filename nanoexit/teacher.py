@@ -25,7 +25,15 @@ from nanoexit.model import Transformer
 from nanoexit.score import Aligned, Score, align, divergence, readout_kl, score, token_logprob
 from nanoexit.tasks import Prompt, Response, load_prompts, task_of
 from nanoexit.tokenizer import Tokenizer
-from nanoexit.training import barrier, is_main, mine, progress, prompt_ids, stream
+from nanoexit.training import (
+    barrier,
+    is_main,
+    mine,
+    progress,
+    prompt_ids,
+    remove_leftovers,
+    stream,
+)
 
 
 def respond(
@@ -171,7 +179,8 @@ def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> lis
     chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     paths = [folder / f"{number:05d}.jsonl" for number in range(len(chunks))]
     missing = [number for number in mine(range(len(chunks))) if not paths[number].is_file()]
-    folder.mkdir(parents=True, exist_ok=True)  # a refusal comes before the work
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, seconds=60)  # younger ones may be of a run that shares the traces
     with progress(len(missing), "teacher writes traces", "chunk") as bar, as_base(model):
         for number in missing:
             seed, rows = stream("traces", config.run.seed, number), config.generation.batch_size

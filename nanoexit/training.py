@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
@@ -37,6 +38,7 @@ from nanoexit.config import (
     LoRAConfig,
     UserError,
     load_config,
+    read_text,
     replace,
     rounded,
     to_yaml,
@@ -74,6 +76,7 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
     if config.run.wandb and not find_spec("wandb"):
         raise UserError("run.wandb is true, but wandb is not installed: pip install wandb")
     _check_folder(Path(config.run.dir), resume)
+    _check_writable(Path(config.data.traces or config.run.dir), "data.traces")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if config.run.shard and (ranks == 1 or reinforce):
         what = "REINFORCE" if reinforce else "one"
@@ -256,8 +259,7 @@ def _open_run(folder: Path, config: Config, resume: bool) -> int:
         print(f"the earlier run in {folder} is now {aside}", file=sys.stderr)
         os.close(lock)
         lock = lock_folder(folder)
-    for left in folder.rglob("*.tmp"):  # of a process that was killed while writing
-        left.unlink()
+    remove_leftovers(folder)
     write_text(folder / "config.yaml", to_yaml(config))
     return lock
 
@@ -274,10 +276,14 @@ def _check_folder(folder: Path, resume: bool) -> bool:
     used = not all(re.fullmatch(r"traces|config\.yaml(\.\d+\.tmp)?", name) for name in inside)
     if used and not ours:
         raise UserError(f"run.dir: {folder} is not a run (no config.yaml), so it is left alone")
+    _check_writable(folder, "run.dir")
+    return used
+
+
+def _check_writable(folder: Path, key: str) -> None:
     place = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if not os.path.isdir(place) or not os.access(place, os.W_OK):
-        raise UserError(f"run.dir: {folder} cannot be written: {place} is a file or read-only")
-    return used
+        raise UserError(f"{key}: {folder} cannot be written: {place} is a file or read-only")
 
 
 def lock_folder(folder: Path) -> int:
@@ -293,8 +299,22 @@ def lock_folder(folder: Path) -> int:
     return handle
 
 
+def remove_leftovers(folder: Path, seconds: float = 0) -> None:
+    """Remove what processes that were killed while writing left, if it is at least that old."""
+    for left in folder.rglob("*.tmp"):
+        if time.time() - left.stat().st_mtime >= seconds:
+            left.unlink()
+
+
 def _check_same_config(path: Path, config: Config) -> None:
-    old = dataclasses.asdict(load_config(path, schema=type(config)))
+    cure = f"delete {path.parent} to train from the start"
+    try:
+        found = load_config(path, schema=type(config))
+    except UserError as error:
+        raise UserError(f"{error}; {cure}") from None
+    if to_yaml(found) != read_text(path):  # also of a file that was cut between two keys
+        raise UserError(f"{path} was cut or edited; {cure}")
+    old = dataclasses.asdict(found)
     for section, values in dataclasses.asdict(config).items():
         for key, value in values.items():
             name, before = f"{section}.{key}", old[section][key]
@@ -378,14 +398,17 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
         problem = f"is damaged up to step {done}, or {path} is another run's"
         raise UserError(f"{metrics} {problem}; delete it to go on without it")
     for name, p in trained(model).items():
-        value = tensors.get(f"parameter.{name}")
-        if value is None or value.shape != p.shape:
-            expected = f"parameter.{name} of shape {list(p.shape)}"
-            raise UserError(f"{path}: no tensor {expected}: another model's")
-        p.data.copy_(value)
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if f"{key}.{name}" in tensors:
-                value = tensors[f"{key}.{name}"]
+        shapes = {"parameter": p.shape, "step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        for key, shape in shapes.items():
+            value = tensors.get(f"{key}.{name}")
+            if value is None and key != "parameter":
+                continue  # never had a gradient
+            if value is None or value.shape != shape:
+                expected = f"{key}.{name} of shape {list(shape)}"
+                raise UserError(f"{path}: no tensor {expected}: another model's")
+            if key == "parameter":
+                p.data.copy_(value)
+            else:
                 optimizer.state[p][key] = value if key == "step" else value.to(p.device)
     return done
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from nanoexit import reinforce, sft
 from nanoexit.config import ROOT, UserError, load_config
@@ -186,7 +188,34 @@ def test_a_damaged_run_file_is_named(whole, tmp_path, file, damage):
     model, _ = load_student(config)
     with pytest.raises(UserError, match=file) as error, run_directory(config, True) as folder:
         load_checkpoint(folder, model, make_optimizer(trained(model).values(), 1e-3))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "delete" in str(error.value)
+
+
+def test_moments_of_another_shape_are_refused(whole, tmp_path):
+    """Catches: a checkpoint whose moments broadcast to weights of another shape."""
+    shutil.copytree(whole / "checkpoint", tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "state.safetensors"
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    tensors = load_file(path)
+    name = next(name for name in tensors if re.fullmatch(r"exp_avg_sq.*lora_A", name))
+    save_file(tensors | {name: tensors[name][..., :1].contiguous()}, path, about)
+    model, _ = load_student(load_config(TINY, SMALL))
+    with pytest.raises(UserError, match=name):
+        load_checkpoint(tmp_path, model, make_optimizer(trained(model).values(), 1e-3))
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
+    """Catches: a shared folder of traces that fills up; a file removed while it is written."""
+    config = load_config(TINY, [f"data.traces={tmp_path}/traces", "data.count=8"])
+    model, tokenizer = load_student(config)
+    make_traces(model, tokenizer, config)
+    folder = next(tmp_path.glob("traces/*"))
+    for name, age in {"old.1.tmp": 90, "new.2.tmp": 5}.items():
+        (folder / name).write_text("")
+        os.utime(folder / name, (time.time() - age,) * 2)
+    make_traces(model, tokenizer, config)
+    assert [path.name for path in folder.glob("*.tmp")] == ["new.2.tmp"]
 
 
 def test_resume_refuses_another_config(whole):
