@@ -1,11 +1,14 @@
-"""Write data/reasoning.jsonl: reasoning prompts of four kinds with answers that are computed.
+"""Write a file of prompts: reasoning of four kinds, with computed answers, or everyday requests.
 
     python scripts/make_prompts.py data/reasoning.jsonl
+    python scripts/make_prompts.py data/everyday.jsonl --kinds everyday arithmetic dates tracking belief \\
+        --count 320 20 20 20 20
 
 arithmetic: word problems of two or three steps, in the format of GSM8K, worked answers included.
 dates: days of the week and of the calendar.   tracking: who holds what after some swaps.
 belief: where a person looks for a thing that was moved, seen or unseen (after Wimmer and Perner
-1983). The same seed writes the same file.
+1983).   everyday: requests as people type them, which have no single right answer.
+The same seed writes the same file.
 """
 
 import argparse
@@ -16,7 +19,7 @@ from pathlib import Path
 
 import _path  # noqa: F401
 
-from nanoexit.config import run_script, write_json_lines
+from nanoexit.config import UserError, run_script, write_json_lines
 
 NAMES = "Ada Ben Chloe Dan Emma Farid Grace Hugo Iris Jonas Kira Leo Mina Noah Olga Paul"
 THINGS = ["apples", "stamps", "marbles", "books", "postcards", "shells", "pencils", "cookies"]
@@ -39,26 +42,43 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", help="the file to write, such as data/reasoning.jsonl")
-    parser.add_argument("--count", type=int, default=100, help="prompts of each kind (100)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, metavar="KIND", default=list(KINDS)[:4]
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        nargs="+",
+        metavar="N",
+        default=[100],
+        help="prompts of each kind (100)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rows = prompts(args.count, args.seed)
+    counts = args.count * (len(args.kinds) if len(args.count) == 1 else 1)
+    if len(counts) != len(args.kinds):
+        raise UserError(f"--count: expected 1 or {len(args.kinds)} numbers, found {len(counts)}")
+    rows = prompts(dict(zip(args.kinds, counts)), args.seed)
     write_json_lines(Path(args.out), rows)
     print(f"{len(rows)} prompts written to {args.out}")
 
 
-def prompts(count: int, seed: int) -> list[dict]:
-    """`count` different prompts of each kind."""
+def prompts(counts: dict[str, int], seed: int) -> list[dict]:
+    """So many different prompts of each kind."""
     rows = []
-    for kind, make in KINDS.items():
+    for kind, count in counts.items():
         rng, made = random.Random(f"{kind} {seed}"), {}
-        while len(made) < count:
-            text, form, answer = make(rng)
-            made.setdefault(text + ASK + form, answer)
+        for _ in range(100 * count):
+            if len(made) == count:
+                break
+            text, form, answer = KINDS[kind](rng)
+            made.setdefault(text + ASK + form if form else text, answer)
+        if len(made) < count:
+            raise UserError(f"--count: {count} is more than there are {kind} prompts")
         checker = "gsm8k" if kind == "arithmetic" else "exact"
         for i, (prompt, answer) in enumerate(made.items()):
             row = {"id": f"{kind}-{i}", "group": kind, "prompt": prompt}
-            rows.append({**row, "answer": answer, "checker": checker})
+            rows.append({**row, "answer": answer, "checker": checker} if answer else row)
     return rows
 
 
@@ -198,7 +218,47 @@ def belief(rng: random.Random) -> Made:
     return " ".join(story), "Answer: PLACE", believed
 
 
+# --- everyday requests ------------------------------------------------------------------------
+
+FILLERS = {
+    "dish": "pancakes|tomato soup|fried rice|apple pie|lentil curry|a Greek salad|banana bread|"
+    "an omelette|vegetable lasagne|hummus|potato gratin|oatmeal cookies",
+    "place": "Lisbon|Kyoto|Iceland|the Alps|Mexico City|Morocco|Edinburgh|Vietnam|New York|Crete",
+    "topic": "the moon|rain in the city|an old bicycle|autumn leaves|a sleeping cat|the sea|"
+    "a morning coffee|my grandmother's garden|a late train|the first snow",
+    "why": "the sky is blue|leaves change colour|the sea is salty|we dream|ice floats on water|"
+    "cats purr|the moon has phases|bread rises|we yawn|stars twinkle|onions make us cry",
+    "pair": "weather and climate|a frog and a toad|a virus and a bacterium|speed and velocity|"
+    "a comet and an asteroid|butter and margarine|a simile and a metaphor|jam and marmalade",
+    "task": "remove a coffee stain|sharpen a kitchen knife|change a bicycle tyre|boil an egg|"
+    "fold a fitted sheet|clean a window without streaks|water plants while away|wrap a gift|"
+    "learn ten words a day|keep bread fresh|tie a bow tie|start a compost heap",
+    "person": "a child of six|my grandfather|a tourist|a tired student|a chef|a new neighbour",
+    "mail": "asks a landlord to repair the heating|thanks a colleague for covering a shift|"
+    "cancels a gym membership|invites the neighbours to a barbecue|declines a job offer|"
+    "asks a teacher for a meeting|reminds a client of an unpaid invoice|reports a lost parcel",
+    "occasion": "a rainy Sunday with two children|a friend's birthday|a picnic in the park|"
+    "a first week in a new job|a long train ride|an evening without screens|a school fair",
+    "thing": "rivers in Europe|string instruments|spices|trees that keep their leaves in winter|"
+    "inventions of the 19th century|kinds of clouds|board games|birds that cannot fly",
+}
+REQUESTS = """How do I {task}?|Give me a short recipe for {dish}.|Explain to {person} why {why}.
+What is the difference between {pair}?|Write a polite e-mail that {mail}.|Why is it that {why}?
+Write four lines of verse about {topic}.|What should I see in {place} in three days?
+Suggest a plan for {occasion} in {place}.|Name three {thing} and say one thing about each.
+I have an hour. Teach me how to {task}.|What goes well with {dish}?|Describe {topic} to {person}.
+What should I pack for a week in {place} in {month}?|Give me five ideas for {occasion}."""
+
+
+def everyday(rng: random.Random) -> Made:
+    request = rng.choice(REQUESTS.replace("\n", "|").split("|"))
+    words = {name: rng.choice(text.split("|")) for name, text in FILLERS.items()}
+    month = f"{datetime.date(2001, rng.randint(1, 12), 1):%B}"
+    return request.format(month=month, **words), "", ""
+
+
 KINDS = {"arithmetic": arithmetic, "dates": dates, "tracking": tracking, "belief": belief}
+KINDS |= {"everyday": everyday}
 
 if __name__ == "__main__":
     run_script(main)

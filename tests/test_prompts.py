@@ -147,10 +147,15 @@ def stories(kind):
     return [(r["prompt"].split("\n")[0], r["answer"]) for r in ROWS if r["group"] == kind]
 
 
-def test_the_generator_writes_this_file():
+def test_the_generator_writes_these_files():
     """Catches: a file edited by hand; a generator that draws from an unseeded source."""
-    assert make_prompts.prompts(100, 0) == ROWS
-    assert make_prompts.prompts(5, 1) != make_prompts.prompts(5, 0)
+    kinds = ["arithmetic", "dates", "tracking", "belief"]
+    assert make_prompts.prompts(dict.fromkeys(kinds, 100), 0) == ROWS
+    few = dict.fromkeys([*kinds, "everyday"], 5)
+    assert make_prompts.prompts(few, 1) != make_prompts.prompts(few, 0)
+    mixed = {"everyday": 320, **dict.fromkeys(kinds, 20)}
+    text = (ROOT / "data" / "everyday.jsonl").read_text(encoding="utf-8")
+    assert make_prompts.prompts(mixed, 0) == [json.loads(line) for line in text.splitlines()]
 
 
 def test_prompts_differ_and_their_answers_are_accepted():
