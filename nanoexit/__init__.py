@@ -7,9 +7,9 @@ The modules in order; each imports only from those before it:
     fast, generate                      decoding, plain and fused
     tokenizer, weights, adapters        text and files of public models
     tasks, judge                        prompts, and what a good answer is
-    training, teacher, sft, reinforce   the work
-    faithfulness, evaluate              what came of it
-    figures, report                     the page
+    training, teacher, sft, reinforce   the training loops
+    faithfulness, evaluate              the measurements
+    figures, report                     the report page
 """
 
 from nanoexit.adapters import load_adapter, save_adapter

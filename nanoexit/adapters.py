@@ -1,9 +1,9 @@
-"""What training made, on disk: adapters in PEFT's format, exit heads beside them, merged models.
+"""Save and load what training produced: adapters in PEFT's format, exit heads, merged models.
 
 Contract. An adapter folder holds adapter_model.safetensors and adapter_config.json as peft writes
 and reads them, exit_heads.safetensors (the parameters of exits.ExitHeads, by depth), and
-nanoexit.json, which says what they belong to. A model is the base of an adapter if its files have
-the same content, wherever they are. Options of peft that are not implemented are refused by name.
+nanoexit.json, which records the base model. An adapter fits any model whose files have the recorded
+content, wherever they are stored. PEFT options that are not implemented are refused by name.
 """
 
 import json
@@ -26,13 +26,13 @@ from nanoexit.weights import compare_names, read_tensor, tensor_names
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 FILES += ["nanoexit.json", "exit_heads.safetensors"]
-FACTS = {  # of nanoexit.json
+FACTS = {  # keys of nanoexit.json
     **dict.fromkeys(["base_model", "content", "head"], Rule((str,))),
     "revision": Rule((str, NoneType)),
     "cap": Rule((int, NoneType)),
     "exit_layers": Rule((list,)),
 }
-PEFT = {  # of adapter_config.json; what they exclude is not implemented
+PEFT = {  # keys of adapter_config.json; values outside these rules are not implemented
     "peft_type": Rule((str,), choices=["LORA"]),
     "r": Rule((int,), 1, 2**16),
     "lora_alpha": Rule((float,), 0, 1e6),
@@ -49,7 +49,7 @@ PEFT = {  # of adapter_config.json; what they exclude is not implemented
 }
 REQUIRED = ["peft_type", "r", "lora_alpha", "target_modules"]
 IDLE = ["task_type", "peft_version", "inference_mode", "auto_mapping", "megatron_core"]
-IDLE += ["qalora_group_size"]  # change nothing after training
+IDLE += ["qalora_group_size"]  # no effect after training
 
 
 def save_adapter(model: Transformer, folder: str | Path) -> None:
@@ -79,7 +79,7 @@ def _trained(model: Transformer) -> dict[str, dict[str, Tensor]]:
 
 
 def _peft_config(model: Transformer) -> dict[str, Any]:
-    """In it each map has its rank and its alpha: an adapter of peft may have several of each."""
+    """The content of adapter_config.json. PEFT allows a different rank and alpha for each map."""
     attached = adapters(model)
     ranks = {name: adapter.lora_A.shape[0] for name, adapter in attached.items()}
     alphas = {name: adapter.scale * ranks[name] for name, adapter in attached.items()}
@@ -103,26 +103,26 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def adapter_folder(name: str | Path) -> Path:
-    """A run, the adapter folder in it, or an adapter's id on the hub -> the folder of its files."""
+    """A run, its adapter folder, or an adapter's hub id -> the folder that holds its files."""
     root = find_model(str(name), files=FILES)[0]
     for path in (root / "adapter", root):
         if any((path / file).exists() for file in ("nanoexit.json", "adapter_config.json")):
             return path
-    raise UserError(f"{name}: no adapter there, nor in {root / 'adapter'}")
+    raise UserError(f"{name}: no adapter found there or in {root / 'adapter'}")
 
 
 def adapter_base(folder: str | Path) -> tuple[str, str | None]:
-    """The model that an adapter belongs to, and its revision on the hub (None: a folder)."""
+    """The base model of an adapter, and its revision on the hub (None for a folder)."""
     path = adapter_folder(folder)
     facts, config = _read(path)
     name = facts.get("base_model") or config.get("base_model_name_or_path")
     if not name:
-        raise UserError(f"{path}: does not say which model it belongs to; give it with --model")
+        raise UserError(f"{path}: the adapter does not name its base model; pass --model")
     return name, (facts or config).get("revision")
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """nanoexit.json ({}: an adapter of peft) and adapter_config.json ({}: heads alone), checked."""
+    """The checked nanoexit.json ({} for peft's own) and adapter_config.json ({} for heads only)."""
     facts, config = read_json(folder / "nanoexit.json"), read_json(folder / "adapter_config.json")
     check_values(facts, FACTS, folder / "nanoexit.json")
     check_values(config, PEFT, folder / "adapter_config.json", REQUIRED if config else ())
@@ -132,9 +132,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def load_adapter(model: Transformer, folder: str | Path) -> None:
-    """Attach what save_adapter wrote, or a LoRA adapter of peft (which brings no exit heads).
+    """Attach what save_adapter wrote, or a LoRA adapter from peft (which has no exit heads).
 
-    Raises UserError where it belongs to other weights, or uses what is not implemented.
+    Raises UserError if it was trained on other weights or uses an option not implemented here.
     """
     path = adapter_folder(folder)
     facts, config = _read(path)
@@ -151,7 +151,7 @@ def load_adapter(model: Transformer, folder: str | Path) -> None:
         wanted = _trained(model)
         for file in FILES:
             if file.endswith(".safetensors") and file not in wanted and (path / file).exists():
-                raise UserError(f"{path}: no JSON file describes {file}: damaged; export it again")
+                raise UserError(f"{path}: damaged: no JSON file describes {file}; export it again")
         for file, parameters in wanted.items():
             _copy_in(path / file, parameters)
     except UserError:
@@ -161,10 +161,10 @@ def load_adapter(model: Transformer, folder: str | Path) -> None:
 
 
 def _copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
-    """Fill parameters from a file; its names may carry an adapter's name, as in lora_A.default."""
+    """Fill parameters from a file, whose names may include an adapter's, as in lora_A.default."""
     pickle = path.with_suffix(".bin")
     if pickle.exists() and not path.exists():
-        raise UserError(f"{pickle}: a pickle is not read: save it with safe_serialization=True")
+        raise UserError(f"{pickle}: pickles are not read; save it with safe_serialization=True")
     stored = {}
     for name in tensor_names(path):
         stored[re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", name)] = name
@@ -190,11 +190,11 @@ def save_merged(model: Transformer, source: Path, out: Path) -> None:
     _save(out / "model.safetensors", tensors)
 
 
-# --- the options of peft ----------------------------------------------------------------------
+# --- PEFT's options ---------------------------------------------------------------------------
 
 
 def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, LoRAConfig]:
-    """adapter_config.json and the names of the linear maps -> the adapter of each map with one."""
+    """adapter_config.json and the linear maps' names -> the settings of each map it adapts."""
     for key in sorted(config.keys() - PEFT.keys() - {*IDLE}):
         if config[key] is not False and config[key] not in (None, [], {}):
             raise UserError(f"{where}: {key} = {show(config[key])} is not implemented")
@@ -205,9 +205,9 @@ def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, Lo
                 found[name] = _settings(config, name, where)
     except (re.error, RecursionError, OverflowError) as error:
         keys = "target_modules, exclude_modules, rank_pattern or alpha_pattern"
-        raise UserError(f"{where}: a pattern of {keys}: {error}") from None
+        raise UserError(f"{where}: a pattern in {keys}: {error}") from None
     if not found or found.keys() - names:
-        problem = "lm_head and embed_tokens are not implemented" if found else "no such map"
+        problem = "lm_head and embed_tokens are not implemented" if found else "no match"
         raise UserError(f"{where}: target_modules {show(config['target_modules'])}: {problem}")
     return found
 
@@ -226,12 +226,12 @@ def _is_target(config: dict[str, Any], name: str) -> bool:
 
 
 def _matches(names: str | list, name: str) -> bool:
-    """Names as peft reads them: a regular expression, or a list of full names and endings."""
+    """Whether `names`, a regular expression or a list of names and suffixes, selects `name`."""
     if isinstance(names, list):
         return name in names or name.endswith(tuple(f".{n}" for n in names))
     choices = 3 * len(re.findall(r"(?<!\()[*+?{]", names)) + names.count("|")
     if re.search(r"\)[*+{]", names) or choices > 20:
-        raise re.error(f"{show(names)} repeats a group, or too often: matching could take long")
+        raise re.error(f"{show(names)} repeats a group, or too much: it could take too long")
     return re.fullmatch(names, name) is not None
 
 

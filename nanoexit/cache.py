@@ -1,10 +1,10 @@
 """Keys and values of earlier tokens, preallocated.
 
 Contract. Row i of the batch keeps the key of its token at position p in slot p. Positions are
-explicit, so rows may have any lengths. `write` stores what one block made for the tokens of this
-call and returns all that they can attend to. A token that exits leaves its keys and values in the
-later blocks within the same call, so every block has those of every earlier position. (fast.py
-writes them late, but before they are read.)
+explicit, so rows may differ in length. `write` stores one block's keys and values for the tokens of
+this call, and returns everything that they can attend to. A token that exits leaves its keys and
+values in the later blocks within the same call, so every block has them for every earlier position.
+(fast.py writes them later, but always before they are read.)
 """
 
 import torch
@@ -28,14 +28,14 @@ class Cache:
         self.kv = torch.zeros(size, device=device, dtype=dtype)
         self.span = 0  # positions 0..span-1 may be set, in any row
         self.start: int | None = 0  # first position of this call, if it is the same in every row
-        self.names = torch.arange(rows, device=device)  # [B] numbers that stay with their rows
+        self.names = torch.arange(rows, device=device)  # [B] ids that move with their rows
 
     def place(self, start: int | None, span: int) -> None:
         """Announce the next call: its tokens begin at `start` in every row (None: they differ)."""
         self.start, self.span = start, span
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, K, T, head_dim] of this call -> the block's, [B, K, span, head_dim]."""
+        """Store k, v [B, K, T, head_dim] of this call -> the block's [B, K, span, head_dim]."""
         rows = torch.arange(len(k), device=k.device)[:, None]
         both = torch.stack((k, v), 1).permute(0, 3, 1, 2, 4)  # [B, T, 2, K, head_dim]
         self.kv[layer][rows, :, :, positions] = both
@@ -46,7 +46,7 @@ class Cache:
         self.kv, self.names = self.kv[:, rows], self.names[rows]
 
     def admit(self, rows: Tensor, other: "Cache", chosen: list[int]) -> None:
-        """Replace these rows by the chosen ones of another cache."""
+        """Replace these rows with the chosen rows of another cache."""
         self.kv[:, rows, :, :, : other.span] = other.kv[:, chosen, :, :, : other.span]
         new = self.names.max() + 1 + torch.arange(len(rows), device=rows.device)
         self.names = self.names.index_copy(0, rows, new)

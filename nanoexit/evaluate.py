@@ -1,10 +1,10 @@
-"""Evaluation: what a model does on held-out prompts, as rows of figures, tables and files.
+"""Evaluation on held-out prompts: rows of figures, printed as tables and written to files.
 
-A row belongs to one variant (base or student) under one policy. `measure` makes it from responses;
-`faithfulness.examine` adds what takes more generation. Depths are over all tokens of a response,
-the first included: `mean_depth` is their mean, `layers_run` that over full depth, and `max_depth`
-the mean over responses of the deepest token, the opaque serial depth. No figure hides a NaN: it is
-null in files, and a dash in tables with its reason below. Same seed, same figures.
+A row is one variant (base or student) under one policy. `measure` computes it from responses, and
+`faithfulness.examine` adds figures that need more generation. Depths cover all tokens of a
+response, including the first: `mean_depth` is their mean, `layers_run` is that over full depth, and
+`max_depth`, the opaque serial depth, is the deepest token of a response, averaged over responses. A
+NaN is null in files and a dash with a reason in tables. The same seed gives the same figures.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def measure(subject: Subject, variant: str, responses: Sequence[Response]) -> di
 
 
 def interval(p: float | None, n: int) -> list[float] | None:
-    """The 95 % interval of a share p of n (Wilson 1927)."""
+    """The 95 % confidence interval of a share p of n (Wilson 1927)."""
     if p is None:
         return None
     z2 = 1.96**2 / n
@@ -80,26 +80,26 @@ def interval(p: float | None, n: int) -> list[float] | None:
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """Share of a response's 4-grams that occurred in it before; 0 if it is shorter."""
+    """Share of a response's 4-grams that repeat an earlier one; 0 for fewer than 4 tokens."""
     grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def judged(responses: Sequence[Response], judge: Judge) -> dict:
-    """Scores by the judge of the config."""
+    """The judge's scores of these responses."""
     items = [Item(r.prompt.id, r.prompt.prompt, r.text, r.prompt.answer) for r in responses]
     return judge_summary(judge.score(items), judge.config.model)
 
 
-# A figure in tables: its key in a row, title, format, and why it may be None; without a reason
-# it then has no line. A mapping, or a list of pairs, has a line for each entry. In titles {} is the
-# name of an entry, {L} full depth, {judge} who judged.
+# A figure in tables: its key in a row, its title, its format, and the reason given if it is None.
+# Without a reason, a figure that is None in every row gets no line. A mapping or a list of pairs
+# gets a line for each entry. In titles {} is the entry, {L} full depth, {judge} the judge's model.
 Shown = tuple[str, str, str, str]
-UNVERIFIED = "no prompt has an answer to compare with"
+UNVERIFIED = "no prompt has a reference answer"
 NO_STEPS = "the task lists no steps"
-NO_END = "no response has an answer after an end of its reasoning"
-NO_CHANGE = "no written value whose change has a known effect"
-NO_CAP = f"no cap of evaluate.caps keeps {KEEPS} of the accuracy"
+NO_END = "no response ends its reasoning and then answers"
+NO_CHANGE = "no response has a written value whose change has a known effect"
+NO_CAP = f"no cap in evaluate.caps keeps {KEEPS} of the accuracy"
 HEADLINES: tuple[Shown, ...] = (
     ("accuracy", "accuracy", "{:.3f}", UNVERIFIED),
     ("accuracy_by_group", "  {}", "{:.3f}", ""),
@@ -131,7 +131,7 @@ DETAILS: tuple[Shown, ...] = (
     ("monitor.false_alarms", "  false alarms", "{:.3f}", "nothing was read"),
     ("monitor.before_last", "monitor (before the last step)", "{:.3f}", NO_STEPS),
     ("monitor.before_last_false_alarms", "  false alarms", "{:.3f}", "nothing was read"),
-    ("judge.means.overall", "rubric of 40 ({judge})", "{:.1f}", ""),
+    ("judge.means.overall", "rubric, out of 40 ({judge})", "{:.1f}", ""),
     ("judge.judged", "  responses judged", "{:d}", ""),
     ("exit_rate", "exit rate", "{:.0%}", ""),
     ("perplexity", "perplexity under the base", "{:.2f}", "not a number"),
@@ -141,7 +141,7 @@ DETAILS: tuple[Shown, ...] = (
 
 
 def entries(row: dict, key: str) -> dict[str, Any]:
-    """The entries of a figure by name; of one that is a number, the number by the name ""."""
+    """The entries of a figure by name; a figure that is a single number has the name ""."""
     value: Any = row
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -159,7 +159,7 @@ def cell(value: Any, form: str) -> str:
 
 
 def table_cells(rows: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
-    """-> lines of cells, the head first, and a reason for each figure that has a dash."""
+    """-> lines of cells, header first, and the reason for each figure that has a dash."""
     judge = next((r["judge"]["model"] for r in rows if "judge" in r), "")
     caps = ["" if row["cap"] is None else f", cap {row['cap']}" for row in rows]
     lines = [["", *(f"{r['variant']} ({r['policy']}{cap})" for r, cap in zip(rows, caps))]]
@@ -195,10 +195,10 @@ def evaluate_run(
     thorough: bool = False,
     base: dict | None = None,
 ) -> list[dict]:
-    """-> a row of the base, and of the student under each policy of the config.
+    """-> a row for the base, and one for the student under each policy of the config.
 
-    Writes summary.json, evaluation.json, evaluation.md and samples.jsonl, where rollouts of the
-    training are kept. thorough: with `examine` and the frontier. base: its row, if it is known.
+    Writes summary.json, evaluation.json, evaluation.md and samples.jsonl, which keeps its training
+    rollouts. thorough: add `examine` and the frontier. base: the base's row, if already measured.
     """
     started = time.time()
     prompts = load_prompts(config.data, "held_out", config.evaluate.count, config.run.seed)
@@ -224,7 +224,7 @@ def evaluate_run(
 
 
 def variants(model: Transformer, config: Config) -> list[tuple[str, str]]:
-    """(variant, policy) of each row. Without heads, policies that ask them are `full`."""
+    """(variant, policy) of each row. Without heads, policies that need them become `full`."""
     policies = config.evaluate.policies
     if model.exits is None:
         policies = ["full" if policy.startswith("head") else policy for policy in policies]
@@ -234,7 +234,7 @@ def variants(model: Transformer, config: Config) -> list[tuple[str, str]]:
 def evaluate_variant(
     subject: Subject, variant: str, prompts: Sequence[Prompt], judge: Judge | None
 ) -> tuple[dict, list[dict]]:
-    """-> the row of one variant, examined if there is a judge; its lines of samples.jsonl."""
+    """-> one variant's row, examined if a judge is given, and its lines for samples.jsonl."""
     name, evaluate = f"{variant} ({subject.policy})", subject.config.evaluate
     generations = 14 + 2 * len(evaluate.caps) if judge else 1
     with progress(generations, f"evaluate {name}", "generation") as subject.bar:
@@ -249,7 +249,7 @@ def evaluate_variant(
 
 
 def origin(model: Transformer, config: Config) -> dict:
-    """What figures belong to: config, the base's weights, commit ("-dirty" where files differ)."""
+    """Where figures come from: config, base weights, commit ("-dirty" with uncommitted changes)."""
     weights = {key: getattr(model, key) for key in ("name", "revision", "content")}
     command, commit = ["git", "describe", "--always", "--dirty", "--exclude", "*"], "unknown"
     if (ROOT / ".git").exists():
@@ -258,6 +258,6 @@ def origin(model: Transformer, config: Config) -> dict:
 
 
 def summary_of(row: dict) -> dict:
-    """A row in summary.json."""
+    """The part of a row that goes into summary.json."""
     keys = ["accuracy", "accuracy_by_group", "mean_depth", "max_depth", "full_depth", "layers_run"]
     return {key: row[key] for key in [*keys, "kl", "tokens", "policy"]}

@@ -1,16 +1,16 @@
 """Exit heads, stick-breaking, exit targets, the policies that decide where a token exits, and caps.
 
 Contract. The head of depth d reads the residual after d blocks (model.py defines depth). Heads act
-in order of depth, each with the chance that the token exits there *given that it came so far*. The
-deepest depth D, which is L or the cap, takes what is left:
+in order of depth: each gives the chance that a token exits there, *given that it got that far*. The
+deepest depth D, which is L or the cap, takes the rest:
 
     log p(exit at d) = logsigmoid(z_d) + sum over earlier heads of logsigmoid(-z),
 
 all in log space and float32. With E heads below D there are E + 1 outcomes; heads at D and beyond
 are not asked.
 
-Decisions. Heads read the residual divided by its RMS, so that one learning rate serves all depths
-(residuals grow with depth). `Ask` is the one `stop` of generation, scoring and training.
+Decisions. Heads read the residual divided by its RMS, so that one learning rate suits all depths
+(residuals grow with depth). Generation, scoring and training all use the same `stop`, `Ask`.
 
 Sources: stick-breaking as in PonderNet (Banino et al. 2021); `confidence` is the rule of CALM
 (Schuster et al. 2022).
@@ -34,7 +34,7 @@ POLICIES = ["full", "head", "head:THRESHOLD", "fixed:DEPTH", "kl:STRENGTH", "con
 
 
 class ExitHeads(nn.Module):
-    """One scalar for each exit depth, of x = h / rms(h): w . x + b, or an MLP D -> 2D -> 1."""
+    """One scalar for each exit depth, from x = h / rms(h): w . x + b, or an MLP D -> 2D -> 1."""
 
     def __init__(self, width: int, layers: Sequence[int], kind: str = "linear", seed: int = 0):
         super().__init__()
@@ -69,8 +69,8 @@ def attach(
 ) -> None:
     """Attach exit heads at these depths ([]: none), adapters if `lora` is given, and a cap.
 
-    The base's weights are frozen. Raises UserError for a depth outside 1..L-1 or repeated, an
-    unknown kind of head, and a cap outside 1..L.
+    Freezes the base's weights. Raises UserError for a repeated depth or one outside 1..L-1, an
+    unknown kind of head, or a cap outside 1..L.
     """
     L, layers = model.full_depth, list(exit_layers)
     if not set(layers) <= {*range(1, L)} or len(set(layers)) < len(layers):
@@ -103,7 +103,7 @@ def check_cap(model: Transformer, cap: int | None, key: str = "exits.cap") -> No
 
 @contextlib.contextmanager
 def capped(model: Transformer, cap: int | None) -> Iterator[None]:
-    """Inside, the model has this cap instead of its own; None lifts it."""
+    """Inside the `with`, the model has this cap instead of its own; None removes it."""
     check_cap(model, cap)
     before, model.cap = model.cap, cap
     try:
@@ -114,13 +114,13 @@ def capped(model: Transformer, cap: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_base(model: Transformer) -> Iterator[None]:
-    """Inside, the model is its base, the teacher: adapters off, no cap."""
+    """Inside the `with`, the model is its base, the teacher: adapters off, no cap."""
     with adapters_off(model), capped(model, None):
         yield
 
 
 def exit_depths(model: Transformer) -> tuple[int, ...]:
-    """Depths of the heads that act, in order: those below the cap."""
+    """Depths of the active heads, in order: those below the cap."""
     layers = () if model.exits is None else model.exits.layers
     return tuple(depth for depth in layers if depth < model.deepest)  # type: ignore[union-attr]
 
@@ -131,7 +131,7 @@ def exit_depths(model: Transformer) -> tuple[int, ...]:
 def path_logprob(z: Tensor, depths: Tensor, layers: Sequence[int], deepest: int) -> Tensor:
     """log p(exit at depths) [...] under log-odds z [..., E]; entries beyond the exit are not read.
 
-    A depth without a head, other than `deepest`, cannot have been sampled: -inf.
+    It is -inf for a depth without a head, other than `deepest`: no sample can exit there.
     """
     at, d = torch.tensor(layers, device=z.device), depths[..., None]
     terms = torch.where(at == d, F.logsigmoid(z), torch.where(at < d, F.logsigmoid(-z), 0.0))
@@ -155,11 +155,11 @@ def sample_depths(chance: Tensor, u: Tensor, layers: Sequence[int], deepest: int
 
 
 class Asked(NamedTuple):
-    """n tokens that have come to a depth where they may exit."""
+    """n tokens that have reached a depth where they may exit."""
 
     model: Transformer
     depth: int
-    at: Tensor  # [n] their places in B*T
+    at: Tensor  # [n] their indices into B*T
     h: Tensor  # [n, D] residuals
     z: Any  # [n] log-odds of the head at this depth; None without one
     u: Tensor  # [n] uniform noise
@@ -172,7 +172,7 @@ class Policy:
         self.name, self.value = name, value
 
     def layers(self, model: Transformer) -> tuple[int, ...]:
-        """The depths at which it wants to decide."""
+        """The depths at which this policy decides."""
         if self.name == "full":
             return ()
         if self.name == "fixed":
@@ -195,7 +195,7 @@ class Prescribed(Policy):
 
     def __init__(self, depths: Tensor):
         super().__init__("prescribed")
-        self.depths = depths.reshape(-1)  # [N], N tokens of the call
+        self.depths = depths.reshape(-1)  # [N], one for each token of the call
 
     def layers(self, model: Transformer) -> tuple[int, ...]:
         used = self.depths.unique().tolist()  # host sync
@@ -206,7 +206,7 @@ class Prescribed(Policy):
 
 
 def parse_policy(text: str, model: Transformer | None = None, where: str = "") -> Policy:
-    """Text -> Policy. Raises UserError, which names `where`; without a model, only for grammar.
+    """Text -> Policy. Raises UserError, prefixed by `where`; without a model it checks syntax only.
 
     full           no token exits
     head           sample the heads; head:0.5 exits where the chance exceeds 0.5

@@ -1,20 +1,20 @@
-"""Optional: `model.run` for one token a row, fused. Nothing here changes what is computed.
+"""Optional: a fused `model.run` for one token a row. It computes the same results, faster.
 
-Contract. `FastModel(model, rows)` offers `run` and `readout` with the arguments of the model's own,
-for one token a row and inference, and gives the same results to rounding error; tests hold one
-against the other. generate.py chooses it in one line. Make a new one when adapters or cap change.
+Contract. `FastModel(model, rows)` has `run` and `readout` with the model's own arguments, for
+inference with one token a row. Its results equal the model's to rounding error, which tests check.
+generate.py selects it in one line. Build a new one when the adapters or the cap change.
 
 What makes it fast.
 1. On a CPU, a second copy of the weights, laid out for a handful of rows. Decoding reads every
-   weight once a token, and `F.linear` as stored reaches about half of the memory bandwidth.
-2. q, k and v are one product, gate and up another; adapters of such a group are two more. Rotation
+   weight once a token, and on weights as stored `F.linear` reaches about half the memory bandwidth.
+2. q, k and v are one product, gate and up another; each group's adapters are two more. One rotation
    turns q, k and v together (values by angle zero), and one copy writes to the cache.
-3. Rows that exit keep their places and stay in the joint q, k, v product as long as some row runs:
+3. Rows that exit keep their places and stay in the joint q, k, v product while any row still runs:
    they need keys and values, and cutting out their queries costs more than it saves. Attention
-   output and MLP run for the other rows alone; on a CPU attention too, where that saves reading.
-4. Once every row has exited, nothing more is computed: the frozen residuals wait as debts until a
-   later token runs the deeper blocks, and then join the product of q, k and v there. A run of
-   shallow tokens never touches the deep blocks.
+   output and MLP run only for the other rows. So does attention on a CPU, where that saves reading.
+4. Once every row has exited, nothing more is computed. The frozen residuals wait as debts until a
+   later token runs the deeper blocks, where they join its q, k, v product. A run of shallow tokens
+   never touches the deep blocks.
 5. On CUDA, the blocks between two exits are replayed as one graph.
 
 Host syncs: one at each depth where a row may exit, one if some rows are idle, one for new debts.
@@ -36,17 +36,17 @@ from nanoexit.model import Block, Linear, RMSNorm, Run, Shape, Stop, Transformer
 Product = Callable[[Tensor], Tensor]  # [n, in] -> [n, out]
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]  # see capture_cuda
 COPY_LIMIT = 2 * 2**30  # bytes: a larger model is not copied on a CPU
-ATTENTION_CALL = 2**14  # cache entries a CPU reads in about the time of one more attention call
+ATTENTION_CALL = 2**14  # cache entries that a CPU reads in about the time of an attention call
 
 
-# --- weights laid out -------------------------------------------------------------------------
+# --- weight layouts ---------------------------------------------------------------------------
 
 
 def choose_layout(model: Transformer, rows: int, copy_limit: int = COPY_LIMIT) -> str:
-    """The best of PyTorch's own products for this many rows, measured by scripts/bench.py decode.
+    """The fastest of PyTorch's products for this many rows, as measured by scripts/bench.py decode.
 
-    apart: as stored, no copy. joined: maps of one input as one. transposed (float32, one row): [in,
-    out] for maps that widen. onednn: blocked, by a private operator of PyTorch's, if present.
+    apart: as stored, no copy. joined: maps that share an input as one. transposed (float32, one
+    row): [in, out] for maps that widen. onednn: blocked, by a private PyTorch operator, if present.
     """
     if model.device.type != "cpu":
         return "joined"
@@ -67,7 +67,7 @@ def has_onednn(dtype: torch.dtype) -> bool:
 
 
 def lay_out(layout: str, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Product:
-    """Maps [out, in] of one input -> x [n, in] -> their outputs side by side."""
+    """Maps [out, in] that share an input -> their product: x [n, in] -> their outputs, joined."""
     if layout == "apart" and len(weights) > 1:
         pairs = list(zip(weights, biases))
         return lambda x: torch.cat([F.linear(x, w, b) for w, b in pairs], -1)
@@ -83,7 +83,7 @@ def lay_out(layout: str, weights: Sequence[Tensor], biases: Sequence[Tensor | No
 
 
 class Kept(NamedTuple):
-    """A product that stays with the model, and what it was made of."""
+    """A product cached on the model, and what it was made from."""
 
     state: list[object]
     tensors: list[Tensor]  # held, so that their memory is not reused
@@ -91,10 +91,10 @@ class Kept(NamedTuple):
 
 
 def base_product(model: Transformer, layout: str, *maps: Any) -> Product:
-    """Maps of one input, without adapters -> one product, their outputs side by side.
+    """Maps that share an input, without adapters -> one product with their outputs side by side.
 
-    On a CPU the model keeps it until the layout or a weight changes. Writes to weights made under
-    inference_mode are not counted: an object that equals no other stands for their version.
+    On a CPU the model keeps it until the layout or a weight changes. Weights made under
+    inference_mode have no version counter, so a new object, unequal to any other, stands for it.
     """
     weights, biases = [m.weight for m in maps], [getattr(m, "bias", None) for m in maps]
     made_of = [x for x in (*weights, *biases) if x is not None]
@@ -114,7 +114,7 @@ def base_product(model: Transformer, layout: str, *maps: Any) -> Product:
 
 
 def joined(model: Transformer, layout: str, *maps: Linear) -> Product:
-    """Linear maps of one input as one product [n, in] -> [n, sum of out], adapters included."""
+    """Maps that share an input, as one product [n, in] -> [n, sum of out] with their adapters."""
     base, dtype = base_product(model, layout, *maps), model.dtype
     downs: list[Tensor] = []
     ups: list[Tensor] = []
@@ -133,7 +133,7 @@ def joined(model: Transformer, layout: str, *maps: Linear) -> Product:
 
 
 def fast_norm(norm: RMSNorm) -> Product:
-    """The norm; on a CPU, which has no kernel for it, in fewer steps than F.rms_norm takes."""
+    """The norm; on a CPU, which has no fused kernel, in fewer steps than F.rms_norm takes."""
     weight, floor = norm.weight, torch.tensor(norm.eps)
     if not weight.is_cpu:
         return norm
@@ -147,7 +147,7 @@ def fast_norm(norm: RMSNorm) -> Product:
 
 
 def turn_frequencies(s: Shape, device: torch.device) -> Tensor:
-    """[H + 2 K, head_dim]: by how much a position turns each entry of q, k and v; v stays."""
+    """[H + 2 K, head_dim]: the angle per position of each entry of q, k and v; zero for v."""
     freq = rope_frequencies(s, device)
     turned = torch.cat((-freq, freq)).expand(s.heads + s.kv_heads, -1)
     return torch.cat((turned, freq.new_zeros(s.kv_heads, s.head_dim)))
@@ -170,7 +170,7 @@ class FastBlock:
             self.qk_norm = torch.stack(weights)  # [H + K, head_dim]
 
     def __call__(self, h: Tensor, on: Tensor, step: "Step", layer: int) -> Tensor:
-        """Residuals h [B + m, D] of rows and debts; `on` [n, D], which run -> after this block."""
+        """Residuals h [B + m, D] of rows and debts, `on` [n, D] of running rows -> the new `on`."""
         y = self.qkv(self.before(h)).view(len(h), -1, self.head_dim)  # [B + m, H + 2 K, head_dim]
         if self.qk_norm is not None:
             n = len(self.qk_norm)
@@ -183,7 +183,7 @@ class FastBlock:
 
 
 class Debt(NamedTuple):
-    """Tokens without keys and values in the deeper blocks."""
+    """Tokens that still lack keys and values in the deeper blocks."""
 
     h: Tensor  # [m, D] frozen residuals
     rows: Tensor  # [m] rows of the batch
@@ -193,8 +193,8 @@ class Debt(NamedTuple):
 class Step:
     """Where the tokens of one call are, and the cache that they read and write.
 
-    positions [B]; kv: that of the cache; span: how many positions are read; aligned: all rows write
-    the same position. `keep` sets `going` [n], the rows that run on (None: all), and adds m debts.
+    positions [B]; kv: the cache's tensor; span: how many positions are read; aligned: all rows
+    write at one position. `keep` sets `going` [n], the running rows (None: all), and adds m debts.
     """
 
     def __init__(self, fast: "FastModel", positions: Tensor, kv: Tensor, span: int, aligned: bool):
@@ -219,17 +219,17 @@ class Step:
             self.turns = [torch.cat(both) for both in zip(own, self.fast.turns(due.positions))]
             places = (self.planes[due.rows] + due.positions[:, None]).view(-1)
             self.places = torch.cat((self.own_places, places))
-        self.apart: list[slice] = []  # rows that attend one by one
-        if going is not None and going.is_cpu:  # if that takes less than attention for all
+        self.apart: list[slice] = []  # rows whose attention runs one by one
+        if going is not None and going.is_cpu:  # only if it costs less than attention for all
             saved = (len(self.keys[0]) - len(going)) * self.keys[0][0].numel() * 2
             if saved > len(going) * self.fast.attention_call:
                 self.apart = [slice(row, row + 1) for row in going.tolist()]
 
     def attend(self, layer: int, q: Tensor, new: Tensor) -> Tensor:
-        """q [B + m, H, d], new keys and values [B + m, 2 K, d] -> [n, H * d] of rows that run."""
+        """q [B + m, H, d], new keys and values [B + m, 2 K, d] -> [n, H * d] of running rows."""
         B, (_, H, d) = len(self.planes), q.shape
         self.slots[layer].index_copy_(0, self.places, new.reshape(-1, d))
-        q = q[:B].reshape(B, self.kv_heads, -1, d)  # the group takes the place of queries
+        q = q[:B].reshape(B, self.kv_heads, -1, d)  # a group's heads as queries
         k, v, mask = self.keys[layer], self.values[layer], self.mask
         if self.apart:
             parts = [
@@ -244,7 +244,7 @@ class Step:
 class FastModel:
     """`run` and `readout` of a Transformer, for one token a row and one cache.
 
-    capture: makes graphs of what it is given (default: CUDA's on CUDA, else none).
+    capture: turns a function into a graph (default: CUDA graphs on CUDA, otherwise none).
     """
 
     def __init__(self, model: Transformer, rows: int, capture: Capture | None = None):
@@ -257,8 +257,8 @@ class FastModel:
         if capture is None and model.device.type == "cuda":
             capture = capture_cuda
         self.graphs = None if capture is None else Graphs(capture)
-        self.debts: dict[int, list[Debt]] = defaultdict(list)  # by the first block without them
-        self.names = torch.empty(0)  # of the rows, as in the cache
+        self.debts: dict[int, list[Debt]] = defaultdict(list)  # by the first block that lacks them
+        self.names = torch.empty(0)  # the rows' ids, as in the cache
 
     def turns(self, positions: Tensor) -> list[Tensor]:
         """Positions [n] -> cos and sin for all heads of q, k and v, [n, H + 2 K, head_dim]."""
@@ -279,8 +279,8 @@ class FastModel:
     ) -> Run:
         """ids, positions, alive [B, 1]; see Transformer.run.
 
-        Rows that are not alive have depth 0 and a meaningless residual, and write to their
-        position, which must be in the cache.
+        Rows that are not alive get depth 0 and a meaningless residual. They still write at their
+        position, so it must be in the cache.
         """
         self.follow(cache.names)
         D, at = len(self.blocks), positions[:, 0]
@@ -316,7 +316,7 @@ class FastModel:
         return Run(h[:, None], depths[:, None])
 
     def pay(self, start: int, end: int) -> Debt | None:
-        """The debts of block `start`, for which blocks start..end-1 now make keys and values."""
+        """The debts due at block `start`; blocks start..end-1 now make their keys and values."""
         depths = [depth for depth in self.debts if depth <= start]
         owed = [debt for depth in depths for debt in self.debts.pop(depth)]
         if not owed:
@@ -327,7 +327,7 @@ class FastModel:
         return due
 
     def follow(self, names: Tensor) -> None:
-        """Debts move with the rows of the cache, whose names these now are, and leave with them."""
+        """Move the debts with their rows, now ordered as `names`; drop those of rows that left."""
         if names is self.names:
             return
         debts, self.debts = self.debts, defaultdict(list)
@@ -343,7 +343,7 @@ class FastModel:
     ) -> Tensor:
         """Residuals h [B, D] -> after blocks start..end-1, between which no row exits.
 
-        going [n]: the rows that run on; None: all. due: debts that are paid beside them.
+        going [n]: the running rows; None: all. due: debts that are paid along with them.
         """
         step.keep(going, due)
         B, on = len(h), h
@@ -359,7 +359,7 @@ class FastModel:
 
 
 def capture_cuda(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-    """-> a function that repeats the kernels of `run` on the same memory, and where they write."""
+    """-> a function that repeats the kernels of `run` on the same memory, and their output."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run()
@@ -367,11 +367,11 @@ def capture_cuda(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tenso
 
 
 class Graphs:
-    """Graphs of the stretches between exits: fixed shapes, so a stretch is one launch.
+    """Graphs of the stretches between exits: shapes are fixed, so a stretch is one launch.
 
-    Rows that run on, and debts, are padded to a power of two by repeating the last one, which
-    computes and writes the same again. The span read is padded to SPAN and masked. A stretch that
-    comes WARM times in one shape is captured, for this cache.
+    Running rows and debts are padded to a power of two by repeating the last one, which writes the
+    same values again. The span is rounded up to a multiple of SPAN and masked. A stretch is
+    captured, for this cache, the third time (WARM) that it runs in one shape.
     """
 
     SPAN, WARM = 256, 3
@@ -423,6 +423,6 @@ class Graphs:
 
 
 def _pad(x: Tensor) -> Tensor:
-    """[n, ...] -> [the next power of two, ...]: the last is repeated."""
+    """[n, ...] -> [the next power of two, ...], by repeating the last."""
     size = 1 << (len(x) - 1).bit_length()
     return torch.cat((x, x[-1:].expand(size - len(x), *x.shape[1:])))

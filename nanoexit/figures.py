@@ -1,9 +1,9 @@
 """Depth as colour in a terminal, and figures as SVG.
 
-`paint` and `legend` give plain text to a pipe, under NO_COLOR (no-color.org), and to a terminal
-without 256 colours. A colour of depth has a contrast of 3 to 1 on white and on black: a program
-cannot know the background of a terminal. The `.svg()` of a `Figure` is a file of its own, light or
-dark as its reader is.
+`paint` and `legend` write plain text to a pipe, under NO_COLOR (no-color.org), and to a terminal
+without 256 colours. Every depth colour has a contrast of 3 to 1 on both white and black, because a
+program cannot know a terminal's background. `Figure.svg()` is a self-contained file that follows
+the reader's light or dark setting.
 """
 
 import itertools
@@ -20,21 +20,21 @@ from nanoexit.config import printable
 
 TERMINAL = (160, 166, 136, 100, 64, 29, 30, 31, 26)  # of 256 colours, from depth 1 to full depth
 CSS = Path(__file__).with_name("figures.css").read_text(encoding="utf-8")
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 380, 42, 346, 12, 180  # of a drawing and of its axes
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 380, 42, 346, 12, 180  # of the drawing and its axes
 MOST_LINES, MOST_POINTS, MOST_MARKS = 8, 120, 30
 
 
 def has_colors(stream: TextIO) -> bool:
-    """Whether `stream` shows 256 colours, and NO_COLOR does not forbid them."""
+    """Whether `stream` shows 256 colours and NO_COLOR is not set."""
     term = os.environ.get("TERM", "dumb")
     able = term != "dumb" and ("256" in term or "COLORTERM" in os.environ)
     return able and stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def paint(pieces: Sequence[str], depths: Sequence[int], full_depth: int, stream: TextIO) -> str:
-    """The pieces of a response as one harmless text, each in the colour of its depth.
+    """The pieces of a response as one text, safe to print, each in the colour of its depth.
 
-    What `stream` cannot encode becomes a question mark.
+    Characters that `stream` cannot encode become question marks.
     """
     painted, colored, encoding = "", has_colors(stream), stream.encoding or "utf-8"
     for depth, run in itertools.groupby(zip(pieces, depths, strict=True), key=lambda pair: pair[1]):
@@ -62,7 +62,7 @@ class Figure:
     body: str = ""
 
     def write(self, text: str, color: str = "", kind: str = "") -> None:
-        """Add `text`, wrapped; behind a stroke if it names a line of that colour."""
+        """Add `text`, wrapped; a `color` puts a stroke of that colour before it, as a key."""
         if color and text:
             self.body += f'<path class="key" d="M0 {self.height + 14}h14" style="stroke:{color}"/>'
         x = 20 if color else 0
@@ -71,7 +71,7 @@ class Figure:
             self.body += f'<text class="{kind}" x="{x}" y="{self.height}">{escape(line)}</text>'
 
     def svg(self, alone: bool = True) -> str:
-        """The text of a file; if not `alone`, a part of a page that holds figures.css."""
+        """The SVG as a file of its own; if not `alone`, for a page that includes figures.css."""
         height = self.height + 20
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="'
@@ -82,7 +82,7 @@ class Figure:
 
 
 def line_figure(title: str, x: str, y: str, lines: Mapping, top: float = 0) -> Figure:
-    """Lines over axes that span zero and all points; the vertical one reaches `top` at least.
+    """Lines over axes that include zero and all points; the vertical one reaches at least `top`.
 
     lines: name -> points, (x, y) or (x, y, low, high) with an interval around y.
     """
@@ -109,7 +109,7 @@ def line_figure(title: str, x: str, y: str, lines: Mapping, top: float = 0) -> F
 
 
 class Axis:
-    """Values from zero, drawn from `start` to `end`; its text is what the page's script reads."""
+    """Values from zero, drawn from `start` to `end`; report.js reads the axis from its str()."""
 
     def __init__(self, values: Sequence[float], start: float, end: float) -> None:
         self.start, self.end = start, end
@@ -139,7 +139,7 @@ def _axes(x: Axis, y: Axis, label: str) -> str:
 
 
 def _curve(name: str, points: Sequence[tuple[float, ...]], color: str, x: Axis, y: Axis) -> str:
-    """A line and, where its points are few, its markers and intervals."""
+    """A line, with markers and intervals if it has few points."""
     path = " ".join(f"{x.at(p[0])},{y.at(p[1])}" for p in points[:: len(points) // MOST_POINTS + 1])
     out = f'<polyline data-name="{escape(name)}" style="stroke:{color}" points="{path}"/>'
     for at, value, *interval in points if len(points) <= MOST_MARKS else []:
@@ -151,5 +151,5 @@ def _curve(name: str, points: Sequence[tuple[float, ...]], color: str, x: Axis, 
 
 
 def is_number(value: Any) -> bool:
-    """A finite number of a size that can be drawn. True and False are no numbers."""
+    """Whether this is a finite number small enough to draw. True and False are not numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100

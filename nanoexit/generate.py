@@ -1,15 +1,15 @@
-"""Generation: prefill, decode, sample; in batches of ragged rows that finish and are replaced.
+"""Generation: prefill, decode, sample, in batches of ragged rows that are replaced as they finish.
 
-Contract. Ragged prompts in, one `Generation` a prompt out, in the same order. The noise of row i is
-a function of (seed, i) and is drawn before the row starts, so a row writes the same text alone and
-in a batch, whatever the batch size.
+Contract. Ragged prompts in, one `Generation` per prompt out, in the same order. The noise of row i
+is a function of (seed, i) and is drawn before the row starts, so a row writes the same text alone
+or in a batch of any size.
 
-Every readout chooses its depth, the first one too. So the prompt is prefilled up to its last token,
-at full depth (or to the cap), and that last token is the first one that decodes like all others.
+Every readout chooses its depth, including the first. So prefill runs the prompt except for its last
+token, at full depth (or to the cap), and that last token is decoded like all later ones.
 `depths[i]` is the depth of the readout that produced `tokens[i]`; score.py says how to re-score.
 
-Decisions. Equal prompts of a batch are prefilled once. A token is drawn by inverting the cumulative
-distribution at one uniform number. Host syncs of a step: those of `run`, and one to read the
+Decisions. Equal prompts in a batch are prefilled once. A token is drawn by inverting the cumulative
+distribution at one uniform number. A step makes the host syncs of `run`, and one to read the
 tokens.
 """
 
@@ -53,13 +53,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What `generate` takes beyond its first arguments."""
+    """Further settings of `generate`."""
 
     top_p: float = 1.0  # (0, 1]: sample from the smallest set of tokens with this probability
     top_k: int = 0  # sample from the k likeliest tokens; 0 is off
     stop_ids: Collection[int] | None = None  # tokens that end a row; None: the model's own
     batch_size: int | None = None  # rows that decode together; None: all
-    forced: Sequence[Sequence[int]] = ()  # the first tokens of each response, given, not drawn
+    forced: Sequence[Sequence[int]] = ()  # first tokens of each response, given instead of drawn
     streams: Sequence[int] = ()  # the number of each row's noise; default 0, 1, ...
     on_finish: Callable[[int, Generation], object] | None = None  # called with row and result
     fast: bool = True  # decode with fast.py
@@ -99,8 +99,8 @@ def generate(
     """Continue every prompt (token ids) by up to max_new_tokens tokens.
 
     policy: see exits.parse_policy. temperature 0 takes the likeliest token. Raises UserError for an
-    empty prompt, one that leaves no room below the model's largest position, a value out of range,
-    and logits that are not finite.
+    empty prompt, a prompt too long for max_new_tokens more to fit the model's positions, a value
+    out of range, and logits that are not finite.
     """
     policy = parse_policy(policy, model) if isinstance(policy, str) else policy
     seeds = seed if isinstance(seed, Sequence) else [seed]
@@ -118,7 +118,7 @@ def generate(
 
 @dataclass
 class _Decoder:
-    """The rows in progress. A slot is a place in batch and cache; a free one idles."""
+    """The rows in progress. A slot is a place in the batch and the cache; free slots idle."""
 
     model: Transformer
     policy: Policy
@@ -146,11 +146,11 @@ class _Decoder:
         for name, value in wholes.items():
             low = 0 if name == "top_k" else 1
             if type(value) is not int or value < low:
-                raise UserError(f"{name}: expected a whole number from {low}, found {value!r}")
+                raise UserError(f"{name}: expected a whole number >= {low}, found {value!r}")
         if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature: expected a number from 0, found {self.temperature!r}")
+            raise UserError(f"temperature: expected a number >= 0, found {self.temperature!r}")
         if not 0 < s.top_p <= 1:
-            raise UserError(f"top_p: expected a number above 0, up to 1, found {s.top_p!r}")
+            raise UserError(f"top_p: expected a number > 0 and <= 1, found {s.top_p!r}")
 
     def check_prompts(self) -> None:
         most, vocab = self.model.shape.max_positions, self.model.shape.vocab
@@ -160,8 +160,8 @@ class _Decoder:
             if not 0 <= min(prompt) <= max(prompt) < vocab:
                 raise UserError(f"prompt {row} has a token outside 0..{vocab - 1}")
             if len(prompt) + self.max_new_tokens > most:
-                found = f"{len(prompt)} tokens, and up to {self.max_new_tokens} more follow"
-                raise UserError(f"prompt {row} has {found}: the model has {most} positions")
+                found = f"{len(prompt)} tokens, plus up to {self.max_new_tokens} to generate"
+                raise UserError(f"prompt {row} has {found}; the model has only {most} positions")
 
     @property
     def rows(self) -> list[Row]:
@@ -170,7 +170,7 @@ class _Decoder:
     # --- rows come and go ---------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Fill free slots, a few at a time: one prefill serves them. Later, shrink the batch."""
+        """Fill free slots, several with one prefill; with nothing waiting, shrink the batch."""
         free = [slot for slot, row in enumerate(self.slots) if row is None]
         if self.waiting and len(free) >= max(1, len(self.slots) // 4):
             slots = free[: len(self.waiting)]
@@ -196,7 +196,7 @@ class _Decoder:
         return Cache(*sizes, model.device, model.dtype)
 
     def prefill(self, slots: list[int]) -> None:
-        """Run the prompts of these slots, without their last tokens, to the deepest depth."""
+        """Run the prompts of these slots, except their last tokens, to the deepest depth."""
         model = self.model
         prompts = [tuple(row.prompt[:-1]) for slot in slots if (row := self.slots[slot])]
         distinct = list(dict.fromkeys(prompts))
@@ -226,7 +226,7 @@ class _Decoder:
         noise = np.array([row.noise[len(row.out.tokens)] for row in seats])
         u = torch.from_numpy(noise).to(device)  # [B, 1 + depths of the policy]
         run = functools.partial(self.engine.run, ids, positions, self.cache, alive=alive)
-        policy = self.foresee(run, at, u[:, 1:]) if self.policy.name == "kl" else self.policy
+        policy = self.oracle(run, at, u[:, 1:]) if self.policy.name == "kl" else self.policy
         ask = Ask(self.model, policy, len(ids), u[:, 1:])
         hidden, depths = run(stop=ask)
         logits = self.engine.readout(hidden[at, 0]).float()  # [n, V]
@@ -241,8 +241,8 @@ class _Decoder:
             self.note(row, int(token), int(depth), *logps)  # float32 holds integers up to 2**24
         self.slots = [None if row is None or row.out.finish else row for row in self.slots]
 
-    def foresee(self, run: Callable[..., Run], at: Any, u: Tensor) -> Policy:
-        """Run the step to the deepest depth -> the policy that takes the target rule's draws."""
+    def oracle(self, run: Callable[..., Run], at: Any, u: Tensor) -> Policy:
+        """Run the step to the deepest depth -> a policy of the exits that the target rule draws."""
         layers = self.policy.layers(self.model)
         if not layers:
             return self.policy
@@ -254,7 +254,7 @@ class _Decoder:
         return Prescribed(sample_depths(chance, u, layers, self.model.deepest))
 
     def note(self, row: Row, token: int, depth: int, logp: float, exit_logp: float) -> None:
-        """Add a token to its row, which may finish."""
+        """Add a token to its row, and finish the row if it has ended."""
         out = row.out
         if math.isnan(logp):  # some logit is nan or infinite
             step = len(out.tokens)
@@ -274,8 +274,8 @@ class _Decoder:
 def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
     """Logits [n, V] float32 and uniform numbers u [n] in [0, 1) -> tokens [n].
 
-    Temperature 0 takes the likeliest token. top_k acts first, then top_p (Holtzman et al. 2020) on
-    what is left; the likeliest token always stays.
+    Temperature 0 takes the likeliest token. top_k applies first, then top_p (Holtzman et al. 2020)
+    to what is left; the likeliest token is always kept.
     """
     if temperature == 0:
         return logits.argmax(-1)

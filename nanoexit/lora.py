@@ -1,8 +1,8 @@
 """LoRA by hand (Hu et al. 2021): attach, switch off, merge.
 
 y = W x + (alpha / r) B A dropout(x), with A [r, in] drawn as in the paper's code and B [out, r]
-zero at first, so that a fresh adapter changes no bit. Adapters are float32 and are cast for the
-product, so that small updates are not lost in bfloat16. The base weights are never written to.
+zero at first, so that a new adapter changes no bit of the output. Adapters are float32 and are cast
+for the product, so small updates are not lost in bfloat16. The base weights are never modified.
 """
 
 import contextlib
@@ -52,20 +52,20 @@ def detach_lora(model: Transformer) -> None:
 
 
 def linear_maps(model: Transformer) -> Iterator[tuple[str, Linear]]:
-    """(name, map) of every place that can hold an adapter, in order."""
+    """(name, map) of every linear map that can hold an adapter, in order."""
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             yield name, module
 
 
 def adapters(model: Transformer) -> dict[str, LoRA]:
-    """The attached adapters by the name of the map that they add to."""
+    """The attached adapters, by the name of their linear map."""
     return {name: m.adapter for name, m in linear_maps(model) if isinstance(m.adapter, LoRA)}
 
 
 @contextlib.contextmanager
 def adapters_off(model: Transformer) -> Iterator[None]:
-    """Inside, every adapter is off."""
+    """Inside the `with`, every adapter is off."""
     on = [adapter for adapter in adapters(model).values() if adapter.enabled]
     for adapter in on:
         adapter.enabled = False

@@ -1,9 +1,9 @@
-"""The transformer: Llama, Qwen2 and Qwen3 in one set of blocks; one forward that knows depths.
+"""The transformer: Llama, Qwen2 and Qwen3 in one set of blocks; one forward with early exits.
 
-Contract. `model(ids)` gives logits at full depth. `model.run(ids, stop=...)` asks `stop` after
-chosen blocks which tokens exit there. The residual of such a token is frozen. In every later
-block it still leaves keys and values, made from the frozen residual by that block's own input
-norm and projections, and runs nothing else: no query, no attention output, no MLP.
+Contract. `model(ids)` gives logits at full depth. `model.run(ids, stop=...)` asks `stop`, after the
+blocks that it chooses, which tokens exit there. The residual of such a token is frozen. In every
+later block the token still leaves keys and values, made from its frozen residual by that block's
+own input norm and projections. Nothing else runs: no query, no attention output, no MLP.
 
 Depth, defined once for the whole project: the number of blocks that a token runs through. *Exit
 at depth d* means that blocks 0..d-1 run for this token and blocks d..L-1 do not. Its next-token
@@ -14,8 +14,8 @@ Decisions. The model obeys `stop` and knows no policies. Parameter names are tho
 Face checkpoints, so that loading is a check and a copy. The attributes `exits`, `cap` and
 `Linear.adapter` are set by exits.py and lora.py and are None in a plain model.
 
-Letters: B batch, T positions of this call, S positions that can be attended to, n tokens picked out
-of B*T, D width, H heads, K kv heads, d head_dim, V vocabulary, L blocks, E exits.
+Letters: B batch, T positions of this call, S positions that can be attended to, n tokens selected
+from B*T, D width, H heads, K kv heads, d head_dim, V vocabulary, L blocks, E exits.
 
 Papers: Touvron et al. 2023 (LLaMA), Su et al. 2021 (RoPE), Ainslie et al. 2023 (grouped queries),
 Shazeer 2020 (SwiGLU); frozen keys and values: Elbayad et al. 2020, Schuster et al. 2022 (CALM).
@@ -45,7 +45,7 @@ class Llama3Rope(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes and switches that tell one checkpoint's architecture from another's."""
+    """The sizes and switches that distinguish one architecture from another."""
 
     family: str  # model_type of config.json: llama, qwen2 or qwen3
     vocab: int
@@ -70,8 +70,8 @@ class Stop(Protocol):
     """Decides which tokens exit.
 
     Called at each depth d in `layers` (1 <= d < deepest) with h [n, D], the residuals after d
-    blocks of the n tokens still running, and index [n], their places in B*T (None: all, in
-    order). Returns which of them exit here, [n] bool, or None if none does.
+    blocks of the n tokens still running, and index [n], their indices into B*T (None: all, in
+    order). Returns which of them exit here, [n] bool, or None if none do.
     """
 
     @property
@@ -109,7 +109,7 @@ class Linear(nn.Linear):
 
 @functools.lru_cache(maxsize=8)
 def rope_frequencies(shape: Shape, device: torch.device) -> Tensor:
-    """[d / 2] float32, radians a position; Llama 3 slows the low ones by `factor`."""
+    """[d / 2] float32, radians per position; Llama 3 divides the low ones by `factor`."""
     even = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device)
     freq = 1.0 / shape.rope_theta ** (even / shape.head_dim)
     if shape.rope_scaling is None:
@@ -133,17 +133,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Live(NamedTuple):
-    """The tokens still running. Their queries are padded to [B, width] and nothing else is."""
+    """The tokens still running. Only their queries are padded, to [B, width]."""
 
     cos: Tensor  # [B, T, 1, head_dim / 2]; [n, 1, head_dim / 2] once some have exited
     sin: Tensor
-    mask: Tensor | None  # [B, 1, width, S] True where a query may look; None: at all before it
-    width: int  # the most live tokens of a row
-    at: Tensor | None = None  # [n] places in B*T; None: all tokens are live
-    slots: Tensor | None = None  # [n] places in B*width
+    mask: Tensor | None  # [B, 1, width, S] True where a query may look; None: all before it
+    width: int  # the most live tokens of any row
+    at: Tensor | None = None  # [n] indices into B*T; None: all tokens are live
+    slots: Tensor | None = None  # [n] indices into B*width
 
     def pick(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> the live tokens [n, ...]; as it is if all are live."""
+        """[B, T, ...] -> the live tokens [n, ...], or x itself if all are live."""
         return x if self.at is None else x.flatten(0, 1)[self.at]
 
     def put(self, x: Tensor, h: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class Live(NamedTuple):
         return x if self.at is None else h.flatten(0, 1).index_copy(0, self.at, x).view_as(h)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries of live tokens [..., H, d]; k, v [B, K, S, d] -> attention's output, as q."""
+        """Queries of live tokens [..., H, d]; k, v [B, K, S, d] -> the output, shaped as q."""
         if self.slots is None:
             return attend(q, k, v, self.mask)
         rows, (H, d) = len(k), q.shape[1:]
@@ -175,7 +175,7 @@ class Places(NamedTuple):
         return (torch.arange(self.span, device=positions.device) <= positions[..., None])[:, None]
 
     def live(self, alive: Tensor | None) -> Live:
-        """The tokens of alive [B, T] bool; None: all of them."""
+        """The live tokens, given alive [B, T] bool; None: all of them."""
         B, T = self.positions.shape
         if alive is None:
             aligned = self.cache is None or self.cache.start is not None
@@ -200,7 +200,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention with grouped queries: q [B, T, H, d]; k, v [B, K, S, d] -> [B, T, H, d]."""
     B, T, H, d = q.shape
     K = k.shape[1]
-    if T == 1:  # the group takes the place of queries, so keys are not repeated
+    if T == 1:  # a group's heads take the place of positions: keys are not repeated
         q = q.view(B, K, H // K, d)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, 1, H, d)
     q = q.transpose(1, 2)
@@ -254,11 +254,11 @@ class Block(nn.Module):
         self.mlp = MLP(s)
 
     def forward(self, h: Tensor, layer: int, places: Places, live: Live) -> Tensor:
-        """Residuals h [B, T, D] -> after this block; tokens not live only leave k and v."""
+        """Residuals h [B, T, D] -> after this block; tokens that exited only leave k and v."""
         x = self.input_layernorm(h)
-        k, v = self.self_attn.keys_values(x, places.cos, places.sin)  # of this call
+        k, v = self.self_attn.keys_values(x, places.cos, places.sin)  # of this call's tokens
         if places.cache is not None:
-            k, v = places.cache.write(layer, places.positions, k, v)  # all that may be seen
+            k, v = places.cache.write(layer, places.positions, k, v)  # all that they may attend to
         if live.width == 0:  # every token has exited
             return h
         moving = live.pick(h) + self.self_attn(live.pick(x), k, v, live)
@@ -267,11 +267,11 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Embedding, blocks and final norm: `model` in the names of a checkpoint."""
+    """Embedding, blocks and final norm, which checkpoints call `model`."""
 
     def __init__(self, s: Shape):
         super().__init__()
-        embedding = torch.empty(s.vocab, s.width)  # not drawn: that is slow on "meta"
+        embedding = torch.empty(s.vocab, s.width)  # not initialized: slow on "meta"
         self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(Block(s) for _ in range(s.blocks))
         self.norm = RMSNorm(s.width, s.norm_eps)
@@ -333,9 +333,9 @@ class Transformer(nn.Module):
         """ids [B, T] -> the residual of each token at the depth where it stopped.
 
         positions [B, T]: absolute; default 0..T-1. cache: keys and values of earlier tokens; those
-        of this call are added. stop: None runs every block. alive [B, T] bool: tokens to run at
-        all; the others (padding, idle rows) only leave keys and values. sees [B, T, T] bool, where
-        there is no cache: what each token may look at; None: itself and all before it.
+        of this call are added. stop: None runs every block. alive [B, T] bool: the tokens to run;
+        others (padding, idle rows) only leave keys and values. sees [B, T, T] bool, for calls
+        without a cache: what each token may look at; None: itself and all before it.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)

@@ -1,8 +1,8 @@
 """Write a file of prompts: reasoning of four kinds, with computed answers, or everyday requests.
 
     python scripts/make_prompts.py data/reasoning.jsonl
-    python scripts/make_prompts.py data/everyday.jsonl --kinds everyday arithmetic dates tracking belief \\
-        --count 320 20 20 20 20
+    python scripts/make_prompts.py data/everyday.jsonl --count 320 20 20 20 20 \\
+        --kinds everyday arithmetic dates tracking belief
 
 arithmetic: word problems of two or three steps, in the format of GSM8K, worked answers included.
 dates: days of the week and of the calendar.   tracking: who holds what after some swaps.
