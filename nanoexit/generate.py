@@ -9,7 +9,7 @@ token, at full depth (or to the cap), and that last token is decoded like all la
 `depths[i]` is the depth of the readout that produced `tokens[i]`; score.py says how to re-score.
 
 Decisions. Equal prompts in a batch are prefilled once. A token is drawn by inverting the cumulative
-distribution at one uniform number. A step makes the host syncs of `run`, and one to read the
+distribution at one uniform number. Host syncs per step: those of `run`, plus one to read the
 tokens.
 """
 

@@ -1,10 +1,10 @@
-"""The judge: a language model behind an OpenAI-compatible endpoint scores a response.
+"""The judge: a language model behind an OpenAI-compatible endpoint, which scores responses.
 
-A score is four parts from 1 to 10, their sum, and one sentence why. What has no clear verdict has
-no score and enters no mean. A response stands between fences with a random marker, so no text can
-close its fence. Scores are appended to a JSONL cache as they come, under a hash of all that was
-asked; the next run asks for the rest. Daemon threads fetch, so that deadlines and Ctrl-C hold
-whatever an endpoint does. The key is cut out of every text that is kept.
+A score has four parts from 1 to 10, their sum, and a one-sentence reason. A response without a
+clear verdict gets no score and enters no mean. Fences with a random marker enclose each response,
+so none can close its own fence. Scores are appended to a JSONL cache as they arrive, under a hash
+of the whole question, and the next run asks only for the rest. Requests run in daemon threads, so
+deadlines and Ctrl-C work whatever an endpoint does. The key is removed from all text that is kept.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ Outcome = tuple[dict[str, float], str]  # as Item.scores and Item.why
 
 @dataclass
 class Item:
-    """A response to score, and the outcome."""
+    """A response to score, and the judge's verdict."""
 
     id: str
     prompt: str
@@ -55,7 +55,7 @@ class Item:
 
 
 def judge_messages(item: Item) -> list[dict[str, str]]:
-    """The chat that asks for an item's scores, behind a new marker each time."""
+    """The chat that asks for an item's scores, with a new marker each time."""
     marker = secrets.token_hex(8)
     texts = {"PROMPT": item.prompt, "RESPONSE": item.response}
     if item.answer is not None:
@@ -67,7 +67,7 @@ def judge_messages(item: Item) -> list[dict[str, str]]:
 
 
 def parse_scores(text: str) -> Outcome:
-    """The outcome in a reply, in linear time. UserError unless it has one verdict after drafts."""
+    """A reply's outcome, in linear time. UserError unless one verdict follows its drafts."""
     verdicts: list[str] = []
     for piece in re.findall(f"</think>|{OBJECT}", text):
         if piece == "</think>":
@@ -81,7 +81,7 @@ def parse_scores(text: str) -> Outcome:
 
 
 def checked_scores(verdict: dict) -> dict[str, float]:
-    """The four parts and `overall`. Raises UserError where a part is no number from 1 to 10."""
+    """The four parts and `overall`. Raises UserError if a part is not a number from 1 to 10."""
     scores: dict[str, Any] = {part: verdict.get(part, "missing") for part in PARTS}
     for part, score in scores.items():
         if type(score) not in (int, float) or not 1 <= score <= 10:
@@ -90,7 +90,7 @@ def checked_scores(verdict: dict) -> dict[str, float]:
 
 
 def judge_summary(items: Sequence[Item], model: str | None) -> dict:
-    """The `judge` entry of a row: means over what was judged, and the reasons of the rest."""
+    """The `judge` entry of a row: means over what was judged, and why the rest was not."""
     judged = [item.scores for item in items if item.scores]
     means = {name: fmean(s[name] for s in judged) for name in judged[0]} if judged else {}
     reasons = Counter(item.why for item in items if not item.scores)
@@ -99,17 +99,17 @@ def judge_summary(items: Sequence[Item], model: str | None) -> dict:
 
 
 def check_judge(config: JudgeConfig) -> str:
-    """-> the endpoint's key. UserError where judge.kind is api and its settings cannot work."""
+    """-> the endpoint's key. UserError if judge.kind is api and the settings cannot work."""
     if config.kind != "api":
         return ""
     if not re.fullmatch(URL, config.base_url or ""):
         found = printable(re.sub("//.*@", "//***@", config.base_url or "null"))
-        raise UserError(f"judge.base_url: expected a URL as http://host:8000/v1, found {found}")
+        raise UserError(f"judge.base_url: expected a URL like http://host:8000/v1, found {found}")
     if not config.model:
         raise UserError("judge.model: expected the model's name at the endpoint, found null")
     key = os.environ.get(config.api_key_env, "").strip()
     if not re.fullmatch("[!-~]+", key):
-        found = "another character" if key else "null (any word may do)"
+        found = "another character" if key else "nothing (without a key, any word works)"
         expected = f"expected a key of printable ASCII in ${config.api_key_env}"
         raise UserError(f"judge.api_key_env: {expected}, found {found}")
     return key
@@ -124,12 +124,12 @@ class Judge:
         self._key = check_judge(config)
         self._url = f"{config.base_url}".rstrip("/") + "/chat/completions"
         self._options = {"max_tokens": config.max_tokens, "temperature": 0.0}
-        self._opener = OpenerDirector()  # it follows no redirect: the key would go along
+        self._opener = OpenerDirector()  # follows no redirect, which would pass on the key
         for handler in (ProxyHandler(), HTTPHandler(), HTTPSHandler()):
             self._opener.add_handler(handler)
 
     def score(self, items: Sequence[Item]) -> list[Item]:
-        """The items with their outcomes, in order. UserError where none could be judged."""
+        """The items with their outcomes, in order. UserError if none could be judged."""
         known, size, lost = self._read_cache(), self.config.concurrency, 0
         scored = [replace(item, **known.get(self._digest(item), {})) for item in items]
         waiting = [item for item in scored if not item.scores]
@@ -140,13 +140,13 @@ class Judge:
                 lost = 0 if any(item.scores for item in batch) else lost + len(batch)
             else:
                 for item in batch:
-                    item.why = f"not asked: no verdict on {lost} responses in a row"
+                    item.why = f"not asked, after no verdict on {lost} responses in a row"
         if waiting and not any(item.scores for item in scored):
             raise UserError(f"judge.base_url {self._url}: {waiting[0].why}")
         return scored
 
     def _judge(self, batch: list[Item]) -> None:
-        """Ask for a batch, and up to judge.retries times for what failed, with a longer wait."""
+        """Ask for a batch, then retry failures up to judge.retries times, with longer waits."""
         for attempt in range(self.config.retries + 1):
             waiting = [item for item in batch if not item.scores]
             if waiting and attempt:
@@ -155,12 +155,12 @@ class Judge:
                 item.scores, item.why = scores, self._clean(why)
                 if scores and self.cache:
                     row = {"digest": self._digest(item), "scores": scores, "why": item.why}
-                    with self.cache.open("a") as file:  # "\n" first: the last line may be torn
+                    with self.cache.open("a") as file:  # "\n" first: the last line may be cut off
                         file.write("\n" + json.dumps(row))
 
     def _ask(self, batch: list[Item]) -> list[Outcome]:
-        """The outcome of one request an item. Threads that come too late are left behind."""
-        found: list[Outcome] = [({}, "no whole reply within judge.timeout")] * len(batch)
+        """The outcome of one request per item. Threads that miss the deadline are abandoned."""
+        found: list[Outcome] = [({}, "no complete reply within judge.timeout")] * len(batch)
         jobs = [(item, found, place) for place, item in enumerate(batch)]
         threads = [threading.Thread(target=self._fetch, args=job, daemon=True) for job in jobs]
         for thread in threads:
@@ -171,7 +171,7 @@ class Judge:
         return [*found]
 
     def _fetch(self, item: Item, found: list[Outcome], place: int) -> None:
-        """One request, in a thread of its own; whatever comes of it goes to its place."""
+        """One request, in its own thread; found[place] gets its outcome or its error."""
         chat = {"model": self.config.model, "messages": judge_messages(item), **self._options}
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         request, body = Request(self._url, json.dumps(chat).encode(), headers), ""
@@ -179,18 +179,18 @@ class Judge:
             with self._opener.open(request, timeout=self.config.timeout) as reply:
                 body = reply.read(1 << 20).decode(errors="replace")
             if reply.status == 400 and "unsupported" in body.lower():
-                self._options = {}  # the newest models refuse both
+                self._options = {}  # the newest models refuse both options
             if reply.status != 200:
                 raise UserError(f"HTTP {reply.status}")
             choice = parse_json(body, "the reply")["choices"][0]
             if choice.get("finish_reason") == "length":
                 raise UserError("cut off at judge.max_tokens")
             found[place] = parse_scores(str(choice["message"]["content"]))
-        except Exception as error:  # each layer has errors of its own, and a body may be anything
+        except Exception as error:  # each layer has its own errors, and a body may hold anything
             found[place] = {}, f"{type(error).__name__}: {error}: {body}"
 
     def _read_cache(self) -> dict[str, dict]:
-        """`scores` and `why` by digest. A torn line is skipped: its item is asked again."""
+        """`scores` and `why` by digest. A line cut off is skipped, and its item asked again."""
         known = {}
         text = self.cache.read_text(errors="replace") if self.cache and self.cache.exists() else ""
         for line in text.split("\n"):
@@ -205,6 +205,6 @@ class Judge:
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def _clean(self, text: str) -> str:
-        """Foreign text without the key, in one line, safe to print, at most 500 characters."""
-        text = text.replace(self._key, "***") if len(self._key) >= 8 else text  # else a placeholder
+        """Text from elsewhere, without the key: one line, safe to print, at most 500 characters."""
+        text = text.replace(self._key, "***") if len(self._key) >= 8 else text  # or a dummy
         return printable(" ".join(text.encode(errors="replace").decode().split())[:500])

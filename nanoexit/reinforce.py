@@ -1,23 +1,23 @@
 """REINFORCE: the student writes, is rewarded for right answers and charged for depth.
 
-K rollouts a prompt, tokens and exits both sampled from the student itself. With R the reward of a
+The student writes K rollouts per prompt, with tokens and exits both sampled. With R the reward of a
 rollout and b the mean reward of the *other* rollouts of its prompt (leave-one-out: Kool et al.
 2019, Ahmadian et al. 2024), the update follows
 
     mean over rollouts of (R - b) * grad [ sum_t log p(token_t) + log p(exit_t) ],
 
-an unbiased estimate of the gradient of the expected reward. R is the sum of, each part logged:
+an unbiased estimate of the gradient of the expected reward. R has four parts, each logged:
 
     1 if the answer is verified     - kl_weight * mean KL(teacher || student) per token
     - depth_weight * depth / L      - length_weight * tokens
 
-where depth is the maximum over the response's tokens (its opaque serial depth), their mean or sum.
-The likelihood is that of what was sampled: temperature 1, nothing truncated; anything else is
-refused.
+where depth is the maximum (the opaque serial depth), mean or sum over the response's tokens. The
+likelihood must be that of the samples, so the temperature is 1 and nothing is truncated; other
+settings are refused.
 
-Simplified against GRPO and PPO: 1. no reference model in the loss, the KL is a part of the reward;
-2. one step a batch, so no ratio and no clipping; 3. advantages are not divided by their spread;
-4. no value network.
+Simpler than GRPO and PPO: 1. no reference model in the loss, as the KL is part of the reward;
+2. one step per batch, so no ratio and no clipping; 3. advantages are not divided by their standard
+deviation; 4. no value network.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ from nanoexit.tasks import Prompt, Response, load_prompts
 from nanoexit.teacher import against_base, rescore, respond, show_response
 from nanoexit.tokenizer import Tokenizer
 
-LONGEST_ROW = 1024  # tokens of all rollouts of a prompt, to share a row
+LONGEST_ROW = 1024  # the most tokens of a prompt's rollouts that share a row
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Rollout:
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """Rewards [groups, K] -> advantages: each less the mean of the others."""
+    """Rewards [groups, K] -> advantages: each reward minus the mean of the others in its group."""
     K = rewards.shape[1]
     return (rewards - rewards.mean(1, keepdim=True)) * (K / (K - 1))
 
@@ -86,7 +86,7 @@ def collect(
 ) -> list[Rollout]:
     """rl.rollouts responses to each of this process's prompts; a prompt's rollouts are adjacent."""
     rl, K = config.rl, config.rl.rollouts
-    places = training.mine(range(len(prompts)))  # noise depends on the place in the step
+    places = training.mine(range(len(prompts)))  # noise depends on a prompt's place in the step
     streams = [place * K + k for place in places for k in range(K)]
     asked = [prompts[place] for place in places for _ in range(K)]
     policy = "full" if model.exits is None else "head"
@@ -108,8 +108,8 @@ def collect(
 def accumulate(model: Transformer, rollouts: Sequence[Rollout], config: Config, count: int) -> None:
     """Backward through the mean over `count` rollouts, a micro-batch at a time.
 
-    Short rollouts of a prompt share a row, and its prompt. Attention grows with the square of a
-    row, so long ones do not.
+    Short rollouts of a prompt share one row, so the prompt is computed once. Long rollouts do not:
+    the cost of attention grows with the square of a row's length.
     """
     K = config.rl.rollouts
     active = [r for group in by_prompt(rollouts, K) if not is_flat(group) for r in group]
@@ -133,12 +133,12 @@ def by_prompt(rollouts: Sequence[Rollout], K: int) -> list[Sequence[Rollout]]:
 
 
 def is_flat(group: Sequence[Rollout]) -> bool:
-    """Whether a prompt's rollouts were all rewarded alike, so that they teach nothing."""
+    """Whether a prompt's rollouts all got the same reward, and so teach nothing."""
     return max(abs(r.advantage) for r in group) < 1e-12
 
 
 def figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float]:
-    """Means over a step's rollouts, of all processes: reward and parts, accuracy, depth, text."""
+    """Means over a step's rollouts in all processes: reward, its parts, accuracy, depth, text."""
     rows = []
     for r in rollouts:
         depths, verdict = r.response.generation.depths, r.response.verdict
@@ -161,7 +161,7 @@ def figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float]:
 
 
 def train(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
-    """The loop: draw prompts, roll out, update, log, save. Continues from folder/checkpoint."""
+    """The loop: pick prompts, roll out, update, log, save. Continues from folder/checkpoint."""
     rl, seed = config.rl, config.run.seed
     prompts = load_prompts(config.data, "train", config.data.count, seed)
     optimizer = training.make_optimizer(training.trained(model).values(), rl.lr)
@@ -198,7 +198,7 @@ def show_rollout(model: Transformer, tokenizer: Tokenizer, rollout: Rollout, ste
 
 
 def kept_samples(folder: Path, done: int) -> list[dict]:
-    """The rollouts in samples.jsonl of the steps before the checkpoint."""
+    """The rollouts in samples.jsonl of the steps that the checkpoint has done."""
     path = folder / "samples.jsonl"
     if not done or not path.is_file():
         return []
@@ -209,7 +209,7 @@ def kept_samples(folder: Path, done: int) -> list[dict]:
 
 
 def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
-    """The whole job: training, the adapter saved."""
+    """The whole job: train, and save the adapter."""
     train(model, tokenizer, config, folder)
     if training.is_main():
         save_adapter(model, folder / "adapter")

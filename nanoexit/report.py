@@ -1,9 +1,9 @@
 """One self-contained HTML page: responses coloured by depth, and the figures of their runs.
 
 `write_page(path, [read_run(folder), ...])` fills report.html. The page uses no network: its
-Content-Security-Policy allows its own script, by hash, and nothing else. Text of models and files
-reaches it as the escaped names of figures, or as data: JSON, deflated, in base64, which report.js
-inflates and shows by textContent. 200 responses of 400 tokens make a page of less than 3 MB.
+Content-Security-Policy allows its own script, by hash, and nothing else. Text from models and files
+enters only as escaped names in figures, or as data: deflated JSON in base64, which report.js
+inflates and shows through textContent. 200 responses of 400 tokens make a page of less than 3 MB.
 """
 
 import base64
@@ -25,7 +25,7 @@ from nanoexit.evaluate import table_cells
 from nanoexit.figures import CSS, is_number, line_figure
 
 FILES = ("samples.jsonl", "metrics.jsonl", "evaluation.json")
-BASE = ("policy", "accuracy", "perplexity", "prompt", "text")  # where equal, the base is the same
+BASE = ("policy", "accuracy", "perplexity", "prompt", "text")  # rows equal in all are the same base
 SHARES = ("accuracy", "written", "target exit", "student exit", "same answer", "exits")
 CURVES = (  # title, key of a row of evaluation.json, horizontal axis, vertical axis
     ("Accuracy under a cap", "capped_accuracy", "cap", "accuracy"),
@@ -38,7 +38,7 @@ CURVES = (  # title, key of a row of evaluation.json, horizontal axis, vertical 
 
 @dataclass
 class Run:
-    """What a run directory holds for the page; any part may be empty."""
+    """The parts of a run directory that the page shows; any may be empty."""
 
     name: str
     samples: Sequence[dict] = ()
@@ -48,7 +48,7 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """The run in `folder`. UserError for no folder, nothing to show, or a broken file."""
+    """The run in `folder`. UserError if it is missing, has nothing to show or a broken file."""
     paths = [Path(folder, name) for name in FILES]
     if not any(path.is_file() for path in paths):
         raise UserError(f"{folder}: no run to report; expected a folder with {' or '.join(FILES)}")
@@ -65,11 +65,11 @@ def write_page(path: str | Path, runs: Sequence[Run], title: str = "", note: str
     """Write the page of `runs`. `note` is plain text under the title."""
     files = (Path(__file__).with_name(f"report.{kind}") for kind in ("html", "css", "js"))
     html, css, js = (file.read_text(encoding="utf-8") for file in files)
-    with _errors_name(runs, "evaluation.json"):
+    with _name_in_errors(runs, "evaluation.json"):
         rows, points = _merged(runs, "rows"), _merged(runs, "frontier")
         table = table_cells(rows) if rows else None
         evaluation = _evaluation(rows, points)
-    with _errors_name(runs, "samples.jsonl"):
+    with _name_in_errors(runs, "samples.jsonl"):
         samples = _responses(runs)
     data = {"samples": samples, "table": table, "single": len(runs) == 1}
     page = Template(html).substitute(
@@ -86,17 +86,17 @@ def write_page(path: str | Path, runs: Sequence[Run], title: str = "", note: str
 
 
 @contextlib.contextmanager
-def _errors_name(runs: Sequence[Run], file: str) -> Iterator[None]:
-    """What a wrong value in a file breaks inside becomes a UserError that names the file."""
+def _name_in_errors(runs: Sequence[Run], file: str) -> Iterator[None]:
+    """Turn an error inside, caused by a wrong value in `file`, into a UserError that names it."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         where = ", ".join(f"{run.name}/{file}" for run in runs)
-        raise UserError(f"{where}: not as nanoexit writes it: {error!r}") from None
+        raise UserError(f"{where}: malformed: {error!r}") from None
 
 
 def _merged(runs: Sequence[Run], key: str) -> list[dict]:
-    """Rows, frontiers or samples of all runs, named by run and variant; a shared base once."""
+    """Rows, frontiers or samples of all runs, named by run and variant; a shared base only once."""
     merged: dict[Any, dict] = {}
     for run in runs:
         for item in getattr(run, key):
@@ -110,7 +110,7 @@ def _merged(runs: Sequence[Run], key: str) -> list[dict]:
 
 
 def _responses(runs: Sequence[Run]) -> list[dict]:
-    """All responses: those of the evaluation, then rollouts of the training."""
+    """All responses: those from the evaluation, then training rollouts."""
     samples = _merged(runs, "samples")
     for place, sample in enumerate(samples, start=1):
         deepest = max((token["depth"] for token in sample["tokens"]), default=1)
@@ -120,7 +120,7 @@ def _responses(runs: Sequence[Run]) -> list[dict]:
 
 
 def _evaluation(rows: Sequence[dict], points: Sequence[dict]) -> str:
-    """Accuracy against depth, a line a kind of policy; then the curves of the rows."""
+    """Accuracy against depth, one line per kind of policy; then the CURVES of the rows."""
     policies: dict[str, list] = defaultdict(list)
     for row in [*rows, *points]:
         name = f"{row['variant']} ({row['policy'].partition(':')[0]})"
@@ -133,7 +133,7 @@ def _evaluation(rows: Sequence[dict], points: Sequence[dict]) -> str:
 
 
 def _points(value: Any) -> list[tuple]:
-    """[[x, y], ...], or {"2 steps": y} where names begin with a number, as (x, y)."""
+    """(x, y) points from [[x, y], ...], or from {"2 steps": y}, whose names begin with x."""
     if isinstance(value, list):
         return [(x, y) for x, y in value]
     found = [(re.match(r"\d+", name), y) for name, y in (value or {}).items()]
@@ -141,7 +141,7 @@ def _points(value: Any) -> list[tuple]:
 
 
 def _training(runs: Sequence[Run]) -> str:
-    """A figure a metric: a line a run, or a line an exit where values are lists."""
+    """One figure per metric, with a line for each run, or for each exit if values are lists."""
     metrics: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for row in run.metrics:

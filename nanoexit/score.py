@@ -1,13 +1,13 @@
 """Scoring: one forward re-scores what `generate` sampled, with gradients.
 
-Alignment, once and for all. `depths[i]` is the depth of the readout that produced `tokens[i]`. To
-re-score a response feed ids = prompt + tokens[:-1], with depths [L] * (len(prompt) - 1) + depths.
-Position len(prompt) - 1 + i of the result is the distribution that tokens[i] was drawn from, and
-`exit_logprobs` there is that of its exit. `align` makes these tensors for a batch; teacher, SFT,
+Alignment, defined once. `depths[i]` is the depth of the readout that produced `tokens[i]`. To
+re-score a response, feed ids = prompt + tokens[:-1], with depths [L] * (len(prompt) - 1) + depths.
+Position len(prompt) - 1 + i of the result gives the distribution that tokens[i] was drawn from, and
+`exit_logprobs` there belongs to its exit. `align` makes these tensors for a batch; teacher, SFT,
 REINFORCE and evaluation all use it.
 
 Memory. Logits are large (V may be 152,000), so losses never hold all of them. `through_readout`
-reads out a chunk of residuals at a time and keeps only a value of each row and its gradient with
+reads out a chunk of residuals at a time, and keeps only one value per row and its gradient with
 respect to the residual. Rows do not mix, so this is exact.
 """
 
@@ -24,13 +24,13 @@ from nanoexit.model import Transformer
 
 @dataclass
 class Aligned:
-    """Responses as the input that re-scores them: B rows, T positions, right-padded."""
+    """Responses as input for re-scoring: B rows, T positions, right-padded."""
 
     ids: Tensor  # [B, T]
     depths: Tensor  # [B, T] int64; 0 on padding
     prompt_lens: list[int]
     counts: list[int]  # tokens of each response
-    at: Tensor  # [n] places in B*T of the readouts, response after response
+    at: Tensor  # [n] indices of the readouts into B*T, response after response
     tokens: Tensor  # [n] the token that each readout produced
     positions: Tensor | None = None  # [B, T]; None: 0..T-1
     sees: Tensor | None = None  # [B, T, T] bool: what a token may look at; None: all before it
@@ -52,8 +52,8 @@ def align(
 ) -> Aligned:
     """Token ids of prompts and responses, a depth for each response token; None: full depth.
 
-    together: so many adjacent responses to one prompt share a row, in which the prompt is computed
-    once, up to its last token: that is the first readout of each.
+    together: how many adjacent responses to one prompt share a row. The row holds the prompt once,
+    except for its last token, which each response repeats as its first readout.
     """
     counts = [len(tokens) for tokens in responses]
     chosen = depths or [[full_depth] * n for n in counts]
@@ -110,8 +110,8 @@ def score(
     positions: Tensor | None = None,
     sees: Tensor | None = None,
 ) -> Score:
-    """ids [B, T] right-padded; depths [B, T] of the input positions, 0 on padding; beyond the cap
-    they mean the cap. prompt_lens [B]: nothing is chosen before the last prompt position.
+    """ids [B, T] right-padded; depths [B, T] of the input positions, 0 on padding; above the cap
+    they count as the cap. prompt_lens [B]: no exit is chosen before the last prompt position.
     positions, sees: as in Aligned.
     """
     more = {"positions": positions, "sees": sees}
@@ -128,7 +128,7 @@ def run_and_score(
     positions: Tensor | None = None,
     sees: Tensor | None = None,
 ) -> Score:
-    """One forward in which `policy` decides -> what it computed. alive [B, T]: not padding."""
+    """One forward in which `policy` decides the exits -> its Score. alive [B, T]: not padding."""
     ask = Ask(model, policy, ids.numel(), noise)
     padding = not bool(alive.all())  # host sync
     run = model.run(ids, positions, None, ask, alive if padding else None, sees)
@@ -164,9 +164,9 @@ class _Chunked(torch.autograd.Function):
 
 
 def through_readout(h: Tensor, function: Callable[[Tensor, slice], Tensor], chunk: int) -> Tensor:
-    """h [n, D] -> [n] float32: function(h[rows], rows), one value a row of its own row of h only.
+    """h [n, D] -> [n] float32: function(h[rows], rows), whose values depend on their own row only.
 
-    The gradient reaches h and nothing else: lm_head and the final norm are frozen.
+    The gradient reaches only h: lm_head and the final norm are frozen.
     """
     if not len(h):
         return h.new_zeros(0, dtype=torch.float32)
@@ -180,7 +180,7 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def readout_kl(model: Transformer, teacher: Tensor, student: Tensor, chunk: int) -> Tensor:
-    """Residuals [n, D] of both -> KL(teacher || student) [n] in nats; gradient to the student's."""
+    """Residuals [n, D] of both -> KL(teacher || student) [n], nats; gradient to the student's."""
     read = model.readout
     return through_readout(student, lambda h, i: divergence(read(teacher[i]), read(h)), chunk)
 

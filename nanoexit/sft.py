@@ -1,24 +1,24 @@
 """SFT: the student learns to write the teacher's text while spending less depth.
 
-One forward a step. Exits are drawn as it runs: by the student's own heads, as in generation, and in
-a share `sft.broad` of the rows uniformly over the exit depths, so that every early readout keeps
-learning. At each head that a token reaches, the residual there gives an early readout Q_d. With P
-the teacher's distribution, p the head's chance to exit and s = teacher.kl_strength, the loss is
+Exits are drawn during the forward: by the student's own heads, as in generation, except in a share
+`sft.broad` of the rows, where they are drawn uniformly over the exit depths so that every early
+readout keeps learning. At each head that a token reaches, the residual gives an early readout Q_d.
+With P the teacher's distribution, p the head's chance and s = teacher.kl_strength, the loss is
 
     KL(P || student's readout at its exit)
   + sum over heads reached of  KL(P || Q_d) p + (p log p + (2 - p) log(2 - p)) / s,
 
-mean over response tokens. A head's part is least at p = 2 (1 - sigmoid(s KL)), the target chance of
-the original. Where the residual does not tell which tokens an exit would spoil, it is least at the
-target of their *mean* KL, while cross-entropy against the targets averages the targets and exits
-too often. The KL in it is clamped at 2 nats.
+averaged over response tokens. A head's part is least at p = 2 (1 - sigmoid(s KL)), the original's
+target chance. If the residual does not reveal which tokens an exit would spoil, it is least at
+the target of their *mean* KL. Cross-entropy against the targets would average the targets instead,
+and exit too often. The KL in a head's part is clamped at 2 nats.
 
 `sft.targets: base` takes the *base's* readout for Q_d, as the original does. On a model whose early
 readouts were never trained these targets are 0, and the heads learn never to exit.
 
-Simplified against the original: 1. the teacher's residuals are kept in memory where they fit, and
-never stored; 2. the early readout uses the final norm, in targets, training and generation alike;
-3. KL from float32 log-softmax, without epsilons.
+Simpler than the original: 1. the teacher's residuals stay in memory if they fit, and are never
+written to disk; 2. early readouts always use the final norm: in targets, training and generation;
+3. KL is computed from a float32 log-softmax, without epsilons.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ MOST_KL = 2.0
 
 
 class Draw(Policy):
-    """Draws exits while a training step runs, and keeps what exiting at each head would lose."""
+    """Draws exits while a training step runs, and keeps the KL that each exit would cost."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Draw(Policy):
         self.teacher, self.uniform, self.chunk, self.base_kl = teacher, uniform, chunk, base_kl
         self.depths = exit_depths(model)
         device, n = a.ids.device, len(a.at)
-        self.slot = torch.full((a.ids.numel(),), -1, device=device)  # readout of a place
+        self.slot = torch.full((a.ids.numel(),), -1, device=device)  # readout at each index
         self.slot[a.at] = torch.arange(n, device=device)
         self.kl = torch.zeros(n, len(self.depths), device=device)
         self.reached = torch.zeros_like(self.kl, dtype=torch.bool)
@@ -86,7 +86,7 @@ class Draw(Policy):
 
 
 def exit_loss(z: Tensor, kl: Tensor, strength: float) -> Tensor:
-    """Log-odds z of exiting, nats lost by it -> KL p + (p log p + (2 - p) log(2 - p)) / s."""
+    """Log-odds z of exiting, its cost kl in nats -> KL p + (p log p + (2 - p) log(2 - p)) / s."""
     p = z.sigmoid()
     entropy = p * F.logsigmoid(z) + (2 - p) * (2 - p).log()
     return kl.clamp(max=MOST_KL) * p + entropy / strength
@@ -97,7 +97,7 @@ def student_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One forward with drawn exits -> its loss and figures, both sums over readouts.
 
-    Of each head [E]: how often it was reached, the target chances there, and its own chances.
+    For each head [E]: how often it was reached, the target chances there, and its own chances.
     """
     scored = run_and_score(model, a.ids, draw, a.depths > 0, a.prompt_lens, noise)
     student, z = scored.hidden.flatten(0, 1)[a.at], scored.head_logits.flatten(0, 1)[a.at]
@@ -118,7 +118,7 @@ def draw_noise(
 ) -> tuple[Tensor, Tensor]:
     """-> noise [B*T, E] for exits; which readouts [n] draw uniformly.
 
-    A row's draws depend on its place in the step alone, however rows are split up.
+    A row's draws depend only on its place in the step, however rows are split into batches.
     """
     noise, device = torch.ones(a.ids.numel(), exits), a.ids.device
     seeds = (training.stream("exits", config.run.seed, step, place) for place in places)
@@ -147,13 +147,13 @@ def step_losses(
         (loss / tokens).backward()
         sums = {name: value + figures[name] for name, value in sums.items()}
     sums = {name: training.total(value) for name, value in sums.items()}
-    reached = sums.pop("reached").clamp(min=1)  # heads have their own count
+    reached = sums.pop("reached").clamp(min=1)  # each head has its own count
     means = {n: (v / (reached if v.dim() else tokens)).tolist() for n, v in sums.items()}
     return {"loss": means["kl"] + means["exit_loss"], **means}
 
 
 def train(model: Transformer, traces: Sequence[Trace], config: Config, folder: Path) -> None:
-    """The loop: draw traces, losses, step, log, save. Continues from folder/checkpoint."""
+    """The loop: pick traces, get losses, step, log, save. Continues from folder/checkpoint."""
     sft = config.sft
     teacher = Teacher(model, traces, config)
     optimizer = training.make_optimizer(training.trained(model).values(), sft.lr)
@@ -176,7 +176,7 @@ def train(model: Transformer, traces: Sequence[Trace], config: Config, folder: P
 
 
 def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
-    """The whole job: traces (those that are missing are written), training, the adapter saved."""
+    """The whole job: write the traces that are missing, train, and save the adapter."""
     train(model, make_traces(model, tokenizer, config), config, folder)
     if training.is_main():
         save_adapter(model, folder / "adapter")

@@ -100,7 +100,7 @@ def test_what_no_task_can_verify_has_no_accuracy():
     assert row["accuracy"] is row["accuracy_interval"] is row["written"] is None
     assert row["accuracy_by_group"] == {} and row["max_depth_by_group"] == {"x": 1.0}
     text = table([row])
-    assert "– accuracy: no prompt has an answer to compare with" in text
+    assert "– accuracy: no prompt has a reference answer" in text
     assert "– steps written: the task lists no steps" in text
     mixed = measure(subject, "student", [open_end, written([1, 1], "</think> 2", words=words)])
     assert mixed["accuracy"] == 1.0
@@ -145,7 +145,7 @@ def test_without_a_good_cap(tmp_path):
     assert row["same_answer_cap"] is None and "same_answer_capped" not in row
     assert "rubric" not in table([row])
     assert "\nsame answer capped " in table([row])
-    assert "– smallest good cap: no cap of evaluate.caps keeps 0.95 of the accuracy" in table([row])
+    assert "– smallest good cap: no cap in evaluate.caps keeps 0.95 of the accuracy" in table([row])
 
 
 # --- tables -----------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_a_judge_scores_the_rows_and_is_named(tmp_path, monkeypatch):
     assert scores["means"]["overall"] == 30
     assert repetition([5, 2] * 4) == pytest.approx(0.6) and repetition([5, 5, 5]) == 0
     row = measure(subject, "student", responses) | {"judge": scores, "monitor": {}}
-    assert re.search(r"\nrubric of 40 \(loopback\) +30.0\n", table([row]))
+    assert re.search(r"\nrubric, out of 40 \(loopback\) +30.0\n", table([row]))
     assert KEY not in cache.read_text()
 
 

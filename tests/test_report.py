@@ -151,7 +151,7 @@ def test_hostile_files(part, tmp_path):
 def test_the_script(tmp_path):
     """Catches: a traceback, or an error without file and key, for what people get wrong."""
     sample = response("p", "student", 0)
-    bad = "samples.jsonl: not as nanoexit writes it: ValueError('response 1 has depth 29 of 28')"
+    bad = "samples.jsonl: malformed: ValueError('response 1 has depth 29 of 28')"
     for depth, code, wanted in ((28, 0, "1 responses, 0 steps"), (29, 2, bad)):
         sample["tokens"][2]["depth"] = depth
         write_json_lines(tmp_path / "samples.jsonl", [sample])
