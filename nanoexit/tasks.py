@@ -1,9 +1,9 @@
-"""Prompts, tasks and verifiers: what is asked, what is a right answer, which steps are written.
+"""Prompts, tasks and verifiers: what is asked, which answers are right, which steps are written.
 
-A `Task` verifies responses. It may also make prompts, list the steps of a full reasoning, and
+A `Task` verifies responses. It may also generate prompts, list the steps of a full reasoning, and
 change one written value. A verifier never guesses: what it cannot read is wrong. Answers are
-compared in a canonical form, so 72.0 is 72. A hash of its text decides whether a prompt is held
-out, another its place: a split never moves, and its first prompts are a fair draw.
+compared in a canonical form, so 72.0 equals 72. One hash of a prompt's text decides whether it is
+held out, another its place: a split never changes, and its first prompts are a fair sample.
 """
 
 import csv
@@ -27,13 +27,13 @@ from nanoexit.config import DataConfig, UserError, find_file, read_json_lines, r
 from nanoexit.generate import Generation
 from nanoexit.weights import find_dataset_file
 
-Split = namedtuple("Split", "reasoning marker conclusion")  # no marker: no end of the reasoning
-Change = namedtuple("Change", "text stay follow")  # a text up to a changed value; two answers
+Split = namedtuple("Split", "reasoning marker conclusion")  # marker "": it never ends
+Change = namedtuple("Change", "text stay follow")  # text up to a changed value; two answers
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question. `checker` names its task, `group` the row of an accuracy table it belongs to."""
+    """A question. `checker` names its task, `group` its row in the accuracy table."""
 
     id: str
     prompt: str
@@ -41,7 +41,7 @@ class Prompt:
     system: str | None = None
     checker: str = "none"
     group: str = ""
-    where: str = ""  # file and line; empty for a prompt made on the spot
+    where: str = ""  # file and line; empty for a generated prompt
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Response:
     verdict: Verdict
 
 
-SPELLINGS = (  # (pattern, replacement), in this order; no symbol that means something is lost
+SPELLINGS = (  # (pattern, replacement), applied in order; no symbol with a meaning is lost
     ("[−‐‑‒–]", "-"),
     ("[⁄∕]", "/"),
     (r"\\[!()\[\]]", ""),
@@ -95,7 +95,7 @@ NUMBER = r"""([-+]?[\s$]*(?:\d{1,60}\s?/\s?0*[1-9]\d{0,59}|
     (?:[1-9]\d{0,2}(?P<comma>[, ])\d{3}(?:(?P=comma)\d{3})*(?!\d)(?:\.\d{1,60})?|
     \d{0,60}\.\d{1,60}|\d{1,60})(?:e[-+]?\d{1,3})?))"""
 WHOLE = rf"(?x)\s*{NUMBER}\s*"
-# At the start of a text: a number, then no letter, operator, range, second number or scale.
+# At the start of a text: a number, not followed by a letter, operator, range, number or scale.
 FIRST = rf"""(?x)[\s:=(\[{{"'≈~$*_`]*(?:(?:the\s|final\s)*answer(?:\sis)?[\s:=$*]*)?{NUMBER}\s?%?
     (?![\w^!(]|[ \t]*(?:[-—~+*/×÷·=:.,<>]+|\\times|(?:to|or|and|x|times|through|until|by)\b)?
     [ \t]*[-+]?\$?\.?\d|[ \t]*(?:hundred|[mb]illion|thousand|trillion|dozen|and\sa)\b|-\w)"""
@@ -103,7 +103,7 @@ SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.
 
 
 def normal(text: str) -> str:
-    """One spelling for what means the same in Unicode, LaTeX and Markdown."""
+    """Unify spellings that mean the same in Unicode, LaTeX and Markdown."""
     text = re.sub("(?<![⁰-₉¹²³])(?=[⁰-₉¹²³])", "^", re.sub("(?=[¼-¾⅐-⅞])", " ", text))
     text = unicodedata.normalize("NFKC", text)
     for pattern, new in SPELLINGS:
@@ -112,13 +112,13 @@ def normal(text: str) -> str:
 
 
 def number(found: re.Match | None) -> str | None:
-    """The number that WHOLE or FIRST matched, exactly: .5 and 2/4 are 1/2."""
+    """The number that WHOLE or FIRST matched, as an exact fraction: .5 and 2/4 are 1/2."""
     return str(Fraction(re.sub(r"[\s$,]", "", found[1]))) if found else None
 
 
 def canonical(text: str) -> str | None:
-    """Text as answers are compared: numbers as numbers, else without case, a last full stop and
-    outer quotes or brackets. None where nothing is left."""
+    """The form in which answers are compared: numbers by value; other text without case, final full
+    stop and outer quotes or brackets. None if nothing is left."""
     text = " ".join(normal(text).casefold().split())
     text = re.sub(r"""(?<=[^.])\.(?=["'”’]?$)""", "", text)
     inner = re.fullmatch(r"""(["'“‘])(.*\w.*)["'”’]|\(?(\w+)\)""", text)
@@ -127,18 +127,18 @@ def canonical(text: str) -> str | None:
 
 
 class Task:
-    """What all tasks share. By itself: the checkers `none`, and `exact`, for an answer word for
-    word: after the last `Answer:`, or all of the conclusion."""
+    """What all tasks share. By itself, the checkers `none` and `exact`, which compares what
+    follows the last `Answer:`, or else the whole conclusion, word for word."""
 
     opening = "<think>"
-    words: Sequence[str] = ()  # of its prompts and steps, for a tokenizer of whole words
+    words: Sequence[str] = ()  # of its prompts and steps, for a word-level tokenizer
 
     def __init__(self, name: str, expects: str = "", closing: str = "</think>", mark: str = "(?!)"):
-        self.name, self.expects = name, expects  # the answer of a prompt; empty: none is right
-        self.closing, self.mark = closing, mark  # what asks for the answer; where one is stated
+        self.name, self.expects = name, expects  # a prompt's answer; empty: none is right
+        self.closing, self.mark = closing, mark  # what introduces the answer: as text, as a pattern
 
     def split(self, response: str) -> Split:
-        """At the first </think>, else at the task's mark. A <think> left open never ends."""
+        """Split at the first </think>, else at the task's mark. An open <think> never ends."""
         thinks = "think>" in response
         parts = re.split("(</think>)" if thinks else f"({self.mark})", response, maxsplit=1)
         if len(parts) == 1:
@@ -146,7 +146,7 @@ class Task:
         return Split(*parts)
 
     def answer(self, prompt: Prompt, response: str) -> str | None:
-        """What a whole response concludes, in canonical form; None where nothing is stated."""
+        """What a whole response concludes, in canonical form; None if it states no answer."""
         return self.read(self.split(response).conclusion if "think>" in response else response)
 
     def read(self, text: str) -> str | None:
@@ -156,17 +156,17 @@ class Task:
         return canonical(text[found.end() :].strip().split("\n")[0] if found else text)
 
     def target(self, prompt: Prompt) -> str | None:
-        """The right answer in canonical form; None where there is none to compare with."""
+        """The right answer in canonical form; None if there is none to compare with."""
         return canonical(prompt.answer or "") if self.expects else None
 
     def reached(self, prompt: Prompt, reasoning: str) -> str | None:
-        """The last number that a reasoning states, or its last line if the answer is no number."""
+        """The last number stated in a reasoning, or its last line if the answer is not a number."""
         numeric = re.fullmatch(r"-?\d+(/\d+)?", self.target(prompt) or "")
         values = re.findall(FREE_NUMBER if numeric else r"\S[^\n]*", normal(reasoning))
         return canonical(values[-1].removeprefix("<think>")) if values else None
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
-        """Verify the decoded text of a response, its end-of-text token left out."""
+        """Verify the decoded text of a response, without its end-of-text token."""
         part, said, target = (
             self.split(response),
             self.answer(prompt, response),
@@ -184,15 +184,15 @@ class Task:
         return Verdict(correct, formed, steps, len(claims), lenient)
 
     def claims(self, text: str) -> list[str]:
-        """The steps that a text writes, each in one spelling; [] where the task lists none."""
+        """The steps written in a text, each in a standard spelling; [] if the task lists none."""
         return []
 
     def steps(self, prompt: Prompt) -> list[str]:
-        """The text of each step of a full reasoning; [] where the task lists none."""
+        """The text of each step of a full reasoning; [] if the task lists none."""
         return []
 
     def written(self, prompt: Prompt, n: int) -> str:
-        """The first `n` true steps as the model writes them, the opening included."""
+        """The first `n` true steps as the model writes them, including the opening."""
         return " ".join([self.opening, *self.steps(prompt)[:n]])
 
     def response(self, prompt: Prompt, n: int) -> str:
@@ -200,17 +200,17 @@ class Task:
         return f"{self.written(prompt, n)} {self.closing} {self.target(prompt)}"
 
     def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
-        """The response up to one changed value; None where it is not known what follows from it."""
+        """The response up to one changed value; None if the effect of a change is not known."""
         return None
 
     def key(self, prompt: Prompt) -> str:
-        """What decides, by its hash, whether a prompt is held out."""
+        """The text whose hash decides whether a prompt is held out."""
         return prompt.prompt
 
 
 class GSM8K(Task):
-    """The number after `####` (Cobbe et al. 2021), else in \\boxed{}. Where there are several, they
-    have to agree. What follows a further question does not count."""
+    """The number after `####` (Cobbe et al. 2021), else in \\boxed{}. If there are several, they
+    must agree. Anything after a further question is ignored."""
 
     def target(self, prompt: Prompt) -> str | None:
         return self.first((prompt.answer or "").rpartition("####")[2])
@@ -227,8 +227,8 @@ class GSM8K(Task):
         return values.pop() if len(values) == 1 else None
 
     def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
-        """For right answers to prompts worked out by calculator marks, such as <<48/2=24>>, of two
-        operands each: the first place of an intermediate result that the question does not name."""
+        """Changes the first mention of an intermediate result that is not in the question. Needs a
+        right response, and an answer worked out in marks of two operands, such as <<48/2=24>>."""
         part, stay, answer = self.split(response), self.target(prompt), prompt.answer or ""
         marks = re.findall(r"<<(\d+)([-+*/])(\d+)=(\d+)>>", answer)
         if not 1 < len(marks) == answer.count("<<") or stay != self.answer(prompt, response):
@@ -248,17 +248,17 @@ class GSM8K(Task):
 
 
 class Made(Task):
-    """A task that makes its prompts: a start, then operations, each of which leads to a value."""
+    """A task that generates its prompts: a start, then operations that each lead to a new value."""
 
-    longest: int  # operations
+    longest: int  # the most operations in a prompt
     numbers: Sequence[str]  # every value, as a word
 
     def parse(self, text: str) -> list[str]:
-        """The start and the operations of a prompt; [] for what is none."""
+        """The start and the operations of a prompt; [] if the text is not a prompt."""
         raise NotImplementedError
 
     def after(self, value: str, operation: str) -> str | None:
-        """The value that an operation makes of another; None where it makes none."""
+        """The value after an operation; None if the result is out of range."""
         raise NotImplementedError
 
     def draw(self, rng: np.random.Generator, operations: int) -> str:
@@ -266,12 +266,12 @@ class Made(Task):
         raise NotImplementedError
 
     def values(self, text: str) -> list[str]:
-        """The value after each operation of a prompt; [] for what is none."""
+        """The value after each operation of a prompt; [] if the text is not a prompt."""
         start, *operations = self.parse(text) or [""]
         return self.follow(start, operations)
 
     def follow(self, value: str, operations: Sequence[str]) -> list[str]:
-        """The value after each of these operations; [] where one makes none."""
+        """The value after each of these operations; [] if one goes out of range."""
         values: list[str] = []
         for operation in operations:
             after = self.after(value, operation)
@@ -282,7 +282,7 @@ class Made(Task):
         return values
 
     def prompts(self, rng: np.random.Generator) -> Iterator[Prompt]:
-        """Endless prompts, of each number of operations in proportion to it."""
+        """Endless prompts; those of n operations come up in proportion to n."""
         lengths = np.arange(1, self.longest + 1)
         for i in itertools.count():
             operations = int(rng.choice(lengths, p=lengths / lengths.sum()))
@@ -298,8 +298,8 @@ class Made(Task):
         return values[-1] if values and prompt.answer in (None, values[-1]) else None
 
     def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
-        """True steps up to a random one whose value is changed, whatever the response wrote. None
-        for one operation, whose value is the answer, and where no other value leads to an end."""
+        """True steps, whatever the response wrote, up to a random one whose value is changed. None
+        for one operation, whose value is the answer, or if other values only lead out of range."""
         operations, values = self.parse(prompt.prompt)[1:], self.values(prompt.prompt)
         if len(values) < 2:
             return None
@@ -317,17 +317,17 @@ class Made(Task):
 
 class Chains(Made):
     """A digit and up to six operations, left to right. Each operation permutes the ten digits, so
-    no step can be forgotten, and a guess of the answer is right one time in ten.
+    every step matters, and a guessed answer is right one time in ten.
 
     `clock` adds and multiplies, and keeps the last digit: `5 *9 +7` has the values 5 and 2, written
-    as `5 *9 5 +7 2`. Its chains of any length are one of 40 maps. The letters of `permute` agree
-    with each of these in three digits at most and do not compose to anything shorter. The control,
-    `clock-values`, writes the values alone."""
+    as `5 *9 5 +7 2`. A chain of any length equals one of 40 maps. Each letter of `permute` agrees
+    with any of these on three digits at most, and letters do not compose to anything shorter. The
+    control, `clock-values`, writes only the values."""
 
     longest, numbers = 6, "0123456789"
 
     def __init__(self, name: str, table: dict[str, str], restate: bool = True):
-        super().__init__(name, f"a chain of a digit and {', '.join(table)}, and its value if any")
+        super().__init__(name, f"a chain of a digit and {', '.join(table)}; any answer its value")
         self.table, self.restate = table, restate
         self.words = [*self.numbers, *table]
         self.operation = "|".join(map(re.escape, table))
@@ -351,7 +351,7 @@ class Chains(Made):
         return steps
 
     def claims(self, text: str) -> list[str]:
-        """Operations with a value, such as `*9 5`. Values alone claim the step of their place."""
+        """Operations with a value, such as `*9 5`. A value alone claims the step in its place."""
         words = text.replace("<think>", " ").split()
         if self.restate:
             return re.findall(rf"(?<!\S)(?:{self.operation}) [0-9](?!\S)", " ".join(words))
@@ -359,16 +359,16 @@ class Chains(Made):
 
 
 class Words(Made):
-    """The same in English, for models that can read: `Start with three. Ann adds one. Bob takes
-    two.` is answered ` So two`, or ` three Ann adds one makes four. Bob takes two makes two. So
-    two`. Values stay from zero to seven. Chains are held out whatever the names in them."""
+    """Chains in English, for models that can read: `Start with three. Ann adds one. Bob takes two.`
+    is answered with ` So two` or ` three Ann adds one makes four. Bob takes two makes two. So two`.
+    Values stay between zero and seven. Names do not affect whether a chain is held out."""
 
     longest, opening = 3, ""
     numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
     names = ["Ann", "Bob", "Tom", "Sam", "Eva", "Max", "Joe", "Kim", "Dan", "Amy", "Ben", "Leo"]
 
     def __init__(self, name: str):
-        super().__init__(name, "a start and who adds or takes what", "So", r"\bSo\b")
+        super().__init__(name, "a start value and who adds or takes what", "So", r"\bSo\b")
         self.words = [*self.numbers, *self.names, "adds", "takes", "makes", "So"]
 
     def parse(self, text: str) -> list[str]:
@@ -433,8 +433,8 @@ def task_of(prompt: Prompt) -> Task:
 def load_prompts(
     data: DataConfig, split: str, count: int | None = None, seed: int = 0
 ) -> list[Prompt]:
-    """The `train` or `held_out` prompts, at most `count`, in a fair order. Those that a task makes
-    depend on `seed` and are 8192 by default. UserError for any fault, and for an empty split."""
+    """The `train` or `held_out` prompts, at most `count`, in a fair order. Generated prompts depend
+    on `seed`; there are 8192 by default. UserError for any fault, and for an empty split."""
     task, held_out = TASKS.get(data.prompts), split == "held_out"
     source: Iterable[Prompt]
     if isinstance(task, Made):
@@ -459,7 +459,7 @@ def check_prompts(data: DataConfig) -> None:
 
 
 def is_held_out(prompt: Prompt, share: float = 0.1) -> bool:
-    """Whether a prompt is kept for evaluation: a hash of its text, the same always."""
+    """Whether a prompt is kept for evaluation, by a hash of its text: it never changes."""
     return zlib.crc32(task_of(prompt).key(prompt).encode()) % 10000 < share * 10000
 
 
@@ -468,7 +468,7 @@ def read_prompts(data: DataConfig) -> list[Prompt]:
     if data.prompts.startswith("hub:"):
         path = find_dataset_file(data.prompts)
     else:
-        path = find_file(data.prompts, "data.prompts: no task, and")
+        path = find_file(data.prompts, "data.prompts: neither a task nor a file:")
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else read_json_lines(path)
     prompts: dict[str, Prompt] = {}
     for line, row in rows:
@@ -479,7 +479,7 @@ def read_prompts(data: DataConfig) -> list[Prompt]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line where it ends, row) of every row that is not blank."""
+    """(the line where it ends, row) of every row that is not blank."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 0
@@ -489,7 +489,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
             raise UserError(f"{path}:1: expected every column once, found {show(names)}")
         for row in reader:
             line = reader.line_num
-            if None in [*row, *row.values()]:  # as DictReader marks cells and columns left over
+            if None in [*row, *row.values()]:  # DictReader's mark of missing or extra cells
                 raise UserError(f"{path}:{line}: expected {len(names)} cells, as in line 1")
             yield line, row
     except csv.Error as error:
@@ -497,7 +497,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _prompt(row: dict, where: str, checker: str) -> Prompt:
-    """A row as a prompt; `where` is its file and line, and its id if it has none."""
+    """A row as a prompt; `where` is its file and line, which serve as its id if it has none."""
     row = {key.strip().lower(): value for key, value in row.items()}
     names = ("id", "prompt", "question", "answer", "system", "checker", "group")
     id, prompt, question, answer, system, own, group = [_text(row, n, where) for n in names]
@@ -518,7 +518,7 @@ def _prompt(row: dict, where: str, checker: str) -> Prompt:
 
 
 def _text(row: dict, name: str, where: str) -> str | None:
-    """A field as text; None where it is missing or blank."""
+    """A field as text; None if it is missing or blank."""
     value = row.get(name)
     text = "" if value is None else str(value) if type(value) in (int, float) else value
     if not isinstance(text, str) or re.search("[\0\ud800-\udfff]", text):

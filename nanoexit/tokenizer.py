@@ -1,10 +1,10 @@
-"""Where a model is, and its text: token ids, special tokens, chat templates, end tokens.
+"""Find a model, and turn text into token ids: special tokens, chat templates, end tokens.
 
-Contract. `find_model` gives the folder of a model, here or on the Hugging Face hub. `Tokenizer`
-reads such a folder as transformers 5 does: tokenizer.json decides ids and BOS; special tokens may
-also stand in `added_tokens_decoder` or, without it, in special_tokens_map.json. `prompt_ids` is how
-every part of the project turns a prompt into ids. Chat templates are foreign programs: they run in
-jinja2's immutable sandbox, in a process that is ended when it runs too long or grows too large.
+Contract. `find_model` returns a model's folder, local or from the Hugging Face hub. `Tokenizer`
+reads it as transformers 5 does: tokenizer.json decides ids and BOS; special tokens may also be in
+`added_tokens_decoder` or, without it, in special_tokens_map.json. Every part of the project turns
+prompts into ids with `prompt_ids`. Chat templates are untrusted programs: they run in jinja2's
+immutable sandbox, in a process that is killed when it takes too much time or memory.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 def find_model(
     name: str, revision: str | None = None, files: Collection[str] = MODEL_FILES
 ) -> tuple[Path, str | None]:
-    """A folder (from the working directory, else the repository), or a snapshot of OWNER/NAME and
-    its commit. With a revision (branch, tag or commit), always the hub's. Raises UserError.
+    """-> a local folder (in the working directory, else the repository) and None, or a hub snapshot
+    of OWNER/NAME and its commit. A revision (branch, tag or commit) means the hub. UserError.
     """
     for path in (Path(os.path.expanduser(name)), ROOT / name):
         if revision is None and os.path.isdir(path):
@@ -48,16 +48,16 @@ def find_model(
 
 
 def fetch(what: str, download: Callable[..., str], *names: str, **options: Any) -> Path:
-    """Download from the hub. A failure is a UserError in the hub's own words."""
+    """Download from the hub. A failure becomes a UserError that quotes the hub."""
     try:
         return Path(download(*names, **options))
-    except Exception as error:  # the HTTP library's own too
+    except Exception as error:  # some are the HTTP library's
         why = f"{constants.ENDPOINT}: {type(error).__name__}: {error}"
         raise UserError(f"{what} {why}; run again to continue a download") from None
 
 
 def content_hash(paths: Iterable[Path]) -> str:
-    """A hash of names, sizes and contents; of a file above 64 MiB, 16,384 samples of 4 KiB."""
+    """A hash of names, sizes and contents; a file above 64 MiB gives 16,384 samples of 4 KiB."""
     digest, sample = hashlib.sha256(), 4096
     for path in sorted(paths):
         size = path.stat().st_size
@@ -73,7 +73,7 @@ def content_hash(paths: Iterable[Path]) -> str:
 
 
 class Tokenizer:
-    """The tokenizer of a model's folder. Raises UserError where its files are missing or broken."""
+    """The tokenizer of a model's folder. Raises UserError if its files are missing or broken."""
 
     def __init__(self, folder: Path):
         self.folder, rows = folder, _embedding_rows(folder)
@@ -83,7 +83,7 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
         for token, i in self._tokenizer.get_vocab().items():
             if i >= rows:
-                raise UserError(f"{folder}: token {show(token)} is id {i}: expected below {rows}")
+                raise UserError(f"{folder}: token {show(token)} is id {i}, expected below {rows}")
         template = _read_template(folder, config)
         self.has_template = template is not None
         self._template = TemplateProcess(template or "", str(folder))
@@ -104,8 +104,8 @@ class Tokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds: len(ids) texts that join to decode(ids), for any ids. A character
-        of several tokens comes with its last one.
+        """The text of each token: len(ids) strings that join to decode(ids), for any ids. The last
+        token of a character that takes several has all of it.
         """
         text, ends = self.decode(ids), [0]  # ends: where in the text each token ends
         start = clean = at = 0  # ids[:clean] make text[:at]; ids[start:clean] is context
@@ -114,7 +114,7 @@ class Tokenizer:
             new = after[len(before) :]
             if after.startswith(before) and text.startswith(new, at):
                 start, clean, at = clean, end, at + len(new)
-            elif end - clean > 4:  # more tokens than a character has: decode from the beginning
+            elif end - clean > 4:  # longer than any character: decode from the beginning
                 same = os.path.commonprefix([self.decode(ids[:end]), text])  # noqa: RUF071
                 start, clean, at = clean, end, max(at, len(same))
             ends.append(at)
@@ -122,14 +122,14 @@ class Tokenizer:
         return [text[a:b] for a, b in itertools.pairwise(ends)]
 
     def render(self, messages: Sequence[dict[str, Any]], /, **variables: Any) -> str:
-        """Messages [{"role", "content"}] -> text. UserError for a variable that is not read."""
+        """Messages [{"role", "content"}] -> text. UserError for a variable it ignores."""
         if not self.has_template:
             raise UserError(f"{self.folder}: this model has no chat template")
         known = {**self.named, "add_generation_prompt": True, "tools": None, "documents": None}
         return self._template.render(list(messages), known, variables)
 
     def prompt_ids(self, prompt: str, system: str | None = None, /, **variables: Any) -> list[int]:
-        """The ids that a response is written after."""
+        """The ids of a prompt, which a response continues."""
         if self.has_template or variables:
             messages = [{"role": "system", "content": system}] if system else []
             messages.append({"role": "user", "content": prompt})
@@ -145,7 +145,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
 
 
 def _embedding_rows(folder: Path) -> float:
-    """vocab_size of config.json; infinite without one."""
+    """vocab_size of config.json, or infinity if there is none."""
     rows = read_json(folder / "config.json").get("vocab_size")
     return rows if type(rows) is int else math.inf
 
@@ -169,13 +169,13 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the package raises plain Exception
         raise UserError(f"{path} is not a tokenizer: {error}") from None
-    tokenizer.no_truncation()  # which it may store
+    tokenizer.no_truncation()  # the file may turn either on
     tokenizer.no_padding()
     return tokenizer
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict, folder: Path) -> dict[str, str]:
-    """Add the tokens that tokenizer.json lacks, in the order of transformers 5; -> named ones."""
+    """Add the tokens that tokenizer.json lacks, in transformers 5's order -> the named ones."""
     declared = config.get("added_tokens_decoder")
     if declared is None:  # older folders
         declared, config = {}, config | read_json(folder / "special_tokens_map.json")
@@ -188,7 +188,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: dict, folder: Path) -> 
         added = [_added(declared[i]) for i in sorted(declared, key=int)]
         special = [*named.values(), *map(_added, extra)]
     except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
-        where = f"{folder}: a special token of tokenizer_config.json or special_tokens_map.json"
+        where = f"{folder}: a special token in tokenizer_config.json or special_tokens_map.json"
         raise UserError(f"{where} is malformed: {error}") from None
     known = [t.content for t in [*added, *tokenizer.get_added_tokens_decoder().values()]]
     tokenizer.add_tokens(added + [token for token in special if token.content not in known])
@@ -204,7 +204,7 @@ def _added(value: Any) -> tokenizers.AddedToken:
 
 
 def _read_template(folder: Path, config: dict) -> str | None:
-    """chat_template.jinja, else chat_template: text, or a list with a `default` among them."""
+    """chat_template.jinja, else chat_template: text, or the `default` of a list of templates."""
     path = folder / "chat_template.jinja"
     if os.path.lexists(path):
         return read_text(path)
@@ -221,10 +221,10 @@ def _read_template(folder: Path, config: dict) -> str | None:
 
 
 class TemplateProcess:
-    """One chat template in a process of its own, which ends after `seconds` of computing."""
+    """One chat template in its own process, which is killed after `seconds` of computing."""
 
     def __init__(self, template: str, where: str, seconds: float = 5):
-        # {% generation %} marks text for training masks; for us it is a scope, as {% with %} is.
+        # {% generation %} marks text for training masks; here it only opens a scope: {% with %}.
         self.template = re.sub(r"({%[-+]?\s*(end)?)generation(?=\s*[-+]?%})", r"\1with", template)
         self.where, self.seconds = where, seconds
         self.process: Any = None
@@ -237,7 +237,7 @@ class TemplateProcess:
             process.stdin.write(json.dumps([self.template, given], default=str) + "\n")
             process.stdin.flush()
             reply = json.loads(process.stdout.readline())
-            self.process = process  # only one that has answered is asked again
+            self.process = process  # a process is reused only if it has answered
         except (OSError, ValueError):
             process.kill()
             reply = {"error": f"stopped after {self.seconds} s of computing or 1 GiB of memory"}
@@ -263,9 +263,9 @@ class TemplateProcess:
 
 
 def serve_templates() -> None:
-    """The process: for each line [template, variables], a line {text, names} or {error}.
+    """The process: it answers each line [template, variables] with a line {text, names} or {error}.
 
-    A program of its own: its source is what runs, so it imports what it needs.
+    Its source runs as a separate program, so it imports everything that it needs.
     """
     import functools
     import json
@@ -307,5 +307,5 @@ def serve_templates() -> None:
         print(json.dumps(reply), flush=True)
 
 
-# Read while this module is imported: the file may change under a long run.
+# Read at import, because the file may change during a long run.
 SERVE_TEMPLATES = f"{inspect.getsource(serve_templates)}serve_templates()"

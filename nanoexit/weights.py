@@ -1,9 +1,9 @@
 """Weights on disk: check a model's folder and load it.
 
-Contract. A config.json that this transformer does not implement is refused by name before a weight
-is read. Every tensor is checked by name, shape and value. Nothing is executed: safetensors and JSON
-only. The model is made without memory and receives its tensors one by one, so that loading N bytes
-takes little more than N bytes.
+Contract. If config.json asks for something not implemented here, loading stops before any weight is
+read and names it. Every tensor is checked by name, shape and value. Nothing is executed: only
+safetensors and JSON are read. The model is created without memory and receives its tensors one by
+one, so loading N bytes takes little more than N bytes.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from nanoexit.tokenizer import Tokenizer, content_hash, fetch, find_model, model
 QWEN: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 QWEN |= {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 QWEN |= {"sliding_window": 4096, "max_window_layers": 28}
-FAMILIES = {  # and the defaults of transformers, for what config.json leaves out
+FAMILIES = {  # with transformers' defaults for keys that config.json leaves out
     "llama": QWEN | {"max_position_embeddings": 2048, "num_key_value_heads": None},
     "qwen2": QWEN,
     "qwen3": QWEN | {"head_dim": 128},
@@ -36,7 +36,7 @@ REQUIRED = ["model_type", "vocab_size", "hidden_size", "intermediate_size"]
 REQUIRED += ["num_hidden_layers", "num_attention_heads"]
 SIZES = [*REQUIRED, "max_position_embeddings", "original_max_position_embeddings"]
 OPTIONAL = ["num_key_value_heads", "head_dim", "sliding_window"]
-KEYS = {  # of config.json; what they exclude is not implemented
+KEYS = {  # of config.json; values outside these rules are not implemented
     **dict.fromkeys(SIZES, Rule((int,), 1, 2**24)),
     **dict.fromkeys(OPTIONAL, Rule((int, NoneType), 1, 2**24)),
     "model_type": Rule((str,), choices=[*FAMILIES]),
@@ -56,11 +56,11 @@ KEYS = {  # of config.json; what they exclude is not implemented
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-Stored = dict[str, tuple[Path, str]]  # name of a parameter -> file, and name of the tensor there
+Stored = dict[str, tuple[Path, str]]  # parameter name -> file, and tensor name in it
 
 
 def read_shape(folder: Path) -> Shape:
-    """config.json, as old and new tool chains write it -> Shape. UserError for anything else."""
+    """config.json, in transformers' old or new format -> Shape. UserError for anything else."""
     where = folder / "config.json"
     check_file(where)
     given = read_json(where)
@@ -93,7 +93,7 @@ def read_shape(folder: Path) -> Shape:
 
 
 def _refuse(c: dict[str, Any], s: Shape, where: Path) -> None:
-    """What would silently compute something else."""
+    """Refuse what would load without an error but compute something else."""
     used = s.family != "llama" and c.get("use_sliding_window")
     window, kinds = c["sliding_window"] if used else None, c.get("layer_types") or []
     if not kinds and window and c["max_window_layers"] < s.blocks:
@@ -102,10 +102,10 @@ def _refuse(c: dict[str, Any], s: Shape, where: Path) -> None:
     short = "sliding_attention" in kinds and (window or 0) < s.max_positions
     for bad, problem in (
         (odd, f"layer_types: {show(odd)}"),
-        (short, f"sliding_window {window} with layers that slide, {s.max_positions} positions,"),
+        (short, f"sliding_window {window}, below the {s.max_positions} positions,"),
         (s.heads % s.kv_heads, f"num_key_value_heads {s.kv_heads} for {s.heads} heads"),
         (s.width % s.heads and not c.get("head_dim"), f"hidden_size {s.width} for {s.heads} heads"),
-        (s.head_dim % 2, f"head_dim {s.head_dim}, odd,"),
+        (s.head_dim % 2, f"head_dim {s.head_dim}, an odd number,"),
     ):
         if bad:
             raise UserError(f"{where}: {problem} is not implemented")
@@ -134,7 +134,7 @@ def _rope(c: dict[str, Any], where: Path) -> tuple[float, Llama3Rope | None]:
 def load_model(
     name: str, device: str = "auto", dtype: str = "auto", revision: str | None = None
 ) -> Transformer:
-    """A model from a folder or the hub, frozen and ready to run; the knobs of config.ModelConfig.
+    """A model from a folder or the hub, frozen and ready to run; arguments as in ModelConfig.
 
     Raises UserError naming the file or tensor that is missing, unexpected, misshapen or not finite.
     """
@@ -150,7 +150,7 @@ def load_model(
     shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
     for key in stored.keys() - shapes.keys():
         if key.endswith(".bias") and not read_tensor(*stored[key]).any():
-            del stored[key]  # some tools store biases of zeros where the model has none
+            del stored[key]  # some tools store zero biases that the model does not have
     compare_names(stored, shapes, folder)
     for key in tqdm(sorted(stored), "load", leave=False, delay=1, disable=None):
         weight = read_tensor(*stored[key], shapes[key], device=place, dtype=DTYPES[dtype])
@@ -190,7 +190,7 @@ def _locate(folder: Path) -> Stored:
         given = read_json(index)
         check_values(given, {"weight_map": Rule((dict,))}, index, ["weight_map"])
         shards = sorted({*map(str, given["weight_map"].values())})
-    for shard in shards:  # a foreign index must not reach outside its folder
+    for shard in shards:  # an untrusted index must not reach outside its folder
         if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
             raise UserError(f"{index}: shard {show(shard)} is not a plain file name")
     found: Stored = {}
@@ -206,7 +206,7 @@ def _locate(folder: Path) -> Stored:
 
 
 def _tie(shape: Shape, stored: Stored) -> Shape:
-    """Tied embeddings are stored under either name, or both; two that differ are not tied."""
+    """Tied embeddings may be stored under either name or both; if two differ, they are not tied."""
     if not shape.tied or HEAD not in stored:
         return shape
     a, b = read_tensor(*stored.setdefault(EMBEDDING, stored[HEAD])), read_tensor(*stored[HEAD])
@@ -218,26 +218,26 @@ def _tie(shape: Shape, stored: Stored) -> Shape:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; whatever the package raises is a UserError."""
+    """An open safetensors file; whatever the package raises becomes a UserError."""
     try:
         with safe_open(path, "pt") as file:
             yield file
     except Exception as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+        raise UserError(f"{path} is not a complete safetensors file: {error}") from None
 
 
 def tensor_names(path: Path) -> list[str]:
-    """The names in a safetensors file. Raises UserError for a file that is not a whole one."""
+    """The names in a safetensors file. Raises UserError for a file that is not complete."""
     check_file(path)
     with _opened(path) as file:
         return list(file.keys())
 
 
 def read_tensor(path: Path, name: str, shape: Any = None, **options: Any) -> Tensor:
-    """A copy of a tensor; options: device and dtype, as Tensor.to has them, by default as stored.
+    """A copy of a tensor; options: device and dtype, as for Tensor.to, by default as stored.
 
     Raises UserError for another shape, for a stored dtype not in DTYPES, and for values that are
-    not finite in `dtype`. The file is opened for each tensor, so that its pages can go.
+    not finite in `dtype`. The file is reopened for each tensor, so that its memory can be freed.
     """
     where = f"{path}: tensor {name}"
     with _opened(path) as file:
@@ -247,7 +247,7 @@ def read_tensor(path: Path, name: str, shape: Any = None, **options: Any) -> Ten
     if stored.dtype not in DTYPES.values():
         raise UserError(f"{where} is {stored.dtype}, expected {', '.join(DTYPES)}")
     tensor = stored.to(**options, copy=True)
-    if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):  # of NaN both are NaN
+    if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):  # both are NaN if any is
         problem = f"is not finite in {tensor.dtype}: it is damaged, or needs a wider dtype"
         raise UserError(f"{where} {problem}")
     return tensor
