@@ -11,7 +11,7 @@ from pathlib import Path
 import _path  # noqa: F401
 from experiment import CHARGED, SFT, UNCHARGED
 
-from nanoexit.config import ROOT, run_script
+from nanoexit.config import ROOT, read_json, run_script
 from nanoexit.report import read_run, write_page
 
 TITLE = "Charge a model for depth, and it writes its reasoning down"
@@ -38,6 +38,8 @@ def main() -> None:
         run.name = arm.name
         run.samples = [sample for sample in run.samples if "step" not in sample]  # no rollouts
         runs.append(run)
+    look = read_json(Path(args.runs) / "bases" / "shipped.json")
+    runs[0].samples = [*look.get("samples", []), *runs[0].samples]
     out = Path(args.out)
     write_page(out, runs, TITLE, " ".join(NOTE.split()))
     print(f"wrote {out}, {out.stat().st_size / 1e6:.2f} MB")

@@ -32,11 +32,21 @@ import _path  # noqa: F401
 import numpy as np
 from tqdm import tqdm
 
-from nanoexit.config import ROOT, Config, UserError, load_config, read_json, run_script, write_text
-from nanoexit.evaluate import cell, entries, evaluate_run, origin, table
+from nanoexit.config import (
+    ROOT,
+    Config,
+    UserError,
+    load_config,
+    read_json,
+    rounded,
+    run_script,
+    write_text,
+)
+from nanoexit.evaluate import cell, entries, evaluate_run, evaluate_variant, origin, table
 from nanoexit.exits import as_base
 from nanoexit.faithfulness import OUTCOMES, Subject, preflight
 from nanoexit.figures import CSS, Figure, line_figure
+from nanoexit.judge import Judge
 from nanoexit.reinforce import run_reinforce
 from nanoexit.sft import run_sft
 from nanoexit.tasks import load_prompts
@@ -197,27 +207,25 @@ def make_base(name: str, runs: Path, log: bool, model: str | None = None) -> Non
             raise UserError(f"the base {name} could not be made" + f": see {path}" * log)
 
 
-def run_arm(arm: Arm, seed: int, runs: Path, overrides: Sequence[str], made_by: dict) -> list[dict]:
-    """Train or continue one arm, evaluate it -> its entries of results.json; SFT's has the base's.
+def run_arm(
+    arm: Arm, seed: int, runs: Path, overrides: Sequence[str], made_by: dict, base: dict
+) -> dict:
+    """Train or continue one arm, evaluate it -> its entry of results.json.
 
     made_by: what the result belongs to. A run that was started by something else is moved aside.
+    base: the row of its base.
     """
     config = arm_config(arm, seed, runs, overrides)
     folder = Path(config.run.dir)
     model, tokenizer = load_student(config)
-    start = arm.start and arm.start.folder(runs, seed)
-    base = read_json(start / "evaluation.json")["rows"][0] if start else None
     same = read_json(folder / "made_by.json") == made_by
     with run_directory(config, resume=same and (folder / "checkpoint").is_dir()):
         write_text(folder / "made_by.json", json.dumps(made_by))
         train = run_sft if arm.weight is None else run_reinforce
         train(model, tokenizer, config, folder)
-        evaluate_run(model, tokenizer, config, folder, arm.strength is None, base)
-        rows = read_json(folder / "evaluation.json")["rows"]
-        found = [entry(arm, seed, rows[-1], made_by)]
-        if arm == Arm(base=arm.base):
-            found = [entry(Arm(base=arm.base, trained=False), seed, rows[0], made_by), *found]
-        write_text(folder / "result.json", json.dumps({"made_by": made_by, "entries": found}))
+        rows = evaluate_run(model, tokenizer, config, folder, arm.strength is None, base)
+        found = entry(arm, seed, rounded(rows[-1]), made_by)
+        write_text(folder / "result.json", json.dumps(found))
     return found
 
 
@@ -284,39 +292,47 @@ def experiment(
     for needed in (starts, bases):
         run_all(jobs, make_base, [(base, runs, jobs > 1, model) for base in needed], "bases", runs)
     looks = {base: look_at_base(base, runs, overrides) for base in bases}
-    results: dict[tuple[Arm, int], list[dict]] = {}
+    results: dict[tuple[Arm, int], dict] = {}
     for name, sft in (("SFT", True), ("REINFORCE", False)):
         todo = []
         for arm, seed in calls:
             if sft != (arm.weight is None):
                 continue
             config = asdict(arm_config(arm, seed, runs, overrides))
-            made_by = json.loads(json.dumps({**looks[arm.base]["made_by"], "config": config}))
+            look = looks[arm.base]
+            made_by = {**look["made_by"], "config": config}
             kept = read_json(arm.folder(runs, seed) / "result.json")
             if kept.get("made_by") == made_by:
-                results[arm, seed] = kept["entries"]
+                results[arm, seed] = kept
                 print(f"reused, of the same config, base, commit and code: {arm.name}, seed {seed}")
             else:
-                todo.append((arm, seed, runs, overrides, made_by))
+                todo.append((arm, seed, runs, overrides, made_by, look["row"]))
         results |= dict(zip((call[:2] for call in todo), run_all(jobs, run_arm, todo, name, runs)))
-    rows = [row for call in calls for row in results[call]]
-    for row in rows:
-        if not row["trained"]:
-            row["preflight"] = looks[row["base"]]["preflight"]
-    return rows
+    rows = [
+        entry(Arm(base=base, trained=False), 0, look["row"], look["made_by"])
+        | {"preflight": look["preflight"]}
+        for base, look in looks.items()
+    ]
+    return rows + [results[call] for call in calls]
 
 
 def look_at_base(base: str, runs: Path, overrides: Sequence[str]) -> dict:
-    """Print the pre-flight of a base -> it, and what results of the base are made by."""
+    """Measure a base once, print its pre-flight -> both, and what results of it are made by."""
     config = arm_config(Arm(base=base), 0, runs, overrides)
     model, tokenizer = load_student(config)
-    prompts = load_prompts(config.data, "held_out", config.evaluate.count, 0)
-    with as_base(model):
-        subject = Subject(model, tokenizer, config, "full")
-        found = preflight(subject, prompts, Arm(base=base).study.preflight)
-    print(preflight_text(base, found), flush=True)
-    code = content_hash(ROOT.glob("nanoexit/*.py"))
-    return {"preflight": found, "made_by": origin(model, config) | {"code": code}}
+    code, path = content_hash(ROOT.glob("nanoexit/*.py")), runs / "bases" / f"{base}.json"
+    made_by = rounded(origin(model, config) | {"code": code})
+    look = read_json(path)
+    if look.get("made_by") != made_by:
+        prompts = load_prompts(config.data, "held_out", config.evaluate.count, 0)
+        with as_base(model):
+            subject = Subject(model, tokenizer, config, "full")
+            found = preflight(subject, prompts, Arm(base=base).study.preflight)
+            row, shown = evaluate_variant(subject, "base", prompts, Judge(config.judge))
+        look = rounded({"made_by": made_by, "preflight": found, "row": row, "samples": shown})
+        write_text(path, json.dumps(look))
+    print(preflight_text(base, look["preflight"]), flush=True)
+    return look
 
 
 def preflight_text(base: str, found: dict) -> str:

@@ -81,7 +81,7 @@ def test_what_is_reused_and_what_is_not(runs, capsys):
     (arm.folder(folder, 0) / "result.json").unlink()
     assert script.experiment([arm], [0], folder, 1, overrides) == again[0]
     assert not list(folder.glob("*.before-*")) and "reused" not in capsys.readouterr().out
-    (changed,) = script.experiment([arm], [0], folder, 1, [*overrides, "sft.lr=1e-4"])
+    changed = script.experiment([arm], [0], folder, 1, [*overrides, "sft.lr=1e-4"])[-1]
     assert changed["made_by"]["config"]["sft"]["lr"] == 1e-4
     assert len(list(folder.glob("*.before-1"))) == 1
 
