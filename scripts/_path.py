@@ -1,6 +1,6 @@
 """Puts the repository on sys.path, so that the scripts run without installing the package.
 
-Until run_script takes over, Ctrl-C and SIGTERM end a script at once: imports take seconds.
+Until run_script takes over, Ctrl-C and SIGTERM end a script at once, as imports take seconds.
 """
 
 import os
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def stop(number: int, _: Any) -> None:
-    os.write(2, b"stopped before any work\n")
+    os.write(2, b"stopped before any work was done\n")
     os._exit(128 + number)
 
 

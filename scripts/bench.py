@@ -1,18 +1,18 @@
-"""How fast it is, always against something. Read the ratios: times are of this machine alone.
+"""Speed and memory, always against something. Read the ratios: times hold for this machine only.
 
     python scripts/bench.py decode --shape smollm2-135m --peer hf   full-depth decoding
     python scripts/bench.py exits --shape smollm2-135m              what early exits save
     python scripts/bench.py rollout                                 256 rows against one
     python scripts/bench.py train --shape smollm2-135m --peer hf    a LoRA step; a student step
     python scripts/bench.py update --shape smollm2-135m             REINFORCE: prompts computed once
-    python scripts/bench.py memory                                  KL over 152,000 tokens by chunks
+    python scripts/bench.py memory                                  KL over 152,000 words, in chunks
     python scripts/bench.py load --shape smollm2-135m --peer hf     loading a folder
     python scripts/bench.py growth                                  cost against length, up to 4,096
     python scripts/bench.py table                                   data/bench/*.jsonl as tables
 
-Shapes have random weights; --model takes a folder instead. Peers: hf is transformers and peft,
-llama.cpp is llama-cpp-python. Every measurement ends in a line of JSON, which --save FILE keeps.
-`spread` is the middle half of the rounds' ratios.
+Shapes have random weights; --model loads a folder instead. Peers: hf is transformers and peft,
+llama.cpp is llama-cpp-python. Every measurement ends with a line of JSON, which --save FILE keeps.
+`spread` is the interquartile range of the rounds' ratios.
 """
 
 import argparse
@@ -57,7 +57,7 @@ LOWEST |= {"rounds": 2, "threads": 1}
 
 
 def decode(args: argparse.Namespace) -> None:
-    """Greedy, full depth, prefill included; without a peer against our own plain path."""
+    """Greedy, full depth, prefill included; without a peer, against our own plain path."""
     model = load(args)
     ids = prompts(args.batch, args.prompt, model.shape.vocab)
     variants: dict[str, Callable[[], object]] = {}
@@ -86,7 +86,7 @@ def decode(args: argparse.Namespace) -> None:
 
 
 class Mixed(Policy):
-    """By the noise alone, as many tokens exit at each of three depths as run to the end."""
+    """Exits by noise alone: each of three depths and full depth are equally likely."""
 
     def __init__(self, depths: tuple[int, ...]):
         super().__init__("mixed")
@@ -105,10 +105,10 @@ def quarters(L: int) -> tuple[int, ...]:
 
 
 def exits(args: argparse.Namespace) -> None:
-    """Every token exits at one depth, against the ideal: readout and its share of the blocks.
+    """Every token exits at one depth, against the ideal: the readout and its share of the blocks.
 
-    And every row at another depth, against full depth. Of a text of new + 1 tokens, which takes as
-    many steps, prefill is left out: what one token takes, less the time of a step.
+    Then rows exit at mixed depths, against full depth. A text has new + 1 tokens and as many steps.
+    Prefill, the time for a text of one token less that of a step, is subtracted.
     """
     model, steps = load(args), args.new + 1
     L, ids = model.full_depth, prompts(args.batch, args.prompt, model.shape.vocab)
@@ -142,9 +142,9 @@ def exits(args: argparse.Namespace) -> None:
 
 
 def rollout(args: argparse.Namespace) -> None:
-    """What REINFORCE does most: many rows, exits sampled; tokens a second against one row."""
+    """What REINFORCE mostly does: many rows, exits sampled. Tokens per second, against one row."""
     if args.batch < 2:
-        raise UserError(f"--batch: a rollout is measured against one row, found {args.batch}")
+        raise UserError(f"--batch: rollout expects at least 2 rows, found {args.batch}")
     model = load(args)
     attach(model, quarters(model.full_depth))
     ids = prompts(args.batch, args.prompt, model.shape.vocab)
@@ -163,7 +163,7 @@ def rollout(args: argparse.Namespace) -> None:
 
 
 def stepper(parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor]) -> Callable[[], None]:
-    """One optimizer step."""
+    """A function that makes one optimizer step."""
     optimizer = make_optimizer(parameters, 1e-4)
 
     def step() -> None:
@@ -175,7 +175,7 @@ def stepper(parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor]) -> C
 
 
 def train(args: argparse.Namespace) -> None:
-    """A LoRA step on next tokens; a student's step with exits against one without."""
+    """A LoRA step on next-token loss; a student step with exits, against one without."""
     model = load(args)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(model.shape.vocab, (args.batch, args.length), generator=generator)
@@ -205,9 +205,9 @@ def train(args: argparse.Namespace) -> None:
 
 
 def update(args: argparse.Namespace) -> None:
-    """8 rollouts a prompt share it; as many rows of different prompts do not.
+    """8 rollouts per prompt that share it, against as many rows with different prompts.
 
-    --prompt 40 --new 20 is the shape of short answers.
+    Use --prompt 40 --new 20 for the shape of short answers.
     """
     K, rows = 8, args.batch
     model = load(args)
@@ -236,7 +236,7 @@ def update(args: argparse.Namespace) -> None:
 
 
 def lora_step(args: argparse.Namespace, model: Transformer, ids: Tensor) -> None:
-    """Rank 8 on q, k, v and o, AdamW, beside transformers and peft."""
+    """Rank 8 on q, k, v and o, with AdamW, against transformers and peft."""
     hf = peer("hf")
     theirs = hf.load(args.model, DTYPES[args.dtype], args.device)
     theirs = hf.with_lora(theirs, LoRAConfig().targets)
@@ -277,20 +277,20 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("work", choices=[*WORKS, "table"])
     add("--shape", choices=SHAPES, default="tiny", help="random weights (default: tiny)")
-    add("--model", help="a folder with a model instead")
+    add("--model", help="a model folder to use instead of a shape")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, float32 elsewhere")
     add("--device", default="auto")
     add("--batch", type=int, help="rows (default: 1; train 4, update 64, rollout 256)")
-    add("--peer", choices=PEERS, help="measure this beside; llama.cpp: decode on a CPU")
-    add("--prompt", type=int, default=16, help="tokens before those decoded (default: 16)")
+    add("--peer", choices=PEERS, help="compare with this; llama.cpp: decode on a CPU only")
+    add("--prompt", type=int, default=16, help="tokens in a prompt (default: 16)")
     add("--new", type=int, default=64, help="tokens to decode (default: 64)")
-    add("--length", type=int, default=256, help="tokens a row in training (default: 256)")
+    add("--length", type=int, default=256, help="tokens per row in training (default: 256)")
     add("--longest", type=int, default=4096, help="growth: the longest text (default: 4096)")
-    add("--chunk", type=int, default=128, help="logits in memory at once (default: 128)")
+    add("--chunk", type=int, default=128, help="tokens whose logits are held (default: 128)")
     add("--rounds", type=int, default=7, help="default: 7")
     add("--threads", type=int, help="CPU threads (default: torch's own choice)")
     add("--save", type=Path, help="append the lines of JSON to this file")
-    add("--out", type=Path, help="folder of figures (runs/bench), or of the table (data/bench)")
+    add("--out", type=Path, help="folder for figures (runs/bench) or the table (data/bench)")
     add("--way", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for name, low in LOWEST.items():

@@ -1,7 +1,7 @@
 """What bench.py measures in fresh processes: memory, loading, and what grows with length.
 
-Memory that was freed before would hide a peak, and a loaded package a slow start. So each way runs
-in a process of its own, which `alone` starts and which prints bytes and seconds.
+Memory freed earlier would hide a peak, and a loaded package would hide a slow start. So `alone`
+starts a separate process for each way, which prints bytes and seconds.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from nanoexit.weights import DTYPES, load_model
 
 
 def alone(args: argparse.Namespace, way: str) -> tuple[float, float]:
-    """Bytes and seconds of `way`, measured in a fresh process: memory freed before hides a peak."""
+    """Bytes and seconds of `way`, measured in a fresh process."""
     names = ("dtype", "device", "chunk", "longest")
     flags = [f"--{name}={getattr(args, name)}" for name in names]
     flags += [f"--threads={torch.get_num_threads()}", f"--way={way}"]
@@ -37,7 +37,7 @@ def alone(args: argparse.Namespace, way: str) -> tuple[float, float]:
 
 
 def memory(args: argparse.Namespace) -> None:
-    """Forward and backward of a KL over 1,600 tokens by 152,000, against logits held whole."""
+    """Forward and backward of a KL on 1,600 x 152,000 logits, in chunks against all at once."""
     runs = [(alone(args, "chunked"), alone(args, "whole")) for _ in range(args.rounds)]
     ratios = middle([chunked[0] / whole[0] for chunked, whole in runs])
     more = {
@@ -50,7 +50,7 @@ def memory(args: argparse.Namespace) -> None:
 
 
 def memory_alone(args: argparse.Namespace, vocab: int = 151936, tokens: int = 1600) -> tuple:
-    """-> bytes and seconds of one way."""
+    """-> bytes and seconds of --way chunked or whole."""
     sizes = {"vocab_size": vocab, "hidden_size": 896, "intermediate_size": 8, "head_dim": 8}
     with tempfile.TemporaryDirectory() as folder:
         snapshot(Path(folder), "tiny", DTYPES[args.dtype], num_hidden_layers=1, **sizes)
@@ -66,12 +66,12 @@ def memory_alone(args: argparse.Namespace, vocab: int = 151936, tokens: int = 16
                 value = divergence(model.readout(teacher[:n]), model.readout(student[:n]))
             value.mean().backward()
 
-        kl(8)  # what a first call sets up
+        kl(8)  # warm-up: a first call sets things up
         return peak(lambda: kl(tokens), torch.device("cpu"))
 
 
 def loading(args: argparse.Namespace) -> None:
-    """Load a folder and read one token with it (weights may be mapped, and not read before)."""
+    """Load a folder and run one token (mapped weights may not be read before that)."""
     ways = ["nanoexit", *([args.peer] if args.peer else [])]
     if args.peer:
         peer(args.peer)
@@ -99,7 +99,7 @@ def load_alone(args: argparse.Namespace) -> tuple[float, float]:
 
 
 def growth(args: argparse.Namespace) -> None:
-    """A token against context length, a student's step against text length, memory of both."""
+    """A token's time by context length, a student step's by text length, and memory of both."""
     lengths, new = [args.longest // 2**i for i in (4, 3, 2, 1, 0)], 32
     write_after, student = growing(args)
     variants = {str(n): lambda n=n: write_after(n, 1 + new) for n in lengths}
@@ -135,7 +135,7 @@ def draw_growth(
 
 
 def growing(args: argparse.Namespace) -> tuple[Callable, Callable]:
-    """-> write_after(n, new): prefill of n tokens first; student(n): a step on a row of n."""
+    """-> write_after(n, new): write after n tokens of prefill; student(n): a step on a row of n."""
     model = load(args)
     half = model.full_depth // 2
     attach(model, [half], lora=LoRAConfig(dropout=0.0))

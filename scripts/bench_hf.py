@@ -1,4 +1,4 @@
-"""What bench.py measures beside us with --peer hf: transformers and peft, as a user calls them."""
+"""The peer of bench.py --peer hf: transformers and peft, called as a user would call them."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What bench.py measures beside us with --peer llama.cpp: its C++ engine, by llama-cpp-python."""
+"""The peer of bench.py --peer llama.cpp: its C++ engine, through llama-cpp-python."""
 
 import json
 from pathlib import Path
@@ -27,9 +27,9 @@ IN_BLOCK = {
 
 
 def convert(folder: Path, dtype: str) -> Path:
-    """Write a snapshot of a llama or qwen2 as a GGUF file beside it, without a tokenizer.
+    """Convert a llama or qwen2 snapshot to a GGUF file beside it, without a tokenizer.
 
-    Matrices get this dtype, everything else is float32.
+    Matrices get this dtype; everything else is float32.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -59,7 +59,7 @@ def convert(folder: Path, dtype: str) -> Path:
 
 
 def _neighbours(values: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp rotates neighbouring rows of a llama's head, the checkpoints its two halves."""
+    """Reorder rows: llama.cpp's RoPE pairs neighbouring rows of a head, checkpoints its halves."""
     halves = values.reshape(heads, 2, -1, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
 
@@ -82,7 +82,7 @@ class Llama:
             str(convert(Path(folder), dtype)).encode(), llama_cpp.llama_model_default_params()
         )
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = rows * (length + 256)  # the share of a row is rounded
+        params.n_ctx = rows * (length + 256)  # each row's share is rounded
         params.n_seq_max = rows
         params.n_threads = params.n_threads_batch = threads
         if dtype == "float32":

@@ -1,7 +1,7 @@
-"""What bench.py measures with: variants in turn, memory at its peak, models, lines of results.
+"""The tools of bench.py: timing in turn, peak memory, models and reports.
 
-What counts is a ratio: variants take turns in one process, each round gives a ratio, and the median
-of the rounds and their middle half are reported. Times are of this machine at this moment.
+Ratios are what counts: variants take turns in one process, each round gives a ratio, and the median
+and the interquartile range are reported. Times hold only for this machine at this moment.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PEERS = {  # module and packages
     "hf": ("bench_hf", "transformers peft"),
     "llama.cpp": ("bench_llama", "llama-cpp-python gguf"),
 }
-LENGTHS = {  # tokens a row, as reported
+LENGTHS = {  # tokens per row, as reported
     "decode": "{prompt} + {new}",
     "exits": "{prompt} + {new}",
     "rollout": "{prompt} + {new}",
@@ -43,7 +43,7 @@ LENGTHS = {  # tokens a row, as reported
     "growth": "up to {longest}",
 }
 PAGE = 4096  # bytes: memory is counted in pages
-SHAPES = {  # of public checkpoints; in tiny everything but the arithmetic shows
+SHAPES = {  # of public checkpoints; tiny shows the overhead around the arithmetic
     "tiny": ("llama", 256, 192, 512, 12, 6, 2, 8192, True),
     "smollm2-135m": ("llama", 49152, 576, 1536, 30, 9, 3, 8192, True),
     "qwen2.5-0.5b": ("qwen2", 151936, 896, 4864, 24, 14, 2, 32768, True),
@@ -59,7 +59,7 @@ KEYS += ("tie_word_embeddings",)  # of config.json
 
 @dataclass
 class Times:
-    """Seconds of each round by variant; round i of all variants was measured together."""
+    """Seconds of each round, by variant; all variants of a round were measured together."""
 
     rounds: dict[str, list[float]]
 
@@ -67,18 +67,18 @@ class Times:
         return statistics.median(self.rounds[name])
 
     def ratio(self, slow: str, fast: str) -> tuple[float, list[float]]:
-        """How many times faster `fast` is -> median over the rounds, and their middle half."""
+        """How many times faster `fast` is: the median over rounds, and the interquartile range."""
         return middle([a / b for a, b in zip(self.rounds[slow], self.rounds[fast])])
 
 
 def middle(values: Sequence[float]) -> tuple[float, list[float]]:
-    """-> the median, and the range of the middle half."""
+    """-> the median and the interquartile range."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return median, [low, high]
 
 
 def in_turn(variants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> Times:
-    """Run every variant once unmeasured, then all in turn; each round begins with another one."""
+    """Run each variant once unmeasured, then all in turn; each round starts with another one."""
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
     for run in variants.values():
@@ -102,7 +102,7 @@ def _wait(device: torch.device) -> None:
 
 
 def peak(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """One call -> bytes of memory at its peak above what was held before it, and seconds."""
+    """One call -> its peak memory in bytes, above what was held before, and its seconds."""
     start = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -133,7 +133,7 @@ def _lines(path: str) -> list[str]:
 
 
 def snapshot(folder: Path, shape: str, dtype: torch.dtype, **more: object) -> None:
-    """Write a checkpoint of random weights. more: keys of its config.json."""
+    """Write a checkpoint with random weights. more: further keys of its config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"rms_norm_eps": 1e-6, **dict(zip(KEYS, SHAPES[shape])), **more}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -157,7 +157,7 @@ def load(args: argparse.Namespace) -> Transformer:
 
 
 def peer(name: str) -> ModuleType:
-    """The module of a peer. Raises UserError where its packages are missing."""
+    """The module of a peer. Raises UserError if its packages are missing."""
     module, packages = PEERS[name]
     try:
         return importlib.import_module(module)
@@ -173,7 +173,7 @@ def write(
     temperature: float = 0.0,
     fast: bool = True,
 ) -> list[Generation]:
-    """Generate `new` tokens a row."""
+    """Generate `new` tokens per row."""
     return generate(model, ids, policy, new, temperature, settings=Sampling(stop_ids=(), fast=fast))
 
 
@@ -181,7 +181,7 @@ def write(
 
 
 def hardware(device: torch.device) -> str:
-    """The GPU, or the CPU and how many of its threads are used."""
+    """The GPU, or the CPU and how many of its threads are in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = (line for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
@@ -198,7 +198,7 @@ def report(
     unit: str = "x faster",
     **more: float,
 ) -> None:
-    """Print what was measured, for people and as JSON; `more` are figures that belong to it."""
+    """Print a measurement, for people and as JSON; `more` are further figures to report."""
     about = {"shape": args.name, "dtype": args.dtype, "batch": args.batch}
     about["lengths"] = LENGTHS[args.work].format(**vars(args))
     where = {"rounds": args.rounds, "hardware": hardware(args.device), "torch": torch.__version__}
@@ -220,7 +220,7 @@ def write_table(folder: Path) -> Path:
     """The lines of every *.jsonl in `folder` as Markdown tables, in its README.md."""
     files = sorted(folder.glob("*.jsonl"))
     if not files:
-        raise UserError(f"{folder}: no *.jsonl: expected the lines that --save wrote")
+        raise UserError(f"{folder}: no *.jsonl; expected files written by --save")
     out = "# Speed and memory\n\nWritten by `python scripts/bench.py table`.\n"
     for file in files:
         out += f"\n## {file.stem}\n\n{table([row for _, row in read_json_lines(file)])}"
@@ -231,7 +231,7 @@ def write_table(folder: Path) -> Path:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """A row for each line; hardware is named in a row where it is not that of the first."""
+    """One row per line; a row names its hardware if it differs from that of the first row."""
     columns = "work | shape, dtype, batch | tokens a row | against | | middle half | speed"
     lines = [f"| {columns} |", "|" + "---|" * 7]
     for r in rows:

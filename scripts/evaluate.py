@@ -1,13 +1,13 @@
-"""Evaluate runs: the base beside their students, under each policy of evaluate.policies.
+"""Evaluate runs: the base and the students, under each policy of evaluate.policies.
 
     python scripts/evaluate.py configs/tiny.yaml --adapter runs/tiny-sft
     python scripts/evaluate.py configs/tiny_rl.yaml --adapter runs/tiny-sft --adapter runs/tiny-rl
 
-Accuracy, free and under each cap of evaluate.caps; depth; what the answer does when the reasoning
-is cut or a value in it is changed, with free depth and capped; what a monitor can read; a judge
-(judge.kind); accuracy against depth for each policy of evaluate.frontier.
+Measures accuracy, with free depth and under each cap of evaluate.caps; depth; how the answer
+changes when the reasoning is cut or a value in it is changed, with free depth and capped; what a
+monitor can read; a judge's scores (judge.kind); accuracy against depth (evaluate.frontier).
 
-Writes evaluation.json and evaluation.md into the run directory. Same seed, same figures.
+Writes evaluation.json and evaluation.md to the run directory. The same seed gives the same figures.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ def main() -> None:
         "--adapter",
         metavar="RUN_DIR",
         action="append",
-        help="the run to evaluate; may be given several times (default: run.dir)",
+        help="a run to evaluate; may be repeated (default: run.dir)",
     )
     args = parser.parse_intermixed_args()
     configs = []
@@ -37,7 +37,7 @@ def main() -> None:
         check(config)
         configs.append(config)
     for folder in {Path(config.run.dir).resolve() for config in configs}:
-        lock_folder(folder)  # until this process ends
+        lock_folder(folder)  # held until this process ends
     tables = []
     for config in configs:
         model, tokenizer = load_student(config)
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def merge(tables: list[tuple[str, list[dict]]]) -> list[dict]:
-    """Rows of several runs in one table: the base once, then the students by their runs' names."""
+    """Rows of several runs for one table: the base once, then the students, named by their runs."""
     rows = tables[0][1][:1]
     for name, own in tables:
         rows += [{**row, "variant": name if len(tables) > 1 else row["variant"]} for row in own[1:]]

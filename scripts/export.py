@@ -1,10 +1,10 @@
-"""Write a run's result as others read it.
+"""Export a run for use with other tools.
 
     python scripts/export.py runs/tiny-sft out            a PEFT adapter, with the exit heads
     python scripts/export.py runs/tiny-sft out --merge    a model folder, adapters merged
 
-A merged model loads in AutoModelForCausalLM and runs at full depth: the exit heads are saved beside
-it and need code that knows them.
+A merged model loads in AutoModelForCausalLM and runs at full depth. The exit heads are saved beside
+it, for code that can use them.
 """
 
 import argparse
@@ -29,14 +29,14 @@ def main() -> None:
         action="store_true",
         help="write the whole model with the adapters merged into its weights",
     )
-    parser.add_argument("--model", help="the base, where it is no longer where the run found it")
+    parser.add_argument("--model", help="the base model, if it has moved since the run")
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
     )
     args = parser.parse_args()
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already: expected a new or empty folder")
+        raise UserError(f"{out} already exists; expected a new or empty folder")
     name, revision = (args.model, None) if args.model else adapter_base(args.run)
     model = load_model(name, "cpu", args.dtype, revision)
     load_adapter(model, args.run)

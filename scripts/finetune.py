@@ -1,15 +1,15 @@
-"""Teach a model a task, or texts of yours, before it is a teacher; written as a plain model folder.
+"""Fine-tune a model on a task or on your own texts, to be a teacher; writes a plain model folder.
 
     python scripts/finetune.py configs/words_base.yaml        chains in English, for SmolLM2
 
-`data.prompts` names a task that makes its prompts, or a JSONL file of {"prompt", "response"}. For a
-task, a share `terse` of the responses has no written step and a share `full` has all of them; the
-rest writes the first few. The loss is the cross-entropy of the response at full depth and, by
-choice: at early depths (`early_weight`), and of fully written rows that run through the first
-`finetune.cap` blocks alone (`capped_rows`), which teaches a shallow written route. While a
-task is new, running values can be read out at the operations of the prompt (`scaffold`).
+`data.prompts` names a task that generates prompts, or a JSONL file of {"prompt", "response"}. For a
+task, a share `terse` of the responses writes no steps and a share `full` writes all; the rest write
+the first few. The loss is the cross-entropy of the response at full depth. Two terms are optional:
+the same loss at early depths (`early_weight`), and that of fully written rows that run only the
+first `finetune.cap` blocks (`capped_rows`), which teaches a shallow written route. While a task is
+new, running values can also be predicted at the operations of the prompt (`scaffold`).
 
-The model is in run.dir/model. --resume continues an interrupted run, to the same weights.
+The model is written to run.dir/model. --resume continues an interrupted run, to the same weights.
 """
 
 import dataclasses
@@ -47,21 +47,21 @@ from nanoexit.weights import load_model
 
 @dataclasses.dataclass
 class FinetuneConfig:
-    weights: str = knob("all", "what is trained", choices=["all", "blocks", "lora"])
+    weights: str = knob("all", "what to train", choices=["all", "blocks", "lora"])
     steps: int = knob(200, "updates", low=1)
-    batch_size: int = knob(32, "rows of a step that run at full depth", low=1)
+    batch_size: int = knob(32, "rows per step that run at full depth", low=1)
     lr: float = knob(3e-4, "peak learning rate of AdamW")
-    terse: float = knob(0.5, "share of responses without a written step", high=1)
-    full: float = knob(0.5, "share with every step written; the rest writes the first few", high=1)
-    first_weight: float = knob(0.0, "weight of first tokens, which choose whether to write")
-    early: list[int] = knob([], "depths of early readouts that are trained", low=1)
-    early_weight: float = knob(0.0, "weight of their mean loss, at full depth")
-    cap: int = knob(1, "depth of the capped rows, read out there and at early depths below", low=1)
-    capped_rows: int = knob(0, "fully written rows of a step that run through `cap` blocks alone")
-    scaffold: float = knob(0.0, "weight of the running values at operations of the prompt")
-    scaffold_steps: int = knob(0, "steps after which the scaffold is gone")
-    autocast: bool = knob(False, "products in bfloat16, weights in float32")
-    template: bool = knob(True, "whether prompts keep the chat template; it is gone if false")
+    terse: float = knob(0.5, "share of responses that write no steps", high=1)
+    full: float = knob(0.5, "share that write every step; the rest write the first few", high=1)
+    first_weight: float = knob(0.0, "extra weight of first tokens, which decide whether to write")
+    early: list[int] = knob([], "depths of the early readouts to train", low=1)
+    early_weight: float = knob(0.0, "weight of their mean loss in full-depth rows")
+    cap: int = knob(1, "depth of capped rows, read out there and at early depths below", low=1)
+    capped_rows: int = knob(0, "fully written rows per step that run only the first `cap` blocks")
+    scaffold: float = knob(0.0, "weight of running values predicted at the prompt's operations")
+    scaffold_steps: int = knob(0, "steps after which the scaffold is dropped")
+    autocast: bool = knob(False, "matrix products in bfloat16, weights in float32")
+    template: bool = knob(True, "keep the chat template; false removes it")
     save_every: int = knob(100, "steps between checkpoints", low=1)
 
 
@@ -76,7 +76,7 @@ class Row:
 
     prompt: list[int]
     response: list[int]
-    values: list[tuple[int, int]]  # (place in the prompt, running value there), for the scaffold
+    values: list[tuple[int, int]]  # (index in the prompt, running value there), for the scaffold
     terse: bool = False
 
 
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def finetune(config: Recipe, resume: bool) -> None:
-    """The whole job: training, the model folder written."""
+    """The whole job: train, and write the model folder."""
     model, tokenizer = load(config)
     with training.run_directory(config, resume) as folder:
         train(model, tokenizer, config, folder)
@@ -94,11 +94,11 @@ def finetune(config: Recipe, resume: bool) -> None:
         save_merged(model, source, folder / "model")
         if not config.finetune.template:
             remove_template(folder / "model")
-    print(f"the model is in {folder / 'model'}; python scripts/sample.py --model it tries it")
+    print(f"written to {folder / 'model'}; try python scripts/sample.py --model {folder / 'model'}")
 
 
 def load(config: Recipe) -> tuple[Transformer, Tokenizer]:
-    """The model with what is trained, and its tokenizer."""
+    """The model, with gradients on what is to be trained, and its tokenizer."""
     m, f = config.model, config.finetune
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -116,9 +116,9 @@ def load(config: Recipe) -> tuple[Transformer, Tokenizer]:
     tokenizer.has_template = tokenizer.has_template and f.template
     task = TASKS.get(config.data.prompts)
     if task is None:
-        read_rows(config, tokenizer)  # a mistake in the file comes before the run directory
+        read_rows(config, tokenizer)  # find mistakes in the file before making the run directory
     elif not isinstance(task, Made):
-        raise UserError(f"data.prompts: the task {config.data.prompts} does not make prompts")
+        raise UserError(f"data.prompts: the task {config.data.prompts} generates no prompts")
     return model, tokenizer
 
 
@@ -128,7 +128,7 @@ def load(config: Recipe) -> tuple[Transformer, Tokenizer]:
 def made_row(
     rng: np.random.Generator, task: Made, tokenizer: Tokenizer, f: FinetuneConfig, written: bool
 ) -> Row:
-    """A random prompt that is not held out, of each number of operations in proportion to it."""
+    """A random prompt that is not held out; those of n operations come up in proportion to n."""
     lengths = np.arange(1, task.longest + 1)
     chances = lengths / lengths.sum()
     while is_held_out(prompt := task.make(rng, int(rng.choice(lengths, p=chances)))):
@@ -148,7 +148,7 @@ def made_row(
 
 def read_rows(config: Recipe, tokenizer: Tokenizer) -> list[Row]:
     """The rows of a JSONL file of prompts and responses."""
-    path, rows = find_file(config.data.prompts, "data.prompts: no task, and"), []
+    path, rows = find_file(config.data.prompts, "data.prompts: neither a task nor a file:"), []
     for line, row in read_json_lines(path):
         if not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
             raise UserError(f"{path}:{line}: expected a prompt and a response, both text")
@@ -160,7 +160,7 @@ def read_rows(config: Recipe, tokenizer: Tokenizer) -> list[Row]:
 def rows_of_step(
     config: Recipe, tokenizer: Tokenizer, kept: Sequence[Row], step: int
 ) -> tuple[list[Row], list[Row]]:
-    """The rows of a step that run at full depth, and the capped ones."""
+    """The rows of a step: those that run at full depth, and the capped ones."""
     f, task = config.finetune, TASKS.get(config.data.prompts)
     if not isinstance(task, Made):
         at = training.batch_at(step, len(kept), f.batch_size + f.capped_rows, config.run.seed)
@@ -178,7 +178,7 @@ def rows_of_step(
 def forward(
     model: Transformer, rows: Sequence[Row], early: Sequence[int]
 ) -> tuple[Aligned, Tensor, list[Tensor]]:
-    """-> the alignment; residuals [B*T, D] at the end; those of the readouts [n, D] at `early`."""
+    """-> the alignment, the final residuals [B*T, D], and those of readouts [n, D] at `early`."""
     prompts, responses = [row.prompt for row in rows], [row.response for row in rows]
     a = align(prompts, responses, None, model.full_depth, model.device)
     watch = Watch(early)
@@ -196,10 +196,10 @@ def cross_entropy(model: Transformer, h: Tensor, tokens: Tensor) -> tuple[Tensor
 def full_loss(
     model: Transformer, rows: Sequence[Row], f: FinetuneConfig, growing: bool
 ) -> tuple[Tensor, float]:
-    """-> the loss at full depth, and the share of rows whose last word is the likeliest.
+    """-> the loss at full depth, and the share of rows whose last word is predicted.
 
-    With capped rows, first tokens are read out at their depths too, from rows of every style: what
-    a shallow readout chooses is what a deep one does.
+    With capped rows, first tokens are also read out at the capped depths, in rows of every style,
+    so that a shallow readout makes the same choice as a deep one.
     """
     depths = [*f.early, f.cap] if f.capped_rows else f.early if f.early_weight else []
     a, hidden, early = forward(model, rows, depths)
@@ -221,9 +221,9 @@ def full_loss(
 
 
 def capped_loss(model: Transformer, rows: Sequence[Row], f: FinetuneConfig) -> tuple[Tensor, float]:
-    """-> the loss at the cap and below, and the share of tokens that are the likeliest at the cap.
+    """-> the loss at the cap and early depths below, and the share of tokens predicted at the cap.
 
-    The first token, which chooses whether to write, is given and not taught.
+    The first token, which decides whether to write, is given and not learned.
     """
     given = [Row([*row.prompt, row.response[0]], row.response[1:], []) for row in rows]
     with capped(model, f.cap):
@@ -238,7 +238,7 @@ def step_losses(
     """Backward through one step -> its figures."""
     figures: dict[str, float] = {}
     growing = f.scaffold > 0 and step < f.scaffold_steps
-    for name in ("terse", "written"):  # rows of like length together
+    for name in ("terse", "written"):  # rows of similar length together
         rows = [row for row in full if row.terse == (name == "terse")]
         if rows:
             loss, figures[f"{name}_right"] = full_loss(model, rows, f, growing)
@@ -252,7 +252,7 @@ def step_losses(
 
 
 def train(model: Transformer, tokenizer: Tokenizer, config: Recipe, folder: Path) -> None:
-    """The loop: rows, losses, step, log, save. Continues from folder/checkpoint."""
+    """The loop: make rows, get losses, step, log, save. Continues from folder/checkpoint."""
     f = config.finetune
     kept = [] if config.data.prompts in TASKS else read_rows(config, tokenizer)
     optimizer = training.make_optimizer(training.trained(model).values(), f.lr)
@@ -276,7 +276,7 @@ def train(model: Transformer, tokenizer: Tokenizer, config: Recipe, folder: Path
 
 
 def remove_template(folder: Path) -> None:
-    """Prompts of this model are plain text."""
+    """Delete the chat template from a model folder, so that its prompts are plain text."""
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     config = read_json(folder / "tokenizer_config.json")
     config.pop("chat_template", None)

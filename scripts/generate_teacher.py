@@ -1,10 +1,10 @@
-"""Write the teacher's traces and nothing else: what train_sft.py would write first.
+"""Write only the teacher's traces, which train_sft.py would otherwise write first.
 
     python scripts/generate_teacher.py configs/tiny.yaml
     torchrun --nproc-per-node 2 scripts/generate_teacher.py configs/tiny.yaml data.traces=traces
 
 The same command continues interrupted work. train_sft.py with the same config uses the traces; a
-folder in data.traces serves several runs.
+folder named in data.traces can serve several runs.
 """
 
 import _path  # noqa: F401
@@ -25,9 +25,7 @@ def main() -> None:
             tokens = sum(len(t.tokens) for t in traces)
             ended = sum(t.finish == "stop" for t in traces) / len(traces)
             where = config.data.traces or f"{config.run.dir}/traces"
-            print(
-                f"{len(traces)} traces, {tokens} tokens, {ended:.0%} ended by themselves: {where}"
-            )
+            print(f"{len(traces)} traces, {tokens} tokens, {ended:.0%} with an end token: {where}")
 
 
 if __name__ == "__main__":

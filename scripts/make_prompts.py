@@ -6,8 +6,8 @@
 
 arithmetic: word problems of two or three steps, in the format of GSM8K, worked answers included.
 dates: days of the week and of the calendar.   tracking: who holds what after some swaps.
-belief: where a person looks for a thing that was moved, seen or unseen (after Wimmer and Perner
-1983).   everyday: requests as people type them, which have no single right answer.
+belief: where a person looks for an object that was moved, with or without seeing it moved (after
+Wimmer and Perner 1983).   everyday: requests as people type them, with no single right answer.
 The same seed writes the same file.
 """
 
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def prompts(counts: dict[str, int], seed: int) -> list[dict]:
-    """So many different prompts of each kind."""
+    """As many different prompts of each kind as `counts` says."""
     rows = []
     for kind, count in counts.items():
         rng, made = random.Random(f"{kind} {seed}"), {}
@@ -74,7 +74,7 @@ def prompts(counts: dict[str, int], seed: int) -> list[dict]:
             text, form, answer = KINDS[kind](rng)
             made.setdefault(text + ASK + form if form else text, answer)
         if len(made) < count:
-            raise UserError(f"--count: {count} is more than there are {kind} prompts")
+            raise UserError(f"--count: there are fewer than {count} {kind} prompts")
         checker = "gsm8k" if kind == "arithmetic" else "exact"
         for i, (prompt, answer) in enumerate(made.items()):
             row = {"id": f"{kind}-{i}", "group": kind, "prompt": prompt}
@@ -194,7 +194,7 @@ def tracking(rng: random.Random) -> Made:
 
 
 def belief(rng: random.Random) -> Made:
-    """The answer is the last place where the person asked about knows the thing to be."""
+    """The answer is the last place where the person in question knows the object to be."""
     (a, b), thing, places = two_names(rng), rng.choice(OBJECTS), rng.sample(PLACES, 3)
     story = [f"{a} and {b} are in a room. {a} puts the {thing} into the {places[0]}."]
     believed = where = places[0]

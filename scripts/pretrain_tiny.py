@@ -1,12 +1,12 @@
-"""Make a tiny reasoner such as data/tiny from nothing: a small transformer that answers chains.
+"""Train a tiny reasoner like data/tiny from scratch: a small transformer that answers chains.
 
 It learns three styles of answering: terse (all in the head), full (every step written) and prefix
 (the first few steps written). A curriculum makes chains learnable in the head: they grow by one
-operation whenever the longest are answered in the head 3 times out of 4, and while they grow each
-running value is also read out at its operation in the prompt (`scaffold`). After that, nothing is
-trained but the response, read out at full depth.
+operation whenever the longest are answered in the head 3 times out of 4. While they grow, each
+running value is also predicted at its operation in the prompt (`scaffold`). After that, only the
+response is trained, read out at full depth.
 
-The flags `task`, `slots` and `deep_weight` make the other bases of scripts/experiment.py.
+The keys `task`, `slots` and `deep_weight` make the other bases of scripts/experiment.py.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ TEMPLATE = (  # "5*9 +7" -> "<bos> 5 *9 +7 =", filled up to SLOTS words with dot
 
 @dataclasses.dataclass
 class PretrainConfig:
-    out: str = knob("runs/tiny-pretrain", "where the model's folder is written")
+    out: str = knob("runs/tiny-pretrain", "where to write the model folder")
     seed: int = knob(0, "every random draw is a function of this", low=0)
     task: str = knob("clock", "kind of chains", choices=["clock", "clock-values", "permute"])
     width: int = knob(96, "D", low=8)
@@ -56,14 +56,14 @@ class PretrainConfig:
     lr: float = knob(2e-3, "peak learning rate of AdamW", low=0)
     weight_decay: float = knob(0.05, "on matrices", low=0)
     warmup: int = knob(100, "steps of linear warm-up", low=1)
-    threshold: float = knob(0.75, "accuracy in the head that lets chains grow", low=0, high=1)
-    steps_after: int = knob(800, "steps at full length; the rate falls in the last half", low=1)
-    max_steps: int = knob(6000, "steps after which chains must have grown", low=1)
+    threshold: float = knob(0.75, "accuracy in the head at which chains grow", low=0, high=1)
+    steps_after: int = knob(800, "steps at full length; the rate falls in the second half", low=1)
+    max_steps: int = knob(6000, "steps within which chains must reach full length", low=1)
     terse: float = knob(0.5, "share of chains answered in the head", low=0, high=1)
-    full: float = knob(0.3, "share with every step written; the rest writes a prefix", 0, 1)
-    scaffold: float = knob(1.0, "while chains grow: weight of the values at operations", low=0)
+    full: float = knob(0.3, "share with every step written; the rest write a prefix", 0, 1)
+    scaffold: float = knob(1.0, "while chains grow: weight of predicting running values", low=0)
     deep_weight: float = knob(0.0, "weight of the mean loss of the early readouts", low=0)
-    slots: int = knob(0, "words that a chain is filled up to with dots; 0: no dots", low=0)
+    slots: int = knob(0, "words to which dots pad a chain; 0: no dots", low=0)
 
 
 @dataclasses.dataclass
@@ -73,7 +73,7 @@ class Recipe:
 
 @dataclasses.dataclass
 class Batch:
-    """Rows of like length, right-padded; -1 marks positions without a target."""
+    """Rows of similar length, right-padded; -1 marks positions without a target."""
 
     ids: Tensor  # [B, T]
     targets: Tensor  # [B, T] the next token, in the response
@@ -82,7 +82,7 @@ class Batch:
 
 
 class Words:
-    """The vocabulary of one task: a word, a token."""
+    """The vocabulary of one task: one token per word."""
 
     def __init__(self, task: Chains, slots: int):
         self.task, self.slots = task, slots
@@ -93,7 +93,7 @@ class Words:
         return [self.ids[word] for word in text.split()]
 
     def prompt(self, chain: str) -> list[int]:
-        """What the chat template of the tokenizer makes of a chain."""
+        """The ids of a chain, as the tokenizer's chat template renders it."""
         words = self.encode(chain)
         return [BOS, *words, *[DOT] * (self.slots - len(words)), EQUALS]
 
@@ -115,11 +115,11 @@ def main() -> None:
     }
     print(json.dumps(figures, indent=2))
     save(model, Path(config.out), config, words, figures, commit)
-    print(f"written to {config.out}; python scripts/sample.py --model {config.out} tries it")
+    print(f"written to {config.out}; try python scripts/sample.py --model {config.out}")
 
 
 def git_commit() -> str:
-    """The commit before training starts; the code on disk may change meanwhile."""
+    """The commit before training starts, since the code on disk may change during it."""
     command = ["git", "describe", "--always", "--dirty"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
@@ -226,8 +226,8 @@ def train(config: PretrainConfig, words: Words) -> tuple[Transformer, int]:
 def train_step(
     model, optimizer, rows, config, words, longest, growing
 ) -> tuple[float, list[float]]:
-    """One update -> loss of the response, and for each terse longest chain: was it answered?"""
-    rows.sort(key=lambda row: len(row[1]) + len(row[2]))  # rows of like length: little padding
+    """One update -> the response's loss, and for each terse longest chain: was it answered?"""
+    rows.sort(key=lambda row: len(row[1]) + len(row[2]))  # similar lengths need little padding
     half = len(rows) // 2
     tokens = sum(len(response) for *_, response in rows)
     loss, hits = 0.0, []
@@ -246,7 +246,7 @@ def train_step(
 def losses(
     model: Transformer, batch: Batch, config: PretrainConfig, growing: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> the whole loss, the loss of the response, which of batch.in_head are right."""
+    """-> the whole loss, the response's loss, and which of batch.in_head are right."""
     at = (batch.targets >= 0).view(-1).nonzero().view(-1)
     goal = batch.targets.view(-1)[at]
     watch = Watch(range(1, model.full_depth) if config.deep_weight else ())
@@ -266,11 +266,11 @@ def losses(
     return whole, final, (guesses == batch.targets[rows, batch.in_head[rows]]).float()
 
 
-# --- what came of it --------------------------------------------------------------------------
+# --- evaluation and saving --------------------------------------------------------------------
 
 
 def evaluate(model: Transformer, config: PretrainConfig, words: Words, count: int = 2000) -> dict:
-    """Held-out chains: sampled accuracy; greedy in the head, by operations; shares of styles."""
+    """On held-out chains: accuracy, sampled and greedy in the head by length; shares of styles."""
     task, rng = words.task, np.random.default_rng([config.seed, 2])
     source = task.prompts(rng)
     prompts: list[Prompt] = []
@@ -300,10 +300,10 @@ def evaluate(model: Transformer, config: PretrainConfig, words: Words, count: in
 def save(
     model, out: Path, config: PretrainConfig, words: Words, figures: dict, commit: str
 ) -> None:
-    """A folder like any public model's.
+    """Write a folder like any public model's.
 
-    It is declared as a Llama with attention biases, that of o_proj being 0: the same function, and
-    AutoTokenizer leaves our tokenizer alone (a Qwen2 would get Qwen2's splitting into words).
+    It is declared as a Llama with attention biases, zero for o_proj: this computes the same, and
+    AutoTokenizer leaves our tokenizer alone (it would give a Qwen2 model Qwen2's word splitting).
     """
     out.mkdir(parents=True, exist_ok=True)
     s = model.shape

@@ -1,4 +1,4 @@
-"""Write the page that people look at: responses coloured by depth, and the figures of their runs.
+"""Write an HTML page: responses coloured by depth, and the figures of their runs.
 
 python scripts/report.py runs/tiny
 python scripts/report.py runs/sft runs/rl --out both.html
@@ -16,7 +16,7 @@ from nanoexit.report import read_run, write_page
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="several share one page")
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="runs to show on one page")
     parser.add_argument("--out", metavar="FILE", help="default: report.html in the first RUN_DIR")
     parser.add_argument("--title", default="", help="default: the names of the runs")
     parser.add_argument("--note", default="", help="text under the title")

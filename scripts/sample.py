@@ -1,6 +1,6 @@
-"""Let a model write, and show the depth of every token.
+"""Generate text, and show the depth of every token.
 
-python scripts/sample.py                                  the tiny reasoner that is shipped
+python scripts/sample.py                                  the shipped tiny reasoner
 python scripts/sample.py "7 +3 *9" --adapter runs/tiny-sft
 python scripts/sample.py "Why is the sky blue?" --model HuggingFaceTB/SmolLM2-135M-Instruct
 """
@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("prompt", nargs="?", help="default: a few chains of the tiny reasoner's own task")
+    add("prompt", nargs="?", help="default: three chains for the tiny reasoner")
     add("--model", help=f"a folder or hub id (default: the adapter's base, else {TINY})")
     add("--adapter", metavar="RUN_DIR", help="a run whose adapters and exit heads to use")
     add("--policy", help=f"{' | '.join(POLICIES)} (default: head, or full without heads)")
@@ -82,7 +82,7 @@ def arguments() -> argparse.Namespace:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--template", metavar="NAME=VALUE", action="append", default=[], help="template variable")
     add("--html", metavar="FILE", help="also write a page with the depth of every token")
-    add("--json", action="store_true", help="one JSON object a response instead of text")
+    add("--json", action="store_true", help="print one JSON object per response instead of text")
     args = parser.parse_args()
     ranges = {"temperature": (0, 1e6), "top_p": (1e-9, 1), "top_k": (0, math.inf)}
     ranges |= {"max_new_tokens": (1, math.inf), "seed": (0, 2**63 - 1)}
@@ -106,7 +106,7 @@ def template_variables(pairs: list[str]) -> dict:
 
 
 def own_prompts(text: str | None) -> list[Prompt]:
-    """The user's prompt, with its answer if it is a chain; else chains of two, four and six."""
+    """The user's prompt, with its answer if it is a chain; without one, chains of 2, 4 and 6."""
     if text is None:
         chains = load_prompts(Config().data, "held_out", 200)
         return [next(p for p in chains if p.group.startswith(k)) for k in "246"]
@@ -119,10 +119,10 @@ def show(responses: list[Response], tokenizer: Tokenizer, model: Transformer, po
     """Print every response, each token in the colour of its depth, and one line of figures."""
     if not tokenizer.has_template:
         name = printable(model.name)
-        print(f"{name} has no chat template: the plain prompt is continued", file=sys.stderr)
+        print(f"{name} has no chat template; it continues the plain prompt", file=sys.stderr)
     for r in responses:
         g = r.generation
-        # with the prompt's last token before it, a first space is kept
+        # decoded after the prompt's last token, which keeps a leading space
         pieces = tokenizer.pieces(r.prompt_ids[-1:] + g.tokens)[1:]
         n = len(pieces) - (g.finish == "stop")
         prompt = printable(tokenizer.decode(r.prompt_ids, skip_special=True))
@@ -134,7 +134,7 @@ def show(responses: list[Response], tokenizer: Tokenizer, model: Transformer, po
 
 
 def summary(responses: list[Response], full_depth: int, policy: str) -> str:
-    """One line: tokens, mean depth, the deepest token of a response on average, right answers."""
+    """One line: tokens, mean depth, the deepest token averaged over responses, right answers."""
     depths = [r.generation.depths for r in responses]
     mean = np.mean([d for row in depths for d in row])
     deepest = np.mean([max(row) for row in depths])

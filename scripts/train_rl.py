@@ -3,8 +3,8 @@
     python scripts/train_rl.py configs/tiny_rl.yaml
     python scripts/train_rl.py configs/tiny_rl.yaml rl.depth_weight=0    the same without the charge
 
-Starts from the run in run.init; if there is none yet, that SFT run is made first. --resume
-continues an interrupted run.
+Starts from the SFT run in run.init, which is made first if it is missing. --resume continues an
+interrupted run.
 """
 
 from dataclasses import replace
@@ -24,10 +24,10 @@ def main() -> None:
     config = load_config(args.config, args.overrides)
     if not config.run.init:
         raise UserError(
-            f"{args.config}: run.init: name the SFT run to start from, as runs/tiny-sft"
+            f"{args.config}: run.init: name the SFT run to start from, such as runs/tiny-sft"
         )
     if Path(config.run.init).resolve() == Path(config.run.dir).resolve():
-        raise UserError(f"run.init: {config.run.init} is run.dir too; name another run.dir")
+        raise UserError(f"run.init: {config.run.init} is also run.dir; choose another run.dir")
     check(config, args.resume, reinforce=True)
     with processes(config):
         if not (Path(config.run.init) / "adapter" / "nanoexit.json").is_file():
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def make_start(config: Config) -> None:
-    """The SFT run that REINFORCE starts from; an interrupted one is continued."""
+    """Make the SFT run that REINFORCE starts from, or continue an interrupted one."""
     resume = (Path(config.run.dir) / "checkpoint").is_dir()
     check(config, resume)
     model, tokenizer = load_student(config)

@@ -1,10 +1,10 @@
-"""The main job: the base writes traces; a student with exits and adapters learns them.
+"""The main job: the base writes traces, and a student with exits and adapters learns from them.
 
     python scripts/train_sft.py configs/tiny.yaml                     minutes, on a laptop
     torchrun --nproc-per-node 2 scripts/train_sft.py configs/tiny.yaml run.dir=runs/two
 
 Missing traces are written first. --resume continues an interrupted run, to the same weights.
---plan 2 prints the memory that each of two processes would take, and stops.
+--plan 2 prints the memory that each of two processes would need, then stops.
 """
 
 import _path  # noqa: F401
@@ -17,7 +17,7 @@ from nanoexit.training import check, is_main, load_student, memory, processes, r
 
 def main() -> None:
     parser = command_line(__doc__, resume=True)
-    parser.add_argument("--plan", type=int, metavar="PROCESSES", help="print the memory, and stop")
+    parser.add_argument("--plan", type=int, metavar="PROCESSES", help="print the memory needed")
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     check(config, args.resume)
@@ -32,7 +32,7 @@ def main() -> None:
         model, tokenizer = load_student(config)
         with run_directory(config, args.resume) as folder:
             run_sft(model, tokenizer, config, folder)
-            if is_main() or config.run.shard:  # of a sharded base all are needed
+            if is_main() or config.run.shard:  # a sharded base needs every process
                 rows = evaluate_run(model, tokenizer, config, folder)
             if not is_main():
                 return

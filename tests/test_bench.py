@@ -124,7 +124,7 @@ def test_growth_is_told_by_its_last_doubling(tmp_path, capsys):
 MISTAKES = {
     "decode --rounds=1": "--rounds: expected at least 2, found 1",
     "table --out=/no/such": r"/no/such: no \*.jsonl",
-    "rollout --batch=1": "--batch: a rollout",
+    "rollout --batch=1": "--batch: rollout expects",
     "train --peer=llama.cpp": "--peer llama.cpp",
 }
 

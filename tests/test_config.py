@@ -131,7 +131,7 @@ SCRIPTS = [
     ("train_sft", ["configs/none.yaml"], "configs/none.yaml: no such file"),
     ("train_sft", [TINY, "--resume"], "holds no run"),
     ("train_rl", [TINY_RL, "run.init=null"], "run.init: name the SFT run"),
-    ("train_rl", [TINY_RL, "run.init=run"], "run.init: run is run.dir too"),
+    ("train_rl", [TINY_RL, "run.init=run"], "run.init: run is also run.dir"),
     ("evaluate", [TINY], "no such folder"),
 ]
 
