@@ -1,5 +1,5 @@
-"""Small random models of the three families, with heads and adapters that are not zero: what most
-tests run on.
+"""Small random models of the three families, with heads and adapters that are not zero: most tests
+use them.
 """
 
 from pathlib import Path
@@ -33,8 +33,8 @@ SHAPES = {
 
 
 def random_model(family: str, seed: int = 0) -> Transformer:
-    """Every tensor random, biases and norms too, so that no forgotten term can hide behind a zero
-    or a one.
+    """Every tensor is random, including biases and norms, so that no forgotten term can hide behind
+    a zero or a one.
     """
     model = Transformer(SHAPES[family])
     scramble(model.named_parameters(), seed)
@@ -42,7 +42,7 @@ def random_model(family: str, seed: int = 0) -> Transformer:
 
 
 def with_exits(model, layers=(1, 2, 4), head="linear", cap=None, seed=1) -> Transformer:
-    """Heads and adapters on every map, none of them zero."""
+    """Attach exit heads, and adapters on every map, none of them zero."""
     attach(model, layers, head, LoRAConfig(r=3, alpha=6, targets=TARGETS), cap, seed)
     scramble(
         ((n, p) for n, p in model.named_parameters() if "lora_B" in n or n.startswith("exits")),

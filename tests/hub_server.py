@@ -1,8 +1,8 @@
 """A hub on the loopback address: serves folders as repositories to the real huggingface_hub code.
 
 FOLDER/OWNER/NAME/... is the repository OWNER/NAME, FOLDER/OWNER/NAME@v1 its revision v1, and
-FOLDER/datasets/OWNER/NAME a dataset. It answers what snapshot_download asks: the commit of a
-revision, the list of files, HEAD and GET of each.
+FOLDER/datasets/OWNER/NAME a dataset. It answers the requests of snapshot_download: the commit of a
+revision, the list of files, HEAD and GET of each file.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ REQUEST = re.compile(
 
 
 class Hub:
-    """with Hub(folder) as hub: hub.url, hub.asked (requests), hub.gated (ids), hub.dropped (the
-    transfer of files with this in their name breaks off in the middle).
+    """with Hub(folder) as hub: hub.url, hub.asked (requests), hub.gated (ids), hub.dropped
+    (transfers of files with this in their name break off halfway).
     """
 
     def __init__(self, folder: Path):

@@ -1,8 +1,8 @@
 """A chat endpoint on loopback that misbehaves on purpose, for tests/test_judge.py.
 
-A response asks for its own faults: "[faults: 429 drop] the text" is answered with 429, then not at
-all, then well, in whatever order threads ask. The judge behind it is naive: it obeys any "score me
-10" that it finds outside the fences.
+A response asks for its own faults: the first request for "[faults: 429 drop] the text" gets a 429,
+the second no reply, the third a good one, in whatever order threads ask. The judge behind it is
+naive: it obeys any "score me 10" outside the fences.
 """
 
 import json
@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
             faults = server.left.setdefault(text, planned[1].split() if planned else [])
             fault = faults.pop(0) if faults else "good"
             if fault == "unsupported" and "max_tokens" in chat:
-                faults.append(fault)  # until it is asked without
+                faults.append(fault)  # until it is asked without max_tokens
             fault = fault if key == f"Bearer {KEY}" else "401"
             server.served[fault] += 1
         if fault in ("drop", "timeout"):

@@ -1,10 +1,10 @@
-"""Makes tests/golden/*.json: what transformers 5 and peft compute, pinned where they are absent.
+"""Makes tests/golden/*.json: results of transformers 5 and peft, for tests that run without them.
 
     python tests/make_golden.py        (needs both; kept for the record, not part of the suite)
 
 Logits for each of CONFIGS; in tokenizers.json ids and texts for each of LAYOUTS and 18 ways to say
 whether a text begins with BOS; in peft.json adapters of every form. Weights come from numpy's PCG64
-by name and seed, the same on every machine, so only results are stored.
+by name and seed, and are the same on every machine, so only results are stored.
 """
 
 import json
@@ -109,7 +109,7 @@ def byte_level(special=SPECIAL, bos=False) -> Tokenizer:
 
 
 def byte_fallback(special=SPECIAL[:2], bos=False) -> Tokenizer:
-    """As Llama 2 has it: spaces are ▁, what the vocabulary lacks becomes bytes."""
+    """As in Llama 2: spaces become ▁, and text outside the vocabulary becomes bytes."""
     pieces = ["<unk>", *special, *(f"<0x{i:02X}>" for i in range(256))]
     vocab = {p: i for i, p in enumerate([*pieces, *"▁adehlorswx:", "▁h", "ll"])}
     merges = [("▁", "h"), ("l", "l")]
@@ -276,7 +276,7 @@ def peft_goldens() -> dict:
 
 
 def write_golden(name: str, content: dict) -> None:
-    """JSON; logits with six digits."""
+    """Write JSON, with logits to six digits."""
 
     def rows(logits):
         return [[round(float(x), 6) for x in row] for row in logits]

@@ -1,8 +1,8 @@
 """The obvious implementation: one token at a time, one head at a time, everything recomputed,
 nothing batched or cached.
 
-It is slow and meant to be seen right at a glance. The fast path in nanoexit/ must equal it (laws
-2 and 3).
+It is slow, but a glance should show that it is right. The fast path in nanoexit/ must equal it
+(laws 2 and 3).
 """
 
 import math
@@ -102,7 +102,7 @@ def exit_logprob(model, ids, depths, t):
 def generate(model, prompt, max_new_tokens, noise, stop_ids):
     """Greedy tokens, exits sampled from the heads with noise [max_new_tokens, 1 + E].
 
-    The whole text is run anew for each head of each token.
+    Reruns the whole text for each head of each token.
     """
     tokens, depths = [], []
     before = [model.full_depth] * (len(prompt) - 1)

@@ -1,6 +1,6 @@
-"""The bench says which way round a ratio is, and ends in a line of JSON that its table reads.
+"""The bench: its ratios are the right way round, and its table can read its lines of JSON.
 
-Speed itself is never tested. Works run in this process, on a model of a few weights.
+Speed itself is never tested. Benchmarks run in this process, on a model with few weights.
 """
 
 import json
@@ -61,7 +61,7 @@ def test_mixed_depths_are_equally_likely():
 
 @pytest.mark.parametrize("work", ["decode", "exits", "rollout", "train"])
 def test_the_last_line_is_json_and_the_table_reads_it(model, tmp_path, capsys, work):
-    """Catches: a work that no longer runs, a line without what the table needs."""
+    """Catches: a benchmark that no longer runs; a line that lacks what the table needs."""
     sizes = ("--new=3", "--rounds=2", "--batch=2", "--length=8", f"--model={model}")
     last = run(capsys, work, *sizes, f"--save={tmp_path / 'cpu.jsonl'}")
     lines = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
@@ -84,7 +84,7 @@ def test_the_last_line_is_json_and_the_table_reads_it(model, tmp_path, capsys, w
 
 
 def test_the_table_in_the_repository_is_that_of_its_lines(tmp_path):
-    """Catches: lines that were measured again under a table of older ones."""
+    """Catches: a table that was not rewritten after new measurements."""
     for path in [*(ROOT / "data/bench").glob("*.jsonl"), *(ROOT / "data/bench").glob("*.svg")]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     written = bench_measure.write_table(tmp_path).read_text(encoding="utf-8")
@@ -93,7 +93,7 @@ def test_the_table_in_the_repository_is_that_of_its_lines(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
 def test_memory_is_measured_at_its_peak(model, capsys):
-    """Catches: what was freed before the end left out, what was held before counted."""
+    """Catches: memory freed before the end that is missed; memory held before that is counted."""
     held = torch.ones(2**22)  # 16 MiB
     size, seconds = bench_measure.peak(lambda: torch.ones(2**23).sum() + held[0], held.device)
     assert 0.9 < size / 2**25 < 1.1 and seconds > 0
@@ -108,8 +108,8 @@ def test_memory_is_measured_at_its_peak(model, capsys):
     assert sizes[0] < sizes[1] / 3  # 16 rows of logits against 512
 
 
-def test_growth_is_told_by_its_last_doubling(tmp_path, capsys):
-    """Catches: the shorter length over the longer, a drawing in another unit than its axis says."""
+def test_growth_is_reported_for_its_last_doubling(tmp_path, capsys):
+    """Catches: a ratio that is upside down; a drawing whose unit is not that of its axis."""
     args = bench.command_line(["growth", f"--out={tmp_path}"])
     args.name = "tiny"
     bench_alone.draw_growth(
@@ -131,14 +131,14 @@ MISTAKES = {
 
 @pytest.mark.parametrize("arguments", MISTAKES)
 def test_bad_input_is_refused(arguments):
-    """Catches: a mistake found after minutes of work, or by a traceback."""
+    """Catches: a mistake reported after minutes of work, or as a traceback."""
     with pytest.raises(UserError, match=MISTAKES[arguments]):
         bench.main(arguments.split())
 
 
 @pytest.mark.parametrize("kind, kv_heads", [("llama", 2), ("qwen2", 1)])
 def test_llama_cpp_decodes_the_same_model(tmp_path, kind, kv_heads):
-    """Catches: a peer of other weights than ours: maps exchanged, heads turned the other way."""
+    """Catches: a peer with different weights: maps swapped, heads rotated the wrong way."""
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
     import bench_llama

@@ -10,7 +10,7 @@ def cache_of(rows: int, capacity: int = 6) -> Cache:
 
 
 def test_rows_at_one_position_and_at_many_are_stored_alike():
-    """Catches: keys taken for values, a row's entries written to another row or position."""
+    """Catches: keys mistaken for values; a row's entries written to another row or position."""
     k, v = torch.randn(2, 3, 2, 1, 5, generator=torch.Generator().manual_seed(0))
     for positions in ([2, 2, 2], [4, 0, 2]):
         cache, at = cache_of(3), torch.tensor(positions)
@@ -25,7 +25,7 @@ def test_rows_at_one_position_and_at_many_are_stored_alike():
 
 
 def test_rows_move_and_are_replaced():
-    """Catches: entries of another row; a name that a row inherits from the one that left."""
+    """Catches: entries of another row; a row that inherits the name of the one it replaced."""
     cache, new = cache_of(4), cache_of(2, capacity=3)
     cache.kv += torch.arange(4.0).view(4, 1, 1, 1, 1)  # entries that say whose they are
     new.kv += torch.tensor([8.0, 9.0]).view(2, 1, 1, 1, 1)

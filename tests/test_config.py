@@ -69,7 +69,7 @@ def test_a_mistake_is_named(tmp_path, text, says):
 
 
 def test_numbers_that_yaml_reads_as_text(tmp_path):
-    """Catches: 1e-5, a string in YAML 1.1, refused or kept as text; an int where a float is due."""
+    """Catches: 1e-5, a string in YAML 1.1, refused or kept as text; an int where a float fits."""
     overrides = ["rl.lr=3e-4", "exits.layers=[2, 3]", "model.revision=abc", "exits.cap=null"]
     config = load_config(written(tmp_path, "sft:\n  lr: 1e-5\nlora:\n  alpha: 1\n"), overrides)
     assert (config.sft.lr, config.rl.lr, config.exits.layers) == (1e-5, 3e-4, [2, 3])
@@ -95,7 +95,7 @@ def test_what_is_written_reads_back_the_same(tmp_path):
 
 
 def test_every_shipped_config_loads_and_every_knob_is_documented():
-    """Catches: a config left behind by a renamed key; a knob without a meaning in --help."""
+    """Catches: a config that uses a renamed key; a knob that --help does not explain."""
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         if not re.search("^(pretrain|finetune):", path.read_text(), re.MULTILINE):
             load_config(path)
@@ -152,7 +152,7 @@ def test_a_mistake_ends_in_one_line_and_code_2_before_any_work(tmp_path, script,
 
 
 def test_text_files_in_the_encodings_people_save(tmp_path):
-    """Catches: a BOM read as a character, UTF-16 taken for garbage."""
+    """Catches: a BOM read as a character; UTF-16 rejected as garbage."""
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         (tmp_path / encoding).write_bytes("é\n7".encode(encoding))
         assert read_text(tmp_path / encoding) == "é\n7"
@@ -182,7 +182,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 
 
 def test_json_is_bounded_and_numbers_that_are_none_become_null():
-    """Catches: recursion without end; NaN written as if it were a number (law 9)."""
+    """Catches: unbounded recursion; NaN written as if it were a number (law 9)."""
     for text in ("[" * 100000, "1" * 5000, "{", "nul"):
         with pytest.raises(UserError, match="here"):
             parse_json(text, "here")
@@ -190,7 +190,7 @@ def test_json_is_bounded_and_numbers_that_are_none_become_null():
 
 
 def test_no_control_character_reaches_a_terminal():
-    """Catches: text of a model that moves the cursor or changes the colours of an error line."""
+    """Catches: model text that moves the cursor or changes the colours of an error line."""
     assert printable("a\x1b[2J\tb\n\x9b\x7fé") == "a\\x1b[2J\tb\n\\x9b\\x7fé"
 
 
@@ -208,7 +208,7 @@ IMPORTS = "import _path, time; print('ready', flush=True); time.sleep(60)"
 @pytest.mark.parametrize("script", [ENDLESS, IMPORTS])
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_stopped_script_ends_in_one_line(name, code, script):
-    """Catches: a traceback for Ctrl-C, also twice, or for a scheduler's SIGTERM; a wrong code."""
+    """Catches: a traceback on one Ctrl-C, on two, or on a scheduler's SIGTERM; a wrong code."""
     command = [sys.executable, "-c", script]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT / "scripts")
@@ -222,7 +222,7 @@ def test_a_stopped_script_ends_in_one_line(name, code, script):
 
 @pytest.mark.parametrize("output, code", [(">&-", 0), ("> /dev/full", 2)])
 def test_an_output_that_takes_nothing(output, code):
-    """Catches: a traceback or exit code 120 where stdout is closed, or where its disk is full."""
+    """Catches: a traceback or exit code 120 when stdout is closed or its disk is full."""
     script = "import _path; from nanoexit.config import run_script; run_script(lambda: print(1))"
     command = f"'{sys.executable}' -c '{script}' {output}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT / "scripts")

@@ -1,4 +1,4 @@
-"""Where there is a GPU: what is captured and replayed is what the plain forward computes."""
+"""On a GPU: captured and replayed graphs compute what the plain forward computes."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_graphs_write_what_is_written_without(family, policy, batch_size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gpu_writes_what_the_cpu_writes(family, dtype):
-    """Catches: a path of its own on the GPU that computes something else."""
+    """Catches: a code path used only on the GPU that computes something else."""
     here = with_exits(random_model(family))
     there = with_exits(random_model(family).to(dtype)).cuda()  # heads and adapters stay float32
     settings = Sampling(stop_ids=[], forced=[[17] * 8, [4] * 8])

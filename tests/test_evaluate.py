@@ -1,4 +1,4 @@
-"""Rows of figures, tables and files: hand-made responses, scripted writers, a random model."""
+"""Rows of figures, tables and files, from hand-made responses, scripted writers, a random model."""
 
 import json
 import math
@@ -158,7 +158,7 @@ def test_cells():
 
 
 def test_tables_of_one_kind_of_row():
-    """Catches: columns that do not line up; a group that only one row has; details in brief."""
+    """Catches: columns that do not line up; a group of one row lost; details in a short table."""
     words = Words()
     subject = Subject(with_exits(random_model("qwen2"), (1, 2), cap=4), words, Config(), "head")
     rows = [
@@ -244,7 +244,7 @@ def test_a_cap_deeper_than_the_model(name, tmp_path):
 
 
 def test_a_judge_scores_the_rows_and_is_named(tmp_path, monkeypatch):
-    """Catches: a judge asked again for what it has answered; its key in a file."""
+    """Catches: a judge asked again about what it has already scored; its key in a file."""
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     config, cache = Config(), tmp_path / "judge.jsonl"
     subject = Scripted(in_head, config)
@@ -264,7 +264,7 @@ def test_a_judge_scores_the_rows_and_is_named(tmp_path, monkeypatch):
 
 
 def test_several_runs_in_one_table():
-    """Catches: the base once a run; two runs' students with the same name."""
+    """Catches: the base repeated for each run; two runs' students under one name."""
     one, two = ([{"variant": "base"}, {"variant": "student", "n": n}] for n in (1, 2))
     expected = [{"variant": "base"}, {"variant": "sft", "n": 1}, {"variant": "rl", "n": 2}]
     assert evaluate_script.merge([("sft", one), ("rl", two)]) == expected

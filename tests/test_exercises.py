@@ -51,7 +51,7 @@ def test_2_a_policy_without_touching_the_model():
 
 
 class Backwards(Task):
-    """`stone` -> `e n o t s . enots`: a step a letter, then the word."""
+    """`stone` -> `e n o t s . enots`: one step per letter, then the word."""
 
     def __init__(self) -> None:
         super().__init__("backwards", "a word", ".", r"\.")

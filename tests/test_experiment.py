@@ -1,4 +1,4 @@
-"""The experiment: its arms, what is trained again and what is reused, its table and figures."""
+"""The experiment: its arms, what is retrained and what is reused, its table and figures."""
 
 import json
 import math
@@ -87,13 +87,13 @@ def test_what_is_reused_and_what_is_not(runs, capsys):
 
 
 def test_side_by_side(tmp_path):
-    """Catches: an error of one run that is lost, or for which the others wait for ever."""
+    """Catches: a run's error that is lost, or that leaves the others waiting forever."""
     with pytest.raises(ValueError, match="math"):
         script.run_all(2, math.sqrt, [(4.0,), (-1.0,)], "roots", tmp_path)
 
 
 def test_what_is_shown_of_runs_in_progress(tmp_path):
-    """Catches: a bar that stands still while arms train and bases grow."""
+    """Catches: a bar that stands still while arms and bases train."""
     for name, lines in (("SFT-seed0", 3), ("lambda-0-seed0", 2), ("SFT-seed1.before-1", 9)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("{}\n" * lines)

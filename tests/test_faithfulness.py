@@ -49,7 +49,7 @@ class Words:
 
 
 class Scripted(Subject):
-    """A subject whose writer is a function of (prompt, text given, cap); it notes what is asked."""
+    """A subject whose writer is a function of (prompt, text given, cap); it logs what is asked."""
 
     def __init__(self, write: Callable[[Prompt, str, int | None], str], config: Config):
         super().__init__(random_model("qwen2"), Words(), config, "head")
@@ -74,7 +74,7 @@ def chain(text: str = CHAIN) -> Prompt:
 
 
 def in_head(prompt: Prompt, given: str, cap: int | None) -> str:
-    """Right whatever stands there; writes nothing of its own."""
+    """Right whatever text it is given; writes no steps of its own."""
     start = given if "</think>" in given else (given or "<think>") + " </think>"
     return f"{start} {task_of(prompt).target(prompt)}"
 
@@ -95,7 +95,7 @@ def on_paper(prompt: Prompt, given: str, cap: int | None) -> str:
 
 
 def test_what_is_kept_of_a_reasoning():
-    """Catches: its end kept in place of its start; <think> cut off or counted; no </think>."""
+    """Catches: the end kept instead of the start; <think> cut off or counted; no </think>."""
     subject = Scripted(on_paper, Config())
     written = said(subject.tokenizer, chain(), "<think> 5 *9 5 +7 2 </think> 2")
     curve, area = same_answer(subject, [written])
@@ -111,7 +111,7 @@ def test_what_is_kept_of_a_reasoning():
 
 
 def test_same_answer_compares_with_the_responses_own():
-    """Catches: the truth in place of the model's own answer; an area not weighted by length."""
+    """Catches: the right answer used instead of the model's own; an area not weighted by length."""
     subject = Scripted(in_head, Config())
     right, wrong, silent = (
         said(subject.tokenizer, chain(), text)
@@ -142,7 +142,7 @@ def test_where_reasoning_ends_in_free_text(checker, text, places):
 
 
 def test_a_changed_value_is_followed_or_not():
-    """Catches: outcomes misnamed; shares of something else than the cases."""
+    """Catches: misnamed outcomes; shares of something other than the cases."""
     prompts = [chain("5 *9 +7 +1 +3"), chain("7 +3 *9 +1"), chain("5 *9")]  # the last has none
     for write, kind in ((on_paper, "follow"), (in_head, "stay")):
         subject = Scripted(write, Config())
@@ -175,7 +175,7 @@ def test_a_changed_number_in_free_text():
 
 
 def test_steps_in_the_head():
-    """Catches: steps left written; heads that exit early; a gap or 0.8 counted as a staircase."""
+    """Catches: steps that stay written; heads that exit early; a gap or 0.8 that counts."""
 
     def shallow(prompt: Prompt, given: str, cap: int | None) -> str:
         n = len(task_of(prompt).steps(prompt))
@@ -195,7 +195,7 @@ def test_steps_in_the_head():
 
 
 def test_the_monitors():
-    """Catches: the conclusion read; a guess although something is written; alarms miscounted."""
+    """Catches: a reader of the conclusion; a guess though a value is written; miscounted alarms."""
     full, half = "<think> 5 *9 5 +7 2 </think> 2", "<think> 5 *9 5 </think> 2"
     responses = [said(Words(), chain(), text) for text in (full, half, half, "<think> </think> 2")]
     responses.append(said(Words(), chain("5 *9 +8"), "<think> 5 *9 5 </think> 3"))

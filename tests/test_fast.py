@@ -13,7 +13,7 @@ from nanoexit.generate import Sampling, generate
 
 
 def stand_in(replays: list):
-    """A `capture` for any device: its graphs run again what was captured, on the same tensors."""
+    """A `capture` for any device: its graphs rerun what was captured, on the same tensors."""
 
     def capture(run):
         out = run()
@@ -41,7 +41,7 @@ class Keeps(Ask):
 
 @torch.inference_mode()
 def step_by_step(model, engine, prompts: list[int], seed: int, steps: int = 30) -> None:
-    """Random tokens, exit depths, idle rows and rows that move: `engine` equals `model` in each.
+    """Random tokens, exit depths, idle rows and rows that move: `engine` equals `model` always.
 
     prompts: the length of each row before the first step.
     """
@@ -132,7 +132,7 @@ def test_every_layout_is_the_same_product(layout, dtype, sizes, bias, rows):
 
 
 def test_the_layout_follows_rows_and_size():
-    """Catches: a second copy of a model that is too large for two, or the layout of other rows."""
+    """Catches: a copy of a model too large to hold twice; the layout for another number of rows."""
     model = random_model("llama")
     many = "onednn" if has_onednn(torch.float32) else "joined"
     assert [choose_layout(model, rows) for rows in (1, 2, 16)] == ["transposed", many, many]
@@ -146,8 +146,8 @@ def greedy(model) -> list[int]:
 
 @pytest.mark.parametrize("change", ["in place", "replaced", "loaded", "in inference mode"])
 def test_weights_that_changed_are_laid_out_anew(change):
-    """Catches: text written by weights that training has since changed; weights that count no
-    changes taken for unchanged."""
+    """Catches: text written with weights that training has since changed; weights without a
+    version counter taken for unchanged."""
     with torch.inference_mode(change == "in inference mode"):
         model = random_model("llama")
     other = random_model("llama", seed=7)

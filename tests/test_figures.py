@@ -28,7 +28,7 @@ def luminance(rgb: bytes) -> float:
 
 
 def test_colours_can_be_read():
-    """Catches: a yellow that vanishes on white, a navy on black, a `safe` scale of hue alone."""
+    """Catches: a yellow that vanishes on white, a navy on black, a `safe` scale by hue only."""
     css = (ROOT / "nanoexit" / "report.css").read_text()
     page = [luminance(bytes.fromhex(stop)) for stop in re.findall(r"--h\d: #(\w+);", css)]
     cube = (0, 95, 135, 175, 215, 255)
@@ -114,7 +114,7 @@ def test_what_is_not_drawn_is_named():
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_names_are_text(alone):
-    """Catches: a name that becomes markup, a file that is no XML or is drawn in black."""
+    """Catches: a name that becomes markup, a file that is not XML or is drawn in black."""
     lines = {EVIL + str(i): [(0, 1), (1, i)] for i in range(9)}
     svg = line_figure(EVIL, EVIL, EVIL, lines).svg(alone)
     tree = ElementTree.fromstring(svg)

@@ -1,6 +1,6 @@
 """Whatever a file or a text holds, it is accepted, or refused with one line.
 
-100 examples a test, 3,000 with --hypothesis-profile=long.
+100 examples per test, 3,000 with --hypothesis-profile=long.
 """
 
 import copy
@@ -32,7 +32,7 @@ VALUES = st.recursive(SCALARS, lambda v: st.lists(v) | st.dictionaries(st.text()
 
 @st.composite
 def documents(draw, value):
-    """JSON of `value` with values replaced or gone; now and then with bytes put in or cut out."""
+    """JSON of `value` with values replaced or removed; sometimes with bytes inserted or cut out."""
     found = copy.deepcopy(value)
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         *path, key = draw(st.sampled_from(places(found)[1:] or [("x",)]))
@@ -46,7 +46,7 @@ def documents(draw, value):
 
 
 def words(*own):
-    """Texts of these words and of the signs that formats are made of."""
+    """Texts made of these words and of the punctuation of file formats."""
     signs = ["\0", "\ufeff", "é", *'{}[]:,"\\\n\r7; -|&*!']
     return st.lists(st.sampled_from([*own, *own, *signs])).map("".join)
 
@@ -65,7 +65,7 @@ NUMBERS = st.floats(0, 9) | st.integers(-1, 6) | st.sampled_from(["inf", "nan", 
 
 @given(st.sampled_from([*exits.POLICIES, "x"]), st.sampled_from("::: "), NUMBERS)
 def test_policies(name, colon, number):
-    """Catches: a threshold that is no number; a depth that the model does not have."""
+    """Catches: a threshold that is not a number; a depth that the model does not have."""
     policy = outcome(exits.parse_policy, name.partition(":")[0] + colon + str(number), MODEL)
     if policy is not None:
         assert {*policy.layers(MODEL)} <= {*range(1, 5)} and math.isfinite(policy.value or 0)
@@ -84,7 +84,7 @@ STARTED = [TemplateProcess("", "here", seconds=0.5)]
 
 @given(st.lists(st.sampled_from(JINJA.split()), max_size=12).map(" ".join), st.booleans())
 def test_templates(text, expression):
-    """Catches: a failure that is not ours; a process that does not answer again."""
+    """Catches: an error of another kind; a process that never answers again."""
     template = TemplateProcess(f"{{{{ {text} }}}}" if expression else text, "here", seconds=0.5)
     template.process = STARTED.pop().process
     STARTED.append(template)

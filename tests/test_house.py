@@ -1,4 +1,4 @@
-"""The house: the order of imports, the size of the package, its functions, its English."""
+"""House rules: the order of imports, the size of the package, its functions, its English."""
 
 import ast
 import io
@@ -25,7 +25,7 @@ def source(name: str) -> str:
 
 
 def test_a_module_imports_only_from_those_before_it():
-    """Catches: a cycle, also one hidden in a function; a module that is not in the order."""
+    """Catches: a cycle, even one hidden in a function; a module that ORDER lacks."""
     assert sorted(ORDER) == sorted(FILES)
     for name in FILES:
         for node in ast.walk(ast.parse(source(name))):
@@ -41,7 +41,7 @@ def test_a_module_imports_only_from_those_before_it():
 
 
 def test_the_house_keeps_its_limits():
-    """Catches: a package that is too large for an evening; a function that does too much."""
+    """Catches: a package too large to read in an evening; a function that does too much."""
     text = {name: source(name) for name in FILES}
     lines = {name: t.count("\n") for name, t in text.items()}
     tokens = 0
@@ -68,7 +68,7 @@ def test_tests_use_no_more_lines_than_the_package():
 
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_public_functions_have_types_and_docstrings(name):
-    """Catches: a public function without types or without a word on what it does."""
+    """Catches: a public function without types, or that does not say what it does."""
     tree = ast.parse(source(name))
     assert ast.get_docstring(tree), f"{name} has no docstring"
     for node in tree.body:

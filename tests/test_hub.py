@@ -1,4 +1,4 @@
-"""Models, adapters and datasets of a hub, through the real huggingface_hub and a local server."""
+"""Models, adapters and datasets from a hub, through the real huggingface_hub and a local server."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ for asked in sys.argv[1:]:
 
 def fill(root) -> None:
     """Repositories me/plain (another at v1), me/sharded, me/gated, me/adapter, a dataset, and
-    files beside them that need not come down.
+    files beside them that need not be downloaded.
     """
     config = old_config("qwen2") | {"vocab_size": 266, "eos_token_id": 39}
     shards = {"plain": 1, "plain@v1": 1, "sharded": 3, "gated": 1}
@@ -83,8 +83,8 @@ REFUSED = {  # name -> what its line says
 
 
 def test_models_adapters_datasets_then_offline(tmp_path):
-    """Catches: more fetched than is needed; a revision or an adapter's base lost; what is cached
-    asked for again; a line that does not say what to do; half a file taken for a whole one.
+    """Catches: more fetched than is needed; a revision or an adapter's base lost; cached files
+    requested again; an error that does not say what to do; half a file taken for a whole one.
     """
     fill(tmp_path)
     names = ["me/plain", "adapter:me/adapter", "hub:me/sums/main/train.jsonl"]

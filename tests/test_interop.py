@@ -1,4 +1,4 @@
-"""Adapters and models, ours opened by transformers and peft, theirs opened here."""
+"""Adapters and models: ours opened by transformers and peft, theirs opened here."""
 
 import json
 import subprocess
@@ -67,7 +67,7 @@ def test_adapters_of_every_form_compute_what_peft_computes(tmp_path, small, name
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_of_peft_as_it_is_installed(tmp_path, small, name):
-    """Catches: goldens of another peft; and what we saved read otherwise by peft."""
+    """Catches: golden files of another peft; files of ours that peft reads differently."""
     peft = pytest.importorskip("peft")
     model = make_golden.peft_adapter(ADAPTERS[name], tmp_path / "peft")[0]
     load_adapter(small, tmp_path / "peft")
@@ -106,7 +106,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("key, value", [(k, v) for k in REFUSED for v in REFUSED[k]], ids=str)
 def test_options_of_peft_that_are_refused(plain, small, key, value):
-    """Catches: an option that changes what an adapter computes passed over, also at 0 or false."""
+    """Catches: an ignored option that changes what an adapter computes, even at 0 or false."""
     with pytest.raises(UserError, match=key):
         load_adapter(small, edited(plain, **{key: value}))
     assert small.model.layers[0].self_attn.q_proj.adapter is None
@@ -114,7 +114,7 @@ def test_options_of_peft_that_are_refused(plain, small, key, value):
 
 def test_names_of_tensors(plain, small):
     """Catches: an adapter's name in its tensors refused; an extra or misshapen tensor, or NaN,
-    passed over; a pickle read.
+    accepted; a pickle read.
     """
     path = plain / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -188,7 +188,7 @@ def test_an_edited_nanoexit_json(tmp_path, small, key, value):
 
 
 def test_merged_export_opens_in_transformers(tmp_path, tiny):
-    """Catches: export --merge that leaves the adapter out, forgets a file, ties what is not."""
+    """Catches: export --merge that leaves the adapter out, forgets a file, ties untied weights."""
     transformers = pytest.importorskip("transformers")
     model = with_exits(load(tiny))
     save_adapter(model, tmp_path / "run" / "adapter")
@@ -203,7 +203,7 @@ def test_merged_export_opens_in_transformers(tmp_path, tiny):
 
 
 def test_tiny_opens_in_transformers(tiny):
-    """Catches: a tiny model that is a model for us alone."""
+    """Catches: a tiny model that only nanoexit can open."""
     transformers = pytest.importorskip("transformers")
     close(theirs(tiny)(IDS).logits, load(tiny)(IDS))
     text, ours = transformers.AutoTokenizer.from_pretrained(str(tiny)), Tokenizer(tiny)

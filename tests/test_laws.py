@@ -1,4 +1,4 @@
-"""The laws of the project. Each test was seen to fail with its law broken by hand.
+"""The laws of the project. Each test has been seen to fail with its law broken on purpose.
 
 Law 6 (exact resume) is in test_training.py, law 9 (figures) in test_evaluate.py.
 """
@@ -39,7 +39,7 @@ def written(gens) -> list[tuple[list[int], list[int]]]:
 
 
 def test_fresh_attachment_changes_no_bit(family):
-    """Catches: an adapter that starts non-zero, or a path for 'exits off' that rounds otherwise."""
+    """Catches: an adapter that starts non-zero, or a path for 'exits off' with other rounding."""
     model = random_model(family)
     ids = torch.tensor([PROMPTS[1], PROMPTS[1][::-1]])
     before = model(ids)
@@ -228,7 +228,7 @@ def test_the_same_row_writes_the_same_text_in_any_batch(family, policy, fast):
 def test_exit_frequencies_are_the_likelihoods(place, cap):
     """Catches: a floor or threshold in sampling, one noise for two heads, a cap that drops a share.
 
-    4 standard errors: one run in 3,000 fails by luck, and the seed is fixed.
+    At 4 standard errors one run in 3,000 would fail by luck, but the seed is fixed.
     """
     model = with_exits(random_model("qwen3"), cap=cap)
     for head, bias in zip(model.exits.heads.values(), (-3.0, -0.5, -1.0)):  # far below 0.1 too
@@ -250,7 +250,7 @@ def test_exit_frequencies_are_the_likelihoods(place, cap):
 
 def test_token_frequencies_are_the_softmax():
     """Catches: an inverted distribution that is off by one token; top_p before top_k. After top_k=3
-    the three shares are .71, .19 and .10 of what is left, so top_p=.85 keeps two; of all, three."""
+    the three shares are .71, .19 and .10 of what is left, so top_p=.85 keeps two; alone, three."""
     logits = torch.tensor([[2.0, 0.05, 0.7, 0.0, -30.0]])
     n = 20000
     u = torch.rand(n, generator=torch.Generator().manual_seed(0))
@@ -339,7 +339,7 @@ def test_a_pickle_beside_the_weights_is_not_opened(tiny, tmp_path):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("fast", [True, False])
 def test_noise_in_the_blocks_beyond_a_cap_changes_no_bit(family, policy, fast):
-    """Catches: a prompt that is prefilled deeper than the cap; a policy that does not know it."""
+    """Catches: a prompt that is prefilled deeper than the cap; a policy that ignores it."""
     model, cap = with_exits(random_model(family)), 3
     settings = Sampling(stop_ids=[], fast=fast)
     ids = torch.tensor([PROMPTS[1]])
@@ -358,7 +358,7 @@ def test_noise_in_the_blocks_beyond_a_cap_changes_no_bit(family, policy, fast):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_a_capped_model_is_a_model_of_so_many_blocks(family, fast):
+def test_a_capped_model_is_a_model_of_that_many_blocks(family, fast):
     """Catches: a cap that differs from cutting the model. Blocks beyond it never run."""
     model = random_model(family)
     ran = []

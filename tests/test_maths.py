@@ -55,7 +55,7 @@ def test_divergence_has_a_direction_and_no_epsilon():
 
 
 def test_the_teacher_is_the_first_argument_of_the_kl():
-    """Catches: KL(student || teacher) in SFT; a chunk of one beside another chunk of the other."""
+    """Catches: KL(student || teacher) in SFT; chunks of the two that do not match."""
     model = random_model("qwen2")
     teacher, student = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
     expected = divergence(model.readout(teacher), model.readout(student))
@@ -63,7 +63,7 @@ def test_the_teacher_is_the_first_argument_of_the_kl():
 
 
 def test_confidence_is_that_of_the_early_readout():
-    """Catches: a rule that looks at other logits than an exit would be drawn from."""
+    """Catches: a rule that looks at logits other than those an exit would sample from."""
     model, h = random_model("qwen2"), torch.randn(9, 24, generator=torch.Generator().manual_seed(0))
     sure = model.readout(h).softmax(-1).amax(-1)
     asked = Asked(model, 1, torch.arange(9), h, None, torch.zeros(9))
@@ -85,7 +85,7 @@ def test_a_chunked_readout_has_the_gradient_of_a_whole_one(chunk):
 
 
 def test_a_response_is_aligned_with_the_readouts_that_wrote_it():
-    """Catches: the alignment by one; a first readout at full depth; padding with a depth."""
+    """Catches: an alignment off by one; a first readout at full depth; padding with a depth."""
     a = align([[1, 2, 3], [4]], [[5, 6], [7, 8, 9]], [[2, 8], [1, 2, 3]], 8, CPU)
     assert a.ids.tolist() == [[1, 2, 3, 5], [4, 7, 8, 0]]
     assert a.depths.tolist() == [[8, 8, 2, 8], [1, 2, 3, 0]]

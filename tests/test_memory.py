@@ -1,4 +1,4 @@
-"""What --plan says against the peaks of a step, as the profiler counts allocations."""
+"""The memory that --plan predicts, against a step's peak as the profiler counts allocations."""
 
 import pytest
 from torch.profiler import ProfilerActivity, profile
@@ -22,7 +22,7 @@ def peak(work) -> int:
 
 @pytest.mark.parametrize("chunk, dropout", [(16, 0.0), (512, 0.1)])
 def test_a_plan_is_within_15_percent_of_the_peak(chunk, dropout):
-    """Catches: a plan without a part that takes memory, or with one twice."""
+    """Catches: a plan that omits a part that takes memory, or counts one twice."""
     overrides = [f"model.logits_chunk={chunk}", f"lora.dropout={dropout}", "data.count=8"]
     overrides += ["sft.micro_batch=64", "sft.batch_size=128", "teacher.keep_mb=0"]
     config = load_config(str(ROOT / "configs" / "tiny.yaml"), overrides)

@@ -13,7 +13,7 @@ from nanoexit.weights import load_model, read_shape
 
 
 def built(tmp_path, config: dict, seed: int) -> Transformer:
-    """The model as a folder on disk, loaded as any other is."""
+    """The model as a folder on disk, loaded like any other."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     shapes = {n: tuple(p.shape) for n, p in Transformer(read_shape(tmp_path)).named_parameters()}
     save_file(make_golden.weights(shapes, seed), tmp_path / "model.safetensors")
@@ -33,7 +33,7 @@ def test_logits_equal_the_golden_ones(tmp_path, name):
 
 @pytest.mark.parametrize("name", list(make_golden.CONFIGS))
 def test_logits_equal_transformers(tmp_path, name):
-    """Catches: golden files that have aged, and a new transformers that means something else."""
+    """Catches: outdated golden files, and a new transformers that computes something else."""
     pytest.importorskip("transformers")
     seed, config = (
         list(make_golden.CONFIGS).index(name),
@@ -49,5 +49,5 @@ def test_logits_equal_transformers(tmp_path, name):
 
 
 def test_golden_files_are_small():
-    """Catches: a repository that grows by goldens."""
+    """Catches: golden files that bloat the repository."""
     assert sum(path.stat().st_size for path in make_golden.GOLDEN.iterdir()) < 300_000

@@ -1,4 +1,4 @@
-"""Several processes make what one makes; an error, a kill or a hang in one of them ends all."""
+"""Several processes make what one makes; an error, a kill or a hang in one ends them all."""
 
 import os
 import shutil
@@ -118,7 +118,7 @@ def test_a_base_in_shares_trains_to_the_same_weights(one, tmp_path):
 
 
 def test_dropout_needs_a_micro_batch_for_each_process(monkeypatch):
-    """Catches: a number of processes at which dropout would be drawn otherwise, without a word."""
+    """Catches: a number of processes that would silently change how dropout is drawn."""
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="micro_batch is 4, expected at most 2 for 3 processes"):
         training.check(load_config(TINY, SMALL))
@@ -137,7 +137,7 @@ def lose_a_process(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["killed", "hangs"])
 def test_a_lost_process_ends_the_others(how):
-    """Catches: a run that waits for ever for a process that was killed or does not answer."""
+    """Catches: a run that waits forever for a process that was killed or does not answer."""
     started = time.monotonic()
     codes = fork(lose_a_process, how, others=1)
     assert codes == [7, -9 if how == "killed" else None] and time.monotonic() - started < 12

@@ -39,7 +39,7 @@ def test_encodings(tmp_path, encoding):
 
 
 def test_columns(tmp_path):
-    """Catches: a column that is silently not read; ids and lines off by one; a large field cut."""
+    """Catches: a column silently ignored; ids and lines off by one; a large field cut off."""
     rows = [{"Question": "1+1?", " answer ": "so\n#### 2"}, {"prompt": "hi", "id": 0, "group": 3}]
     a, b = read(tmp_path / "a.jsonl", rows)
     assert (a.prompt, a.id, a.checker, a.group) == ("1+1?", "a.jsonl:1", "gsm8k", "")
@@ -96,7 +96,7 @@ jsonl | {"prompt": "5 +1", "answer": "7", "checker": "clock"} | 1: checker clock
 
 @pytest.mark.parametrize("fault", FAULTS.strip().split("\n"))
 def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, fault):
-    """Catches: a run that goes on with something else than the user meant; a traceback."""
+    """Catches: a run that continues with something that the user did not mean; a traceback."""
     kind, content, says = fault.split(" | ")
     content = re.sub("<(..)>", lambda m: chr(int(m[1], 16)), content.replace("¶", "\n"))
     with pytest.raises(UserError) as error:
@@ -112,7 +112,7 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, fault):
     ({"prompts": str(FILE), "checker": "clok"}, ":1: checker 'clok': expected one of"),
 ])  # fmt: skip
 def test_mistakes_are_named_before_any_work(knobs, says):
-    """Catches: an endless search for held-out chains; a typo that is found after the training."""
+    """Catches: an endless search for held-out chains; a typo that is found only after training."""
     with pytest.raises(UserError, match=re.escape(says)):
         check_prompts(DataConfig(**knobs))
     check_prompts(DataConfig())
@@ -132,8 +132,8 @@ def test_training_never_sees_a_held_out_prompt(prompts):
 
 
 def test_the_first_prompts_are_a_fair_draw(tmp_path):
-    """Catches: a short run on a file sorted by kind that sees one kind alone; an order that follows
-    the order of the file."""
+    """Catches: a short run on a file sorted by kind that sees only one kind; an order that depends
+    on that of the file."""
     data, other = DataConfig(prompts=str(FILE)), DataConfig(prompts=str(tmp_path / "b.jsonl"))
     for split, count in (("train", 60), ("held_out", 20)):
         counts = Counter(p.group for p in load_prompts(data, split, count))
@@ -182,7 +182,7 @@ def test_worked_answers_and_swaps_follow_from_the_stories():
 
 
 def test_dates_and_beliefs_follow_from_the_stories():
-    """Catches: off by one or the wrong direction; a person away who learns of a move."""
+    """Catches: an off-by-one or a wrong direction; a person who learns of a move while away."""
     for text, answer in stories("dates"):
         dates = re.findall(r"[A-Z][a-z]+ \d+, \d{4}", text)
         found = [datetime.datetime.strptime(date, "%B %d, %Y").date() for date in dates]

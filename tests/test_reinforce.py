@@ -32,7 +32,7 @@ def small_model(cap: int | None) -> Transformer:
 
 
 def reward(tokens, depths) -> float:
-    """Any function of all that was sampled."""
+    """An arbitrary function of everything that was sampled."""
     value = sum((i + 1) * t for i, t in enumerate(tokens)) - 0.7 * sum(depths)
     return value + 2.0 * (tokens[-1] == STOP)
 
@@ -80,7 +80,7 @@ def estimate(model: Transformer, groups: int, seed: int, baseline: bool) -> torc
 @pytest.mark.parametrize("cap", [None, 2])
 def test_the_estimator_is_unbiased_and_the_baseline_helps(cap):
     """Catches: a factor in the advantage; a token or an exit, the first one too, that is left out
-    of the likelihood or counted twice; a cap that the likelihood does not have. Any of these moves
+    of the likelihood or counted twice; a cap that the likelihood ignores. Any of these moves
     the mean by many standard errors."""
     model = small_model(cap)
     exact = exact_gradient(model)

@@ -82,8 +82,8 @@ def data_of(path: Path) -> dict:
 
 
 def test_two_hundred_responses_under_three_megabytes(tmp_path):
-    """Catches: a page that browsers choke on, responses left out without need, rounded away, or in
-    another order: results before rollouts."""
+    """Catches: a page that browsers choke on, responses needlessly left out, rounded away, or out
+    of order: results come before rollouts."""
     samples = [response(f"prompt {i}", "student", i, (STORY * 20)[:400]) for i in range(200)]
     samples[0]["step"] = 1
     write_page(tmp_path / "r.html", [Run("", samples)], "Big")
@@ -254,7 +254,7 @@ def test_a_token_shows_its_own_numbers(page):
 
 
 def test_keyboard_reaches_every_token_and_prompt(page):
-    """Catches: a page for mice only, or one where 10,000 tokens are 10,000 tab stops."""
+    """Catches: a page that needs a mouse, or one where 10,000 tokens are 10,000 tab stops."""
     assert len(page("""texts('.text span[tabindex="0"]')""")) == 3
     page("find('.card:nth-child(2) .text span').focus()")
     for keys, place in (("'ArrowRight', 'ArrowRight'", 3), ("'End'", len(STORY))):
@@ -271,7 +271,7 @@ def test_keyboard_reaches_every_token_and_prompt(page):
 
 
 def test_replay(page):
-    """Catches: a replay that starts whole, never ends, or gives every depth the same time."""
+    """Catches: a replay that starts complete, never ends, or gives every depth the same time."""
     later = "[...document.querySelectorAll('.card')].map(c => c.querySelectorAll('.later').length)"
     assert page(later) == [0, 0, 0]
     page("fire('#seek', 'input', {}, 100)")
@@ -285,7 +285,7 @@ def test_replay(page):
 
 
 def test_choosers_and_cross_hair(page):
-    """Catches: a reversed scale, a chooser without effect, a cross-hair off its curve."""
+    """Catches: a reversed scale, a control without effect, a cross-hair off its curve."""
     heat = [page(f"color({depth}, {{full_depth: 9}})") for depth in (1, 2, 9)]
     mixed = "color-mix(in srgb, var(--h{}) {}%, var(--h{}))"
     assert heat == [mixed.format(1, 0, 0), mixed.format(1, 50, 0), mixed.format(4, 100, 3)]

@@ -10,8 +10,8 @@ import pytest
 
 from nanoexit.tasks import TASKS, Prompt, Verdict, is_held_out, task_of
 
-# checker target == right replies != wrong replies. Bars part replies, ;; parts rows, ¶ is a
-# line break, <2212> a character. Replies start with #### or Answer: unless an @ stands before them.
+# checker target == right replies != wrong replies. Bars separate replies, ;; rows, ¶ is a
+# line break, <2212> a character. Replies start with #### or Answer: unless an @ precedes them.
 TABLE = r"""
 gsm8k 72 == 72|@####72|72.|72.0|$72.00|72,|@####¶72|= 72|~72 != @72|@The answer is 72.|@####|@
 gsm8k 72 != about 72|<72|>72|7 2|72_000|0x48 ;; gsm8k 72 != 72, 73|72 and 73|48+24=72|72!|72^1
@@ -83,7 +83,7 @@ def test_triples(line):
 
 
 def test_a_chain_is_read_left_to_right():
-    """Catches: precedence; a carry that is kept; words left over that are ignored."""
+    """Catches: operator precedence; a carry that is kept; leftover words that are ignored."""
     clock = TASKS["clock"]
     assert clock.values(CHAIN.prompt) == clock.values(" 5*9+7 +1+3 ") == ["5", "2", "3", "6"]
     for bad in ("5", "5 *9 +", "55 +1", "5 *2", "5 - 1", "5 +12", "5 a", "", "+1 5", "5 +1 ="):
@@ -190,8 +190,8 @@ def test_chains_in_english():
 
 
 def test_operations():
-    """Catches: an operation that is no permutation, so that a step can be forgotten; letters that
-    are maps a x + b, or of which two make a third, so that a chain can be folded."""
+    """Catches: an operation that is not a permutation, so that a step can be skipped; letters that
+    are maps a x + b, or two that compose to a third, so that a chain can be shortened."""
     clock, letters = TASKS["clock"].table, TASKS["permute"].table
     assert all(sorted(row) == [*"0123456789"] for row in [*clock.values(), *letters.values()])
     for a in range(10):
@@ -217,7 +217,7 @@ def test_made_prompts_favour_the_long():
     ("gsm8k", "", False, False), ("exact", "it is 72", False, False), ("exact", "72", True, True),
 ])  # fmt: skip
 def test_a_lenient_reading_takes_the_last_number(checker, reply, correct, lenient):
-    """Catches: leniency where a task has a strict reading alone; a right answer that is not."""
+    """Catches: leniency for a task that is only read strictly; a right answer not counted."""
     prompt = Prompt("x", "?", "72", checker=checker)
     found = task_of(prompt).verify(prompt, reply)
     assert (found.correct, found.lenient) == (correct, lenient)

@@ -23,7 +23,7 @@ def made(folder, tokenizer=None, **files) -> Tokenizer:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_read_as_transformers_reads_them(tmp_path, name):
-    """Catches: a place of special tokens, a stored truncation, a flag or a template passed over."""
+    """Catches: a place of special tokens, a stored truncation, a flag or a template ignored."""
     ours = Tokenizer(make_golden.write_tokenizer(tmp_path, *LAYOUTS[name]))
     theirs = GOLDEN["layouts"][name]
     rows = [ours.encode(text) for text in TEXTS]
@@ -48,7 +48,7 @@ def test_bos_as_transformers_puts_it(tmp_path, case):
 
 
 def test_the_golden_file_is_up_to_date():
-    """Catches: goldens of another transformers, or of layouts that have changed."""
+    """Catches: golden files of another transformers, or of layouts that have since changed."""
     pytest.importorskip("transformers", minversion="5")
     assert json.loads(json.dumps(make_golden.transformers_tokenizers())) == GOLDEN
 
@@ -63,7 +63,7 @@ def test_plain_prompts(tmp_path):
 
 
 def test_stop_ids(tmp_path):
-    """Catches: generation_config.json or the tokenizer's own end token passed over."""
+    """Catches: generation_config.json or the tokenizer's own end token ignored."""
     both = {"config": {"eos_token_id": 3}, "generation_config": {"eos_token_id": [5, 6]}}
     assert made(tmp_path / "a", **both).stop_ids == {5, 6, 261}
     assert made(tmp_path / "b", config={"eos_token_id": 3}).stop_ids == {3, 261}
@@ -99,7 +99,7 @@ BROKEN["tokenizer_config.json"] = """[1]
 @pytest.mark.parametrize("name, content", [(n, c) for n in BROKEN for c in BROKEN[n]])
 def test_broken_files(tmp_path, name, content):
     """Catches: a traceback, a default taken for what a broken file says, a link without its blob
-    reported as a file that never was.
+    reported as a file that never existed.
     """
     folder = tmp_path / "snapshots" / "abc"
     made(folder)
@@ -190,7 +190,7 @@ def test_pieces_join_to_the_text(tmp_path, tokenizer):
 
 
 def test_texts_and_names_that_cannot_be(tmp_path):
-    """Catches: a traceback for a prompt whose bytes were no text; a revision silently ignored; a
+    """Catches: a traceback for a prompt whose bytes are not text; a revision silently ignored; a
     search on the hub for what cannot be an id.
     """
     with pytest.raises(UserError, match="surrogate"):

@@ -113,7 +113,7 @@ def test_two_tensors_are_not_tied(tmp_path):
     assert json.loads((tmp_path / "b" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def murmurs(tensors: dict) -> dict:
+def oddities(tensors: dict) -> dict:
     """Names of a compiled model without `model.`, biases of zeros, an old buffer."""
     found = {"layers.1.mlp.up_proj.bias": torch.zeros(40)}
     found["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
@@ -126,9 +126,9 @@ def wrapped(tensors: dict) -> dict:
     return {f"module.{name}": tensor for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("family, change", [("llama", wrapped), ("qwen3", murmurs)])
-def test_loads_without_a_murmur(tmp_path, family, change):
-    """Catches: a whole model refused for the names and zeros that a tool has added."""
+@pytest.mark.parametrize("family, change", [("llama", wrapped), ("qwen3", oddities)])
+def test_harmless_oddities_are_accepted(tmp_path, family, change):
+    """Catches: a complete model refused for names or zeros that a tool has added."""
     assert torch.equal(load(changed(tmp_path, change, family))(IDS), random_model(family)(IDS))
 
 
@@ -167,7 +167,7 @@ ACTIVE += [{"layer_types": ["chunked_attention"]}, {"max_position_embeddings": "
 
 @pytest.mark.parametrize("change", [*NEVER, *ACTIVE], ids=str)
 def test_sliding_windows(tmp_path, change):
-    """Catches: layers that never slide refused, or an active window passed over."""
+    """Catches: layers that never slide refused, or an active window ignored."""
     config = {k: v for k, v in (old_config("qwen2") | WINDOW | change).items() if v != "absent"}
     folder = write(tmp_path, config, tensors_of(random_model("qwen2")))
     _ = load(folder) if change in NEVER else refused(folder, "is not implemented")
@@ -212,7 +212,7 @@ NONSENSE[type(None)] = ["gptq", 0, {"quant_method": "gptq"}]
 
 @pytest.mark.parametrize("key", KEYS)
 def test_nonsense_is_refused_with_key_and_value(tmp_path, key):
-    """Catches: a key of config.json with a rule of its own, or with none."""
+    """Catches: a key of config.json that breaks its rule and is accepted or misreported."""
     kinds, low, *_ = KEYS[key]
     null = [] if type(None) in kinds else [None]
     for value in [*NONSENSE[kinds[0]], *([0] if low else []), *null]:
@@ -239,7 +239,7 @@ NOT_IMPLEMENTED = [
 
 @pytest.mark.parametrize("case", NOT_IMPLEMENTED, ids=str)
 def test_refused_by_name_before_a_weight_is_read(tmp_path, case):
-    """Catches: a model computed as something else. The weights here are no safetensors."""
+    """Catches: a model computed as something else. The weights here are not safetensors."""
     change, *words = case
     (tmp_path / "config.json").write_text(json.dumps(old_config("qwen2") | change))
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
@@ -276,8 +276,8 @@ def test_a_shard_outside_the_folder(tmp_path, shard):
 
 
 @pytest.mark.parametrize("name, shards", [("model-00002.safetensors", 2), ("model.safetensors", 1)])
-def test_files_that_did_not_come_down(tmp_path, name, shards):
-    """Catches: a missing shard, or weights missing altogether, found out as a traceback."""
+def test_files_that_were_not_downloaded(tmp_path, name, shards):
+    """Catches: a missing shard, or weights missing altogether, that end in a traceback."""
     snapshot = tmp_path / "snapshots" / "abc"
     write(snapshot, old_config("qwen2"), tensors_of(random_model("qwen2")), shards)
     (snapshot / name).unlink()
@@ -288,7 +288,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", struct.pack("<Q", 10**12), None, POINTER])
-def test_a_file_that_is_not_whole(tmp_path, content):
+def test_a_file_that_is_not_complete(tmp_path, content):
     """Catches: a truncated download or a git-lfs pointer that loads, or ends in a traceback."""
     path = changed(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
