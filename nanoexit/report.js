@@ -1,5 +1,5 @@
 "use strict";
-// The page's behaviour. Whatever a model or a prompt wrote reaches the document by textContent only.
+// The page's behaviour. Text from models and prompts enters the document only through textContent.
 
 const root = document.documentElement;
 const $ = (id) => document.getElementById(id);
@@ -29,7 +29,7 @@ async function load() {
     sample.text = sample.words.join("");
     sample.depth = sample.tokens.map((token) => token.depth);
     sample.exits = list(sample.exit_layers).filter(Number.isInteger);
-    sample.ends = []; // layers run when token i is written: replay gives every token the time that its depth costs
+    sample.ends = []; // layers run by the time token i is written: in a replay, a token takes time in proportion to its depth
     sample.depth.reduce((sum, depth) => (sample.ends.push(sum + depth), sum + depth), 0);
   }
   prompts = [...byPrompt.values()];
@@ -159,7 +159,7 @@ function makeCard(sample) {
   return card;
 }
 
-function skyline(sample) { // the depths of a response at a glance: a bar a token, or a bar for the mean of several
+function skyline(sample) { // the depths of a response at a glance: one bar per token, or per group of tokens (their mean)
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   const size = Math.ceil(sample.depth.length / 160) || 1, count = Math.ceil(sample.depth.length / size);
   svg.setAttribute("viewBox", `0 0 ${Math.max(count, 40)} 1`);
@@ -189,7 +189,7 @@ function moveInText(event, card) {
 
 // ---- what one token used ---------------------------------------------------------------------------------------------
 
-function bars(title, rows) { // rows of (name, chance, what to write where there is no chance, colour, chosen)
+function bars(title, rows) { // rows of (name, chance, text if there is no chance, colour, chosen)
   const table = el("table", {}, el("caption", { textContent: title }));
   for (const [name, p, without, tint, chosen] of rows) {
     const bar = el("div", { className: "bar" }), known = isNumber(p);
@@ -230,7 +230,7 @@ function inspect(card, index = -1) {
   box.style.top = `${below ? at.bottom + 10 : above ? at.top - 10 - tall : Math.max(12, innerHeight - tall - 12)}px`;
 }
 
-function followFocus() { // the page scrolled: the panel goes with a token in focus, and away from one under the pointer
+function followFocus() { // after scrolling, the panel follows a token in focus, and closes for one under the pointer
   const card = cards.find((c) => c.spans.includes(document.activeElement));
   inspect(card ?? null, card ? card.spans.indexOf(document.activeElement) : -1);
 }
@@ -310,7 +310,7 @@ function readCurves(figure) {
 
 const TILES = ["accuracy", "mean depth of", "opaque serial depth", "layers run", "KL to the", "tokens written", "steps written"];
 
-function showTiles() { // of one run: the first lines of its table, large, those of the first student above the base's
+function showTiles() { // for a single run: the first lines of its table in large type, the first student above the base
   const [[head, ...lines]] = data.table, tile = (title, figure, below) => el("div", {}, el("dt", { textContent: title }),
     el("dd", { textContent: figure }), el("dd", { className: "faint", textContent: below }));
   const found = TILES.map((title) => lines.find((line) => line[0].startsWith(title))).filter(Boolean);
@@ -325,7 +325,7 @@ function tableOf([corner, ...names], lines) {
   return el("table", {}, el("thead", {}, top), el("tbody", {}, ...body));
 }
 
-function showTable() { // a row a figure, a column a variant; under it why there are dashes
+function showTable() { // one row per figure, one column per variant; below, the reasons for dashes
   const [[head, ...lines], reasons] = data.table, first = lines.findIndex((line) => line[0].startsWith("steps written")) + 1;
   const [headlines, details] = first ? [lines.slice(0, first), lines.slice(first)] : [lines, []], box = $("table").querySelector("div");
   box.append(tableOf(head, headlines));
@@ -358,7 +358,7 @@ function setTheme(theme) {
   $("theme").textContent = isDark() ? "Light" : "Dark";
 }
 
-function showVariants() { // those that this prompt has: a run may keep one rollout a step, each of another prompt
+function showVariants() { // those of this prompt: a run may keep one rollout per step, each for a different prompt
   const labels = [...new Set(prompts[current].samples.map((sample) => sample.label))];
   $("variants").replaceChildren(...(labels.length < 2 ? [] : labels).map((label) => {
     const chip = el("button", { type: "button", textContent: label });
@@ -405,5 +405,5 @@ load().then(() => {
   root.dataset.ready = "";
 }).catch((error) => {
   $("broken").hidden = false;
-  $("broken").textContent = `The data of this page cannot be read: ${error.message}. A browser of 2023 or later is needed.`;
+  $("broken").textContent = `This page's data cannot be read: ${error.message}. It needs a browser from 2023 or later.`;
 });
