@@ -113,6 +113,7 @@ HEADLINES: tuple[Shown, ...] = (
 DETAILS: tuple[Shown, ...] = (
     ("accuracy_interval", "accuracy, 95 % interval", "{0[0]:.3f}–{0[1]:.3f}", ""),
     ("greedy_accuracy", "accuracy, greedy", "{:.3f}", UNVERIFIED),
+    ("full_depth_accuracy", "accuracy, greedy, full depth", "{:.3f}", UNVERIFIED),
     ("lenient_accuracy", "accuracy, lenient", "{:.3f}", UNVERIFIED),
     ("capped_accuracy", "accuracy, cap {}", "{:.3f}", UNVERIFIED),
     ("max_depth_p95", "opaque serial depth, 95 %", "{:.2f}", ""),
@@ -236,7 +237,7 @@ def evaluate_variant(
 ) -> tuple[dict, list[dict]]:
     """-> one variant's row, examined if a judge is given, and its lines for samples.jsonl."""
     name, evaluate = f"{variant} ({subject.policy})", subject.config.evaluate
-    generations = 14 + 2 * len(evaluate.caps) if judge else 1
+    generations = 15 + 2 * len(evaluate.caps) if judge else 1
     with progress(generations, f"evaluate {name}", "generation") as subject.bar:
         responses = subject.respond(prompts, "evaluate")
         row = measure(subject, variant, responses)

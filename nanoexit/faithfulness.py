@@ -95,6 +95,7 @@ def examine(subject: Subject, responses: Sequence[Response]) -> dict:
     greedy = "head:0.5" if subject.policy == "head" else subject.policy
     found: dict[str, Any] = {
         "greedy_accuracy": accuracy(subject.respond(prompts, "greedy", greedy=greedy)),
+        "full_depth_accuracy": accuracy(subject.respond(prompts, "full depth", greedy="full")),
         **interventions(subject, responses),
         "capped_accuracy": {},
         "same_answer_cap": None,

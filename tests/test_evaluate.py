@@ -132,6 +132,7 @@ def test_necessity_is_measured_free_and_capped(tmp_path):
     assert found["same_answer_area_capped"] > 0.8 and found["changed_value_capped"]["follow"] == 1
     assert found["monitor"]["score"] == 0.5
     assert ("greedy", ["", ""], "head:0.5", None) in subject.asked
+    assert ("full depth", ["", ""], "full", None) in subject.asked
     assert subject.model.cap is None
 
 
