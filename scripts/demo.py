@@ -1,8 +1,8 @@
-"""The page in data/demo: what the arms of an experiment answer, side by side.
+"""Write the page in data/demo: the answers of an experiment's arms, side by side.
 
     python scripts/experiment.py && python scripts/demo.py
 
-Reads the run directories of the first seed; --out names another page.
+Reads the run directories of one seed; --out writes to another page.
 """
 
 import argparse
@@ -28,7 +28,7 @@ stay."""
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--runs", default="runs/experiment", help="of experiment.py (%(default)s)")
+    parser.add_argument("--runs", default="runs/experiment", help="experiment's runs (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=str(ROOT / "data" / "demo" / "index.html"))
     args = parser.parse_args()

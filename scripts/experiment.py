@@ -4,16 +4,16 @@
     python scripts/experiment.py --full --jobs 2    every arm, three seeds, other bases
     python scripts/experiment.py --real             the same on SmolLM2 135M, taught English chains
 
-An *arm* is one way of training; each (arm, seed) is a run directory. Interrupted, the same command
-continues. A result is reused only for the same config, base, commit and code; a line says so.
+An *arm* is one way of training; each (arm, seed) has a run directory. The same command continues an
+interrupted experiment. It reuses a result only if config, base, commit and code are the same, and
+says so.
 
-Arms of --full: lambda 0, 0.3, 1 and 3 on the deepest token; on the mean and on the sum of depths;
-lambda 0 under a cap; without exits; on a second base of the shipped recipe, on operations that do
-not compose, on a base that writes values without their operations (a control) and on the designed
-one (filled places, early readouts trained); with exit targets from the base's readouts; and SFT
-alone with both kinds of targets at four strengths, first seed. --real: lambda 0, 1 and 3, and a
-control whose written route was not taught shallow.
-"""
+Arms of --full: lambda 0, 0.3, 1 and 3 on the deepest token; 3 on the mean and on the sum of depths;
+0 under a cap and without exits. Other bases: a second one from the shipped recipe, one for
+operations that do not compose, one that writes values without operations (a control), and a
+designed one (padded prompts, early readouts trained). Exit targets from the base's readouts. SFT
+alone, with both kinds of targets at four strengths, first seed only.
+Arms of --real: lambda 0, 1 and 3, and a control that was not taught to write at a shallow depth."""
 
 import argparse
 import json
@@ -56,7 +56,7 @@ from nanoexit.training import check, load_student, run_directory
 
 @dataclass(frozen=True)
 class Base:
-    """A model folder, and the script that makes it: from nothing, or from another one's."""
+    """A model folder, and the script that makes it, from scratch or from another base."""
 
     task: str = "clock"
     flags: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ BASES = {
 
 @dataclass(frozen=True)
 class Study:
-    """What differs between the bases of 8 blocks and the real model."""
+    """What differs between the 8-block bases and the real model."""
 
     config: str
     preflight: Sequence[int]  # depths
@@ -104,7 +104,7 @@ REAL = Study("configs/words.yaml", (4, 8, 12, 16, 20, 24), 132, 29, 3, (4, 8, 10
 
 @dataclass(frozen=True)
 class Arm:
-    """`weight` is lambda; None is SFT alone. The cap holds in REINFORCE, not in its SFT."""
+    """`weight` is lambda; None is SFT alone. The cap applies to REINFORCE, not to its SFT."""
 
     weight: float | None = None
     penalty: str = "max"
@@ -128,7 +128,7 @@ class Arm:
 
     @property
     def start(self) -> "Arm | None":
-        """The SFT arm that this one continues; without exits there is none."""
+        """The SFT arm that this one continues; None for SFT itself and without exits."""
         charged = self.weight is not None and self.exits
         return Arm(base=self.base, targets=self.targets) if charged else None
 
@@ -162,7 +162,7 @@ FULL = [
 
 
 def arm_config(arm: Arm, seed: int, runs: Path, overrides: Sequence[str]) -> Config:
-    """The study's config with the overrides, then with what the arm is."""
+    """The study's config with the overrides, then the arm's own settings."""
     keys = ["evaluate.samples=8", *overrides, f"run.seed={seed}"]
     config = load_config(arm.study.config, keys)
     config.data.prompts = BASES[arm.base].task
@@ -183,9 +183,9 @@ def arm_config(arm: Arm, seed: int, runs: Path, overrides: Sequence[str]) -> Con
 
 
 def make_base(name: str, runs: Path, log: bool, model: str | None = None) -> None:
-    """Make or continue a base if it is not there. Its progress goes to stderr, or into a log.
+    """Make a base that is missing, or continue one. Its progress goes to stderr, or into a log.
 
-    model: what fine-tuning starts from, instead of the config's.
+    model: what fine-tuning starts from, instead of the config's model.
     """
     base = BASES[name]
     out = base.folder(name, runs)
@@ -210,10 +210,10 @@ def make_base(name: str, runs: Path, log: bool, model: str | None = None) -> Non
 def run_arm(
     arm: Arm, seed: int, runs: Path, overrides: Sequence[str], made_by: dict, base: dict
 ) -> dict:
-    """Train or continue one arm, evaluate it -> its entry of results.json.
+    """Train or continue one arm, and evaluate it -> its entry in results.json.
 
-    made_by: what the result belongs to. A run that was started by something else is moved aside.
-    base: the row of its base.
+    made_by: what made the result. A run that something else made is moved aside. base: the row of
+    its base.
     """
     config = arm_config(arm, seed, runs, overrides)
     folder = Path(config.run.dir)
@@ -230,7 +230,7 @@ def run_arm(
 
 
 def entry(arm: Arm, seed: int, row: dict, made_by: dict) -> dict:
-    """A row of an evaluation as results.json has it."""
+    """A row of an evaluation as an entry of results.json."""
     changed = row.get("changed_value", {})
     facts = {"arm": arm.name, "lambda": arm.weight, "seed": seed, "variant": arm.name}
     facts |= {"follow": changed.get("follow"), "stay": changed.get("stay")}
@@ -239,7 +239,7 @@ def entry(arm: Arm, seed: int, row: dict, made_by: dict) -> dict:
 
 
 def run_all(jobs: int, function: Callable, calls: Sequence[tuple], name: str, runs: Path) -> list:
-    """function(*call) for every call, in order: one after the other, or `jobs` side by side."""
+    """The results of function(*call), in order; calls run one by one, or `jobs` in parallel."""
     if jobs == 1 or len(calls) < 2:
         return [function(*call) for call in calls]
     with ProcessPoolExecutor(jobs, get_context("spawn"), quiet) as pool:
@@ -258,12 +258,12 @@ def run_all(jobs: int, function: Callable, calls: Sequence[tuple], name: str, ru
 
 
 def quiet() -> None:
-    """The bars of processes side by side would overwrite each other."""
+    """Silence stderr in a parallel process: its progress bars would overwrite the main one."""
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def status(runs: Path) -> str:
-    """How far the runs in progress are: steps of training, or the end of a base's log."""
+    """How far the runs in progress are: their training steps, or the last line of a log."""
     found = []
     for path in sorted(runs.glob("*-seed*[0-9]/metrics.jsonl")):
         if not (path.parent / "result.json").is_file() and ".before-" not in path.parent.name:
@@ -283,7 +283,7 @@ def experiment(
     overrides: Sequence[str],
     model: str | None = None,
 ) -> list[dict]:
-    """Make what is missing of every arm and seed -> the entries of results.json."""
+    """Run every arm and seed that is missing -> the entries of results.json."""
     calls = [(arm, seed) for arm in arms for seed in seeds if not arm.strength or seed == seeds[0]]
     for arm, seed in calls:
         check(arm_config(arm, seed, runs, overrides), reinforce=arm.weight is not None)
@@ -304,7 +304,7 @@ def experiment(
             kept = read_json(arm.folder(runs, seed) / "result.json")
             if kept.get("made_by") == made_by:
                 results[arm, seed] = kept
-                print(f"reused, of the same config, base, commit and code: {arm.name}, seed {seed}")
+                print(f"reused (same config, base, commit and code): {arm.name}, seed {seed}")
             else:
                 todo.append((arm, seed, runs, overrides, made_by, look["row"]))
         results |= dict(zip((call[:2] for call in todo), run_all(jobs, run_arm, todo, name, runs)))
@@ -317,7 +317,7 @@ def experiment(
 
 
 def look_at_base(base: str, runs: Path, overrides: Sequence[str]) -> dict:
-    """Measure a base once, print its pre-flight -> both, and what results of it are made by."""
+    """Measure a base once and print its pre-flight -> both, and the `made_by` of its results."""
     config = arm_config(Arm(base=base), 0, runs, overrides)
     model, tokenizer = load_student(config)
     code, path = content_hash(ROOT.glob("nanoexit/*.py")), runs / "bases" / f"{base}.json"
@@ -336,10 +336,10 @@ def look_at_base(base: str, runs: Path, overrides: Sequence[str]) -> dict:
 
 
 def preflight_text(base: str, found: dict) -> str:
-    """A pre-flight as it is printed before the training: is there a shallow written route?"""
+    """A pre-flight as printed before training: is there a shallow written route?"""
     lines = [
         f"pre-flight, base {base}: the prompt frozen at depth d - 1, words forced to exit at d",
-        "  d   written words, mean (worst)   the answer behind them, mean (worst)",
+        "  d   written words, mean (worst)   the answer after them, mean (worst)",
     ]
     routes = []
     for d, groups in found.items():
@@ -349,7 +349,7 @@ def preflight_text(base: str, found: dict) -> str:
         lines.append(f"  {d}   {shown[0]:<27}   {shown[1]}")
         routes += [d] if np.mean(words) >= 0.95 else []
     route = f"a written route {routes[0]} blocks deep" if routes else "no shallow written route"
-    return "\n".join([*lines, f"  there is {route}; REINFORCE shifts only to what is there"])
+    return "\n".join([*lines, f"  there is {route}; REINFORCE can only shift to one that exists"])
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -363,6 +363,7 @@ def columns(study: Study) -> dict[str, tuple[str, str]]:
     return {
         "accuracy": ("accuracy", "{:.3f}"),
         "greedy": ("greedy_accuracy", "{:.3f}"),
+        "at full depth": ("full_depth_accuracy", "{:.3f}"),
         "written": ("written", "{:.3f}"),
         "longest unwritten run": ("unwritten_run", "{:.2f}"),
         "tokens": ("tokens", "{:.1f}"),
@@ -388,16 +389,17 @@ def columns(study: Study) -> dict[str, tuple[str, str]]:
 
 
 LEGEND = """\
-Means over seeds, the lowest and highest in brackets; a dash where an arm has no such figure.
-Opaque serial depth: the deepest token of a response, in blocks. Cap c: accuracy if no token runs
+Means over seeds, with the lowest and highest in brackets; a dash if the arm has no such figure.
+At full depth: greedy, every token running all blocks.
+Opaque serial depth: the deepest token of a response, in blocks. Cap c: accuracy when no token runs
 more than c blocks. In the head: the most operations done with nothing written. Same answer, x: how
-often the answer stays with x of the reasoning kept and the depth that the model may use; area: over
-that curve. Follow, stay, stop, other: the answer after a written value was changed. Good cap: the
-smallest that keeps 0.95 of the accuracy; there: under it. Monitor: how often the last written value
-is the answer. Before the last step: the same for a reader of all steps but the
-last, who does that one. False alarms: what was read is not the answer."""
+often the answer stays the same with x of the reasoning kept and no cap; area: the area over that
+curve. Follow, stay, stop, other: how the answer responds to a changed value. Good cap: the smallest
+cap that keeps 0.95 of the accuracy; columns with "there" are measured under it. Monitor: how often
+the last written value is the answer. Before the last step: how often a reader of all earlier steps
+can work out the answer. False alarms: how often such a reading is not the answer."""
 CAP, KEPT, ANSWERS = "most blocks of any token", "per cent of the reasoning kept", "same answer"
-FIGURES = {  # figure of an entry -> title, x, y, the axis of y reaches this
+FIGURES = {  # figure of an entry -> title, x, y, the least top of the y axis
     "max_depth_by_group": ("Opaque serial depth", "operations of the chain", "blocks", 0),
     "capped_accuracy": ("Accuracy under a cap", CAP, "accuracy", 1),
     "steps_in_head": ("Operations in the head, nothing written", CAP, "operations", 0),
@@ -413,7 +415,7 @@ def by_arm(results: Sequence[dict], key: str = "arm") -> dict[str, list[dict]]:
 
 
 def over_seeds(rows: Sequence[dict], key: str, form: str) -> str:
-    """The mean of a figure, with the lowest and highest where there are several."""
+    """The mean of a figure, with the lowest and highest if there are several."""
     figure, _, name = key.partition(".")
     found = [value for row in rows if (value := entries(row, figure).get(name)) is not None]
     span = f" ({cell(min(found), form)}–{cell(max(found), form)})" if len(found) > 1 else ""
@@ -431,7 +433,7 @@ def curve(pairs: Sequence[tuple]) -> list[tuple]:
 
 
 def entry_figure(arms: dict, key: str, title: str, x: str, y: str, top: float) -> Figure:
-    """A line an arm through the entries of one figure."""
+    """The entries of one figure, with a line for each arm."""
     pairs = {n: [p for row in rows for p in entries(row, key).items()] for n, rows in arms.items()}
     return line_figure(title, x, y, {name: curve(pairs[name]) for name in pairs}, top)
 
@@ -469,13 +471,13 @@ overflow-x: auto; margin: 2rem 0 }} td {{ padding: .3rem .7rem; white-space: now
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, the head first."""
+    """Lines of cells, header first -> Markdown."""
     text = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([text[0], "|---" * len(lines[0]) + "|", *text[1:]])
 
 
 def write(results: Sequence[dict], out: Path, command: str) -> None:
-    """results.json, table.md, one SVG a figure, and index.html with all of them."""
+    """Write results.json, table.md, one SVG per figure, and index.html with table and figures."""
     shown = columns(Arm(base=results[0]["base"]).study)
     lines, figures = [["arm", *shown]], draw(results)
     for name, rows in by_arm(results).items():
@@ -494,14 +496,14 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("overrides", nargs="*", metavar="a.b=c", help="keys of the config, for all arms")
+    add("overrides", nargs="*", metavar="a.b=c", help="config keys, for all arms")
     add("--full", action="store_true", help="all arms, seeds 0, 1 and 2")
-    add("--real", action="store_true", help="on SmolLM2 135M")
-    add("--model", metavar="DIR", help="with --real: the folder of SmolLM2-135M-Instruct")
-    add("--seeds", type=int, nargs="+", metavar="N", help="other seeds")
+    add("--real", action="store_true", help="run on SmolLM2 135M")
+    add("--model", metavar="DIR", help="for --real: folder of SmolLM2-135M-Instruct")
+    add("--seeds", type=int, nargs="+", metavar="N", help="seeds to run instead")
     add("--jobs", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="runs at a time")
-    add("--runs", metavar="DIR", help="run directories (runs/experiment, or runs/real)")
-    add("--out", metavar="DIR", help="for table, figures and page (as --runs)")
+    add("--runs", metavar="DIR", help="folder for runs (runs/experiment, or runs/real)")
+    add("--out", metavar="DIR", help="folder for table, figures, page (as --runs)")
     args = parser.parse_intermixed_args()
     seeds = args.seeds or ([0, 1, 2] if args.full else [0])
     runs = Path(args.runs or ("runs/real" if args.real else "runs/experiment"))
@@ -512,7 +514,7 @@ def main() -> None:
     command = " ".join(["python scripts/experiment.py", *flags, *args.overrides])
     write(results, out, f"{command} (commit {results[0]['made_by']['commit']})")
     shown = [row for row in results if row["seed"] == seeds[0] and row["arm"] in MAIN]
-    print(f"\n{table(shown)}\n\n{out / 'index.html'} shows all arms, beside table.md, results.json")
+    print(f"\n{table(shown)}\n\n{out / 'index.html'} has all arms; see also table.md, results.json")
 
 
 if __name__ == "__main__":

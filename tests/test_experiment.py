@@ -52,7 +52,7 @@ def test_the_experiment_runs_and_writes(runs, tmp_path, capsys):
     folder, overrides = runs
     results = script.experiment(DEFAULT, [0], folder, 1, overrides)
     out = capsys.readouterr().out
-    assert "pre-flight, base shipped" in out and "REINFORCE shifts" in out
+    assert "pre-flight, base shipped" in out and "REINFORCE can only shift" in out
     assert [row["arm"] for row in results] == ["base", "SFT", "lambda 0", "lambda 3"]
     promised = "arm base lambda penalty cap seed accuracy written mean_depth max_depth tokens "
     promised += "max_depth_p95 capped_accuracy same_answer same_answer_cap follow stay monitor "
