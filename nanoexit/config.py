@@ -196,7 +196,7 @@ def command_line(doc: Any, resume: bool = False, schema: Any = Config) -> argpar
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw, epilog=epilog)
     parser.add_argument("config", help="a YAML file, such as configs/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="a key and its value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="key and value")
     if resume:
         parser.add_argument("--resume", action="store_true", help="continue the run in run.dir")
     return parser

@@ -133,11 +133,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Live(NamedTuple):
-    """The tokens still running. Only their queries are padded, to [B, width]."""
+    """The tokens still running. Each row's queries, and only queries, are padded to `width`."""
 
     cos: Tensor  # [B, T, 1, head_dim / 2]; [n, 1, head_dim / 2] once some have exited
     sin: Tensor
-    mask: Tensor | None  # [B, 1, width, S] True where a query may look; None: all before it
+    mask: Tensor | None  # [B, 1, width, S] bool: what a query sees; None: itself and all before
     width: int  # the most live tokens of any row
     at: Tensor | None = None  # [n] indices into B*T; None: all tokens are live
     slots: Tensor | None = None  # [n] indices into B*width
@@ -168,14 +168,19 @@ class Places(NamedTuple):
     sin: Tensor
     cache: Cache | None
     span: int  # S
-    sees: Tensor | None = None  # [B, T, S] bool: what a token may look at; None: all before it
+    sees: Tensor | None = None  # [B, T, S] bool: what a query sees; None: itself and all before
 
     def look_back(self, positions: Tensor) -> Tensor:
         """Query positions [B, W] -> [B, 1, W, S] bool: a query sees no position after its own."""
         return (torch.arange(self.span, device=positions.device) <= positions[..., None])[:, None]
 
     def live(self, alive: Tensor | None) -> Live:
-        """The live tokens, given alive [B, T] bool; None: all of them."""
+        """The live tokens, given alive [B, T] bool; None: all of them.
+
+        If alive is [[1, 0, 1], [1, 1, 1]], the middle token of row 0 has exited (B = 2, T = 3):
+        at    [0, 2, 3, 4, 5]  index of each live token in B*T; its rank is [0, 1, 0, 1, 2]
+        slots [0, 1, 3, 4, 5]  index of its query in B*width; width is 3, so slot 2 is padding
+        """
         B, T = self.positions.shape
         if alive is None:
             aligned = self.cache is None or self.cache.start is not None
@@ -354,6 +359,7 @@ class Transformer(nn.Module):
             leaves = stop(depth, live.pick(h).flatten(0, -2), live.at)
             if leaves is None or not leaves.any():  # host sync: the next shapes depend on it
                 continue
+            # Until the loop ends, the depth of a token still running is `deepest`.
             depths[depths == self.deepest] = torch.where(leaves, depth, self.deepest)
             live = places.live(depths == self.deepest)
         return Run(h, depths)
