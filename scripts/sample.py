@@ -116,7 +116,7 @@ def own_prompts(text: str | None) -> list[Prompt]:
 
 
 def show(responses: list[Response], tokenizer: Tokenizer, model: Transformer, policy: str) -> None:
-    """Print every response, each token in the colour of its depth, and one line of figures."""
+    """Print every response, each token in the colour of its depth, and two lines of figures."""
     if not tokenizer.has_template:
         name = printable(model.name)
         print(f"{name} has no chat template; it continues the plain prompt", file=sys.stderr)
@@ -134,17 +134,17 @@ def show(responses: list[Response], tokenizer: Tokenizer, model: Transformer, po
 
 
 def summary(responses: list[Response], full_depth: int, policy: str) -> str:
-    """One line: tokens, mean depth, the deepest token averaged over responses, right answers."""
+    """Two lines: tokens and right answers; mean depth, and the mean of each response's deepest."""
     depths = [r.generation.depths for r in responses]
     mean = np.mean([d for row in depths for d in row])
     deepest = np.mean([max(row) for row in depths])
-    parts = [f"policy {policy}", f"{sum(map(len, depths))} tokens"]
-    parts.append(f"mean depth {mean:.2f} of {full_depth} ({mean / full_depth:.0%} of layers run)")
-    parts.append(f"deepest token {deepest:.1f}")
+    counts = [f"policy {policy}", f"{sum(map(len, depths))} tokens"]
     checked = [r.verdict.correct for r in responses if r.prompt.checker != "none"]
     if checked:
-        parts.append(f"{sum(checked)} of {len(checked)} correct")
-    return " · ".join(parts)
+        counts.append(f"{sum(checked)} of {len(checked)} correct")
+    figures = f"mean depth {mean:.2f} of {full_depth} ({mean / full_depth:.0%} of blocks run)"
+    figures += f" · deepest token {deepest:.1f}" + " on average" * (len(responses) > 1)
+    return f"{' · '.join(counts)}\n{figures}"
 
 
 if __name__ == "__main__":

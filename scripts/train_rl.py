@@ -39,8 +39,10 @@ def main() -> None:
                 return
             rows = evaluate_run(model, tokenizer, config, folder)
     print(f"\n{table(rows)}\n\nThe run is in {folder}. Next:")
-    print(f"  python scripts/sample.py --adapter {folder}    shows what it writes now")
-    print(f"  python scripts/report.py {config.run.init} {folder}    before and after side by side")
+    print(f"  python scripts/sample.py --adapter {folder}")
+    print("      what it writes now")
+    print(f"  python scripts/report.py {config.run.init} {folder}")
+    print("      before and after, side by side")
 
 
 def make_start(config: Config) -> None:

@@ -37,8 +37,10 @@ def main() -> None:
             if not is_main():
                 return
     print(f"\n{table(rows)}\n\nThe run is in {folder}. Next:")
-    print(f"  python scripts/sample.py --adapter {folder}    every token with the depth it used")
-    print(f"  python scripts/report.py {folder}    training and responses on one page")
+    print(f"  python scripts/sample.py --adapter {folder}")
+    print("      every token with the depth it used")
+    print(f"  python scripts/report.py {folder}")
+    print("      training and responses on one page")
 
 
 if __name__ == "__main__":
