@@ -1,9 +1,9 @@
-"""Every knob with its meaning and range; YAML in, precise errors out; files read and written.
+"""Every knob with its meaning and range; YAML in, precise errors out; reading and writing files.
 
-Files named in a config are looked up from the working directory, then from the root of the
-repository, so scripts run from anywhere. A user's mistake is a `UserError`: one line that names
-what was wrong, where, and what would be right. `run_script` prints it and exits with code 2. Any
-other exception is a bug of ours and keeps its traceback.
+Files named in a config are looked up in the working directory, then in the root of the repository,
+so scripts run from anywhere. A user's mistake raises a `UserError`: one line that says what was
+wrong, where, and what was expected. `run_script` prints it and exits with code 2. Any other
+exception is a bug of ours and keeps its traceback.
 """
 
 import argparse
@@ -33,7 +33,7 @@ DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
 
 def knob(default: Any, doc: str, low: float = 0, high: float = math.inf, choices: Any = ()) -> Any:
-    """A documented field; low <= number <= high. For a list, all of it holds for each item."""
+    """A documented field; low <= number <= high. For a list, the limits apply to each item."""
     doc += f" ({', '.join(choices)})" if choices else ""
     meta = {"doc": doc, "bounds": (low, high, choices)}
     return field(default_factory=lambda: copy.copy(default), metadata=meta)
@@ -42,15 +42,15 @@ def knob(default: Any, doc: str, low: float = 0, high: float = math.inf, choices
 @dataclass
 class ModelConfig:
     name: str = knob("data/tiny", "a folder, or the id of a model on the hub")
-    revision: str | None = knob(None, "branch, tag or commit on the hub; kept in nanoexit.json")
+    revision: str | None = knob(None, "branch, tag or commit on the hub; saved in nanoexit.json")
     device: str = knob("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     dtype: str = knob("auto", "auto is bfloat16 on cuda, float32 elsewhere", choices=DTYPES)
-    logits_chunk: int = knob(1024, "tokens whose logits are in memory at once in losses", 1)
+    logits_chunk: int = knob(1024, "tokens whose logits a loss holds in memory at once", 1)
 
 
 @dataclass
 class ExitsConfig:
-    layers: list[int] = knob([1], "depths that get an exit head; [] is a model without", 1)
+    layers: list[int] = knob([1], "depths that get an exit head; [] for none", 1)
     head: str = knob("linear", "scalar product, or MLP D -> 2D -> 1", choices=["linear", "mlp"])
     cap: int | None = knob(None, "largest depth of any token, the prompt's included", 1)
 
@@ -65,26 +65,26 @@ class LoRAConfig:
 
 @dataclass
 class DataConfig:
-    prompts: str = knob("clock", "a task made on the spot, a JSONL or CSV file, or hub:ID/FILE")
-    traces: str | None = knob(None, "folder of the teacher's traces; null is traces/ in the run's")
-    count: int | None = knob(None, "training prompts to use; null is all (8192 if made)", 1)
+    prompts: str = knob("clock", "a task that makes prompts, a JSONL or CSV file, or hub:ID/FILE")
+    traces: str | None = knob(None, "folder of the teacher's traces; null is run.dir/traces")
+    count: int | None = knob(None, "training prompts to use; null is all, or 8192 if made", 1)
     held_out: float = knob(0.1, "share of prompts kept for evaluation, by a hash", high=0.9)
     checker: str = knob("auto", "task that verifies answers; auto picks it from the prompts")
     system: str | None = knob(None, "system message for prompts without one")
-    template: dict = knob({}, "variables of the chat template, as {enable_thinking: false}")
+    template: dict = knob({}, "chat template variables, such as {enable_thinking: false}")
 
 
 @dataclass
 class TeacherConfig:
     kl_strength: float = knob(1.0, "s of the target chance 2 (1 - sigmoid(s KL)) to exit", 0.01)
     traces: int = knob(1, "traces that the base model writes for each prompt", 1)
-    chunk: int = knob(512, "traces between two writes to disk (the most a kill can lose)", 1)
-    keep_mb: float = knob(1000.0, "its residuals stay in memory if they take no more megabytes")
+    chunk: int = knob(512, "traces per write to disk, the most that a kill can lose", 1)
+    keep_mb: float = knob(1000.0, "keep its residuals in memory if they fit in this many MB")
 
 
 @dataclass
 class GenerationConfig:
-    max_new_tokens: int = knob(400, "most tokens of a response, its end token included", 1)
+    max_new_tokens: int = knob(400, "most tokens in a response, including the end token", 1)
     temperature: float = knob(1.0, "0 takes the most likely token")
     top_p: float = knob(1.0, "sample from the smallest set with this probability", 0.01, 1)
     top_k: int = knob(0, "sample from the k most likely tokens; 0 is off")
@@ -95,7 +95,7 @@ class GenerationConfig:
 @dataclass
 class SFTConfig:
     steps: int = knob(200, "optimizer steps", 1)
-    batch_size: int = knob(8, "traces a step, over all processes", 1)
+    batch_size: int = knob(8, "traces per step, over all processes", 1)
     micro_batch: int = knob(64, "traces in one forward; smaller needs less memory", 1)
     lr: float = knob(1e-4, "peak learning rate of AdamW: warm-up, then a half cosine", 0, 10)
     targets: str = knob("student", "whose early readouts set targets", choices=["student", "base"])
@@ -105,14 +105,14 @@ class SFTConfig:
 
 @dataclass
 class RLConfig:
-    steps: int = knob(60, "optimizer steps, each on one fresh batch of rollouts", 1)
-    prompts: int = knob(16, "prompts a step, over all processes", 1)
-    rollouts: int = knob(16, "rollouts a prompt", 2)
+    steps: int = knob(60, "optimizer steps, each on a fresh batch of rollouts", 1)
+    prompts: int = knob(16, "prompts per step, over all processes", 1)
+    rollouts: int = knob(16, "rollouts per prompt", 2)
     lr: float = knob(1e-3, "peak learning rate of AdamW, as in SFT", high=10)
     micro_batch: int = knob(256, "rollouts in one forward; smaller needs less memory", 1)
-    kl_weight: float = knob(0.0, "beta: cost of a nat of KL to the teacher, mean a token")
+    kl_weight: float = knob(0.0, "beta: cost of KL to the teacher, in mean nats per token")
     depth_weight: float = knob(1.0, "lambda: cost of depth, in units of L")
-    depth_penalty: str = knob("max", "depth that is charged", choices=["max", "mean", "sum"])
+    depth_penalty: str = knob("max", "which depth is charged", choices=["max", "mean", "sum"])
     length_weight: float = knob(0.005, "eta: cost of each token written")
     keep_samples: int = knob(2, "rollouts of each step kept in samples.jsonl")
     save_every: int = knob(20, "steps between checkpoints", 1)
@@ -121,21 +121,21 @@ class RLConfig:
 @dataclass
 class JudgeConfig:
     kind: str = knob("none", "api asks a model to score responses", choices=["api", "none"])
-    base_url: str | None = knob(None, "OpenAI-compatible endpoint, as http://127.0.0.1:8000/v1")
+    base_url: str | None = knob(None, "OpenAI-compatible endpoint, like http://127.0.0.1:8000/v1")
     model: str | None = knob(None, "the judge's model name at that endpoint")
     api_key_env: str = knob("JUDGE_API_KEY", "environment variable that holds the key")
     concurrency: int = knob(8, "requests in flight", 1, 256)
     retries: int = knob(5, "attempts after the first", high=100)
-    timeout: float = knob(60.0, "seconds until a whole reply must arrive", 0.01, 3600)
-    max_tokens: int = knob(512, "most tokens of one reply", 1)
+    timeout: float = knob(60.0, "seconds that a complete reply may take", 0.01, 3600)
+    max_tokens: int = knob(512, "most tokens in one reply", 1)
 
 
 @dataclass
 class EvaluateConfig:
     count: int = knob(1024, "held-out prompts", 1)
     policies: list[str] = knob(["head"], "full, head, head:T, fixed:D, kl:S, confidence:T")
-    frontier: list[str] = knob([], "policies measured by accuracy and depth alone")
-    caps: list[int] = knob([], "caps at which the accuracy is measured", 1)
+    frontier: list[str] = knob([], "more policies, for accuracy against depth only")
+    caps: list[int] = knob([], "caps under which accuracy is measured", 1)
     batch_size: int = knob(256, "rows that decode together", 1)
     samples: int = knob(16, "responses kept in samples.jsonl")
 
@@ -148,7 +148,7 @@ class RunConfig:
     threads: int | None = knob(None, "CPU threads; null is torch's own choice", 1, 4096)
     wandb: bool = knob(False, "mirror metrics to Weights & Biases")
     shard: bool = knob(False, "each process holds a share of the base, and all do the same work")
-    patience: int = knob(1800, "seconds until a process that does not answer ends the run", 1)
+    patience: int = knob(1800, "seconds without an answer from a process that end the run", 1)
 
 
 @dataclass
@@ -170,7 +170,7 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), schema: Any = Config) -> Any:
-    """`schema` from a YAML file, then overrides as "sft.lr=1e-3". UserError for any mistake."""
+    """`schema` from a YAML file, then overrides like "sft.lr=1e-3". UserError for any mistake."""
     path = find_file(path, "config")
     config = schema()
     _fill(config, parse_yaml(read_text(path), str(path)), str(path))
@@ -208,7 +208,7 @@ def to_yaml(config: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader; a key given twice is an error instead of the last one winning."""
+    """YAML's safe loader, except that a key given twice is an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -269,7 +269,7 @@ class UserError(ValueError):
 
 
 class Rule(NamedTuple):
-    """What a key may hold: these kinds; of numbers, low to high; or one of the choices."""
+    """What a key may hold: a value of these kinds, a number in the range, one of the choices."""
 
     kinds: tuple[type, ...]
     low: float = 0
@@ -283,7 +283,7 @@ KINDS |= {list: "a list such as [1, 2]", dict: "a mapping such as {key: value}",
 
 
 def check_value(value: Any, rule: Rule, where: str) -> None:
-    """Raise UserError for a value that breaks its rule; so do NaN, infinity, NUL, surrogates."""
+    """Raise UserError for a value that breaks its rule, and for NaN, infinity, NUL, surrogates."""
     kinds, low, high, choices = rule
     kind = float if type(value) is int and float in kinds else type(value)
     fits = kind in kinds and (not choices or value in choices)
@@ -303,7 +303,7 @@ def check_value(value: Any, rule: Rule, where: str) -> None:
 
 
 def check_values(given: dict, rules: dict[str, Rule], where: Any, required: Any = ()) -> None:
-    """Raise UserError for the first value that breaks the rule of its key, or that is missing."""
+    """Raise UserError for the first value that breaks its rule, or is required and missing."""
     for key, rule in rules.items():
         if key in given:
             check_value(given[key], rule, f"{where}: {key}")
@@ -312,25 +312,25 @@ def check_values(given: dict, rules: dict[str, Rule], where: Any, required: Any 
 
 
 def nearest(word: Any, allowed: Iterable) -> str:
-    """'; did you mean X?' where one of `allowed` is close to `word`, else an empty string."""
+    """'; did you mean X?' if one of `allowed` is close to `word`, else an empty string."""
     close = difflib.get_close_matches(str(word), [str(a) for a in allowed], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def show(value: Any) -> str:
-    """A foreign value for a message: its repr, shortened, harmless in a terminal."""
+    """A value for a message: its repr, shortened and safe in a terminal."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 80
     return printable(short.repr(value))
 
 
 def printable(text: str) -> str:
-    """`text` with control characters (C0 but newline and tab, DEL, C1) spelled out as \\x1b."""
+    """`text` with control characters (C0 except newline and tab, DEL, C1) as \\x1b."""
     return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main. Exit codes: 2 a UserError, 130 Ctrl-C, 143 SIGTERM; one line each."""
+    """Run a script's main. Exit codes, with one line each: 2 UserError, 130 Ctrl-C, 143 SIGTERM."""
 
     def stop(number: int, _: Any) -> None:
         raise KeyboardInterrupt(number)
@@ -360,7 +360,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _report(line: str) -> None:
-    """Print to stderr; of the processes that torchrun started, only the first one does."""
+    """Print to stderr; of torchrun's processes, only the first that reports does."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     try:
         if file:
@@ -374,19 +374,19 @@ def _report(line: str) -> None:
 
 
 def find_file(path: str | Path, what: str = "file") -> Path:
-    """`path` from the working directory, else from the root of the repository, else UserError."""
+    """`path` in the working directory, else in the root of the repository, else UserError."""
     path = Path(os.path.expanduser(path))
     for candidate in (path, ROOT / path):
         if os.path.isfile(candidate):
             return candidate
-    raise UserError(f"{what} {path}: no such file, from {Path.cwd()} or {ROOT}")
+    raise UserError(f"{what} {path}: no such file in {Path.cwd()} or {ROOT}")
 
 
 def check_file(path: Path) -> None:
     """Raise UserError for a file that is missing, or that is a git-lfs pointer."""
     if not path.is_file():
         snapshot = path.absolute().parent.parent.name == "snapshots"
-        hint = ": an incomplete snapshot of the hub; run once with a connection" if snapshot else ""
+        hint = ": an incomplete snapshot of the hub; run once while online" if snapshot else ""
         raise UserError(f"{path}: no such file{hint}")
     with path.open("rb") as file:
         if file.read(24) == b"version https://git-lfs.":
@@ -394,7 +394,7 @@ def check_file(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """UTF-8 with or without a BOM, or UTF-16 with one; a UserError names the line of the rest."""
+    """UTF-8 with or without a BOM, or UTF-16 with one; else a UserError that names the line."""
     check_file(path)
     data = path.read_bytes()
     kind = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
@@ -418,7 +418,7 @@ def parse_json(text: str, where: str, kind: type = object) -> Any:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file, {} without a file. UserError for anything but an object."""
+    """The object in a JSON file, or {} if there is no file. UserError for anything else."""
     return parse_json(read_text(path), str(path), dict) if os.path.lexists(path) else {}
 
 
@@ -430,9 +430,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, flush it to disk, rename it: never half a file.
+    """Let `write` fill a file beside `path`, flush it, rename it: `path` is never half written.
 
-    Follows a symlink. Raises UserError where the machine refuses, or for a folder or a device.
+    Follows a symlink. Raises UserError if the write fails, or for a folder or a device.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -463,12 +463,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
-    """Replace a JSONL file, one object a line."""
+    """Replace a JSONL file, with one object per line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def rounded(value: Any) -> Any:
-    """`value` as JSON holds it: floats with six digits, tensors as lists, non-finite as null."""
+    """`value` as JSON can hold it: floats to six digits, tensors as lists, non-finite as null."""
     text = json.dumps(value, default=lambda tensor: tensor.tolist())
     six = lambda digits: float(f"{float(digits):.6g}")  # noqa: E731
     return json.loads(text, parse_float=six, parse_constant=lambda _: None)

@@ -1,9 +1,9 @@
-"""What a model writes for prompts, what its base says of it, and the traces that SFT learns from.
+"""Responses to prompts, how the base scores them, and the traces that SFT learns from.
 
 The teacher is the base model: adapters off, full depth. Its traces are JSONL files in a folder
 named by a hash of everything they depend on: token ids of the prompts (so prompts, tokenizer and
 template), weights and settings. A chunk of traces is a function of (seed, chunk number), so
-interrupted work continues to the same traces, and processes share the chunks.
+interrupted work ends with the same traces, and processes can divide the chunks.
 """
 
 import hashlib
@@ -49,9 +49,9 @@ def respond(
     streams: Sequence[int] = (),
     show: str = "",
 ) -> list[Response]:
-    """One verified response a prompt, with the generation settings of the config.
+    """One verified response per prompt, with the generation settings of the config.
 
-    temperature: default the config's. forced, streams: see generate.Sampling. show: the name of a
+    temperature: None is the config's. forced, streams: see generate.Sampling. show: the name of a
     progress bar, "" for none.
     """
     g = config.generation
@@ -77,7 +77,7 @@ def read_response(
 def rescore(
     model: Transformer, responses: Sequence[Response], together: int = 1
 ) -> tuple[Aligned, Score]:
-    """The forward that re-scores these responses, at the depths where they were written.
+    """One forward that re-scores these responses, at the depths at which they were written.
 
     together: see score.align.
     """
@@ -91,7 +91,7 @@ def rescore(
 def against_base(
     model: Transformer, responses: Sequence[Response], rows: int, chunk: int
 ) -> tuple[list[float], float]:
-    """-> KL(teacher || student) of each response, mean nats a token; the base's perplexity of all.
+    """-> KL(teacher || student) of each response, in nats per token; the base's perplexity on all.
 
     rows: responses in one forward. chunk: tokens whose logits are in memory at once.
     """
@@ -146,7 +146,7 @@ def show_response(
 
 
 def token_kinds(pieces: Sequence[str], response: Response) -> list[str]:
-    """`reasoning`, `answer` after it, and `punctuation`: tags, tokens without letter or digit."""
+    """`reasoning`, the `answer` after it, or `punctuation`: a tag or no letter or digit."""
     before = len(task_of(response.prompt).split(response.text).reasoning)
     kinds, written = [], 0
     for piece in pieces:
@@ -161,7 +161,7 @@ def token_kinds(pieces: Sequence[str], response: Response) -> list[str]:
 
 @dataclass
 class Trace:
-    """One response of the teacher, as SFT reads it; the end token is in the completion."""
+    """One response of the teacher, as SFT reads it; `completion` includes the end token."""
 
     id: str
     prompt: str
@@ -180,7 +180,7 @@ def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> lis
     paths = [folder / f"{number:05d}.jsonl" for number in range(len(chunks))]
     missing = [number for number in mine(range(len(chunks))) if not paths[number].is_file()]
     folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder, seconds=60)  # younger ones may be of a run that shares the traces
+    remove_leftovers(folder, seconds=60)  # newer ones may belong to a run that shares the traces
     with progress(len(missing), "teacher writes traces", "chunk") as bar, as_base(model):
         for number in missing:
             seed, rows = stream("traces", config.run.seed, number), config.generation.batch_size
@@ -194,13 +194,13 @@ def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> lis
 
 
 def trace_row(tokenizer: Tokenizer, r: Response) -> dict:
-    """A response as a line of a chunk."""
+    """A response as a line of a chunk's file."""
     g, text = r.generation, tokenizer.decode(r.generation.tokens)
     return asdict(Trace(r.prompt.id, r.prompt.prompt, text, r.prompt_ids, g.tokens, g.finish))
 
 
 def read_traces(path: Path, prompts: Sequence[Prompt], vocab: int) -> list[Trace]:
-    """The traces of one chunk. Raises UserError where the file is damaged or of other prompts."""
+    """The traces of one chunk. Raises UserError if the file is damaged or of other prompts."""
     try:
         traces = [Trace(**row) for _, row in read_json_lines(path)]
         rows = [row for trace in traces for row in (trace.prompt_ids, trace.tokens)]
@@ -235,7 +235,7 @@ class Teacher:
     def __init__(self, model: Transformer, traces: Sequence[Trace], config: Config):
         self.model, self.traces, self.chunk = model, traces, config.model.logits_chunk
         self.from_base, rows = config.sft.targets == "base", config.sft.micro_batch
-        self.kept: list[Sequence[Tensor]] = []  # what `read` says, a trace
+        self.kept: list[Sequence[Tensor]] = []  # results of `read`, by trace
         tokens = sum(len(trace.tokens) for trace in traces)
         size = tokens * model.shape.width * model.dtype.itemsize
         if size <= config.teacher.keep_mb * 1e6:
@@ -263,7 +263,7 @@ class Teacher:
         return [teacher, torch.stack(kl, -1)] if kl else [teacher]
 
     def __call__(self, piece: Sequence[int]) -> tuple[Aligned, list[Tensor]]:
-        """Some traces as one batch, and what `read` says of them."""
+        """Some traces as one batch, and the results of `read` for them."""
         a = self.align(piece)
         if not self.kept:
             return a, self.read(a)

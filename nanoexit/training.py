@@ -2,8 +2,8 @@
 
 Exact resume: every random draw of step t is a function of (run.seed, t), so a checkpoint is the
 trained tensors, the optimizer's moments and a step number, in one safetensors file. Processes of
-torchrun share the work of a step and add up gradients, so the result is that of one process. Only
-process 0 writes.
+torchrun share the work of a step and sum their gradients, so the result is that of one process.
+Only process 0 writes.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ from nanoexit.weights import DTYPES, load_model, pick_device, read_shape
 
 try:
     import fcntl
-except ImportError:  # Windows: without a lock
+except ImportError:  # Windows, where runs are not locked
     fcntl = None  # type: ignore[assignment]
 
 ALIKE = ContextVar("all processes do the same work: run.shard", default=False)
@@ -67,7 +67,7 @@ MAY_CHANGE += ["rl.save_every", "rl.micro_batch"]
 
 
 def check(config: Config, resume: bool = False, reinforce: bool = False) -> None:
-    """Raise UserError for every mistake that config, files and prompts show before any work."""
+    """Raise UserError for any mistake that can be found in config, files and prompts beforehand."""
     for key in ("policies", "frontier"):
         for policy in getattr(config.evaluate, key):
             parse_policy(policy, where=f"evaluate.{key}: ")
@@ -91,14 +91,14 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
     elif config.lora.dropout and ranks > 1 and not config.run.shard:
         most, found = max(1, config.sft.batch_size // ranks), config.sft.micro_batch
         if found > most:
-            reason = f"for {ranks} processes, as dropout is drawn by micro-batch"
+            reason = f"for {ranks} processes, since dropout is drawn per micro-batch"
             raise UserError(f"sft.micro_batch is {found}, expected at most {most} {reason}")
 
 
 def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     """The base with heads, adapters and cap, fresh or from run.init; and its tokenizer.
 
-    UserError where run.init has other exits or LoRA than the config, or a prompt does not fit.
+    UserError if the exits or LoRA of run.init differ from the config's, or a prompt does not fit.
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -115,7 +115,7 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
             if found != wanted[key]:
                 said = f"the config says {wanted[key]}, the run in run.init, {init}, has {found}"
                 raise UserError(f"{key}: {said}")
-        model.cap = exits.cap = exits.cap or model.cap  # null in the config: the run's
+        model.cap = exits.cap = exits.cap or model.cap  # null in the config means the run's
     for cap in config.evaluate.caps:
         check_cap(model, cap, "evaluate.caps")
     _check_lengths(model, tokenizer, config)
@@ -125,9 +125,9 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
 
 
 def shard(model: Transformer, device: torch.device) -> None:
-    """Leave a share of each linear map of the base in this process, by torch's FSDP2.
+    """Keep only this process's share of each linear map of the base, with torch's FSDP2.
 
-    A map is gathered for each product, so all processes must do the same work, and are slow.
+    Each product gathers its map, so all processes must do the same work. This is slow.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # slow to import
@@ -139,7 +139,7 @@ def shard(model: Transformer, device: torch.device) -> None:
         ours = {*trained(linear).values()}
         fully_shard(linear, mesh=mesh, reshard_after_forward=True, ignored_params=ours)
     model.to(device)
-    model(torch.zeros(1, 1, dtype=torch.long, device=device))  # not first in inference mode
+    model(torch.zeros(1, 1, dtype=torch.long, device=device))  # before inference mode
 
 
 def _attached(model: Transformer) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _attached(model: Transformer) -> dict[str, Any]:
 
 
 def _check_lengths(model: Transformer, tokenizer: Tokenizer, config: Config) -> None:
-    """Every prompt of a file leaves room for a response; prompts made on the spot are short."""
+    """Check that every prompt of a file leaves room for a response; generated ones are short."""
     most, longest = config.generation.max_new_tokens, model.shape.max_positions
     for split, number in (("train", config.data.count), ("held_out", config.evaluate.count)):
         for prompt in load_prompts(config.data, split, number, config.run.seed):
@@ -174,9 +174,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, config: Config) -> list[int
 
 
 def memory(config: Config, processes: int = 1) -> dict[str, int]:
-    """The most bytes that SFT takes in each process, by use; without what the libraries take.
+    """The most bytes that SFT takes in each process, by use, not counting the libraries' own.
 
-    Rows are taken to be as long as the longest prompt and response, and no token to exit.
+    It assumes that rows are as long as the longest prompt and response, and that no token exits.
     """
     m, g, sft = config.model, config.generation, config.sft
     shape, device = read_shape(find_model(m.name, m.revision)[0]), pick_device(m.device)
@@ -211,7 +211,7 @@ def memory(config: Config, processes: int = 1) -> dict[str, int]:
 
 
 def left_by_token(model: Transformer, lora: LoRAConfig, tokens: int = 64) -> int:
-    """Bytes that a token leaves for the backward pass, measured."""
+    """Bytes that each token keeps for the backward pass, measured."""
     left = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -233,8 +233,8 @@ def left_by_token(model: Transformer, lora: LoRAConfig, tokens: int = 64) -> int
 def run_directory(config: Config, resume: bool) -> Iterator[Path]:
     """The folder of the run with its config.yaml, locked against a second process.
 
-    An earlier run of that name is moved aside, unless `resume` continues it. Raises UserError where
-    the folder is in use or not a run, and where a run to resume was made with another config.
+    An earlier run of that name is moved aside, unless `resume` continues it. Raises UserError if
+    the folder is in use or not a run, or if the run to resume was made with another config.
     """
     folder = Path(config.run.dir)
     lock = _open_run(folder, config, resume) if is_main() else None
@@ -267,7 +267,7 @@ def _open_run(folder: Path, config: Config, resume: bool) -> int:
 def _check_folder(folder: Path, resume: bool) -> bool:
     """-> whether it holds more than a config and traces, which a new run can use.
 
-    Raises UserError where that is not a run of ours, and where there is no run to resume.
+    Raises UserError if the folder is used but not a run, and if there is no run to resume.
     """
     ours = os.path.isfile(folder / "config.yaml")
     if resume and not ours:
@@ -287,7 +287,7 @@ def _check_writable(folder: Path, key: str) -> None:
 
 
 def lock_folder(folder: Path) -> int:
-    """Make the folder and lock it, until the handle is closed or the process ends in any way."""
+    """Make the folder and lock it until the handle is closed or the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
     try:
@@ -300,7 +300,7 @@ def lock_folder(folder: Path) -> int:
 
 
 def remove_leftovers(folder: Path, seconds: float = 0) -> None:
-    """Remove what processes that were killed while writing left, if it is at least that old."""
+    """Remove temporary files of this age or older, left by processes killed while writing."""
     for left in folder.rglob("*.tmp"):
         if time.time() - left.stat().st_mtime >= seconds:
             left.unlink()
@@ -312,7 +312,7 @@ def _check_same_config(path: Path, config: Config) -> None:
         found = load_config(path, schema=type(config))
     except UserError as error:
         raise UserError(f"{error}; {cure}") from None
-    if to_yaml(found) != read_text(path):  # also of a file that was cut between two keys
+    if to_yaml(found) != read_text(path):  # even if it was cut between two keys
         raise UserError(f"{path} was cut or edited; {cure}")
     old = dataclasses.asdict(found)
     for section, values in dataclasses.asdict(config).items():
@@ -320,7 +320,7 @@ def _check_same_config(path: Path, config: Config) -> None:
             name, before = f"{section}.{key}", old[section][key]
             if value != before and name not in MAY_CHANGE:
                 found = f"{name} is {value!r}, but {path} says {before!r}"
-                raise UserError(f"--resume: {found}; another run needs another run.dir")
+                raise UserError(f"--resume: {found}; a changed config needs another run.dir")
 
 
 # --- steps, checkpoints, metrics --------------------------------------------------------------
@@ -340,7 +340,7 @@ def cosine_share(step: int, steps: int, warmup: int = 10, floor: float = 0.02) -
 
 
 def update(optimizer: Optimizer, lr: float) -> float:
-    """Add gradients over processes, clip their norm to 1, step, clear -> the norm before clipping.
+    """Sum gradients over processes, clip their norm to 1, step, clear -> the norm before clipping.
 
     Raises UserError for a norm that is not finite, before any weight changes.
     """
@@ -405,7 +405,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
                 continue  # never had a gradient
             if value is None or value.shape != shape:
                 expected = f"{key}.{name} of shape {list(shape)}"
-                raise UserError(f"{path}: no tensor {expected}: another model's")
+                raise UserError(f"{path}: no tensor {expected}; it is another model's")
             if key == "parameter":
                 p.data.copy_(value)
             else:
@@ -414,7 +414,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
 
 
 def metrics_until(folder: Path, step: int) -> bytes:
-    """The whole lines of metrics.jsonl up to this step."""
+    """The complete lines of metrics.jsonl up to this step."""
     path = folder / "metrics.jsonl"
     lines = re.finditer(rb'{"step": (\d+), .*}\n', path.read_bytes() if path.is_file() else b"")
     return b"".join(line[0] for line in lines if int(line[1]) <= step)
@@ -442,7 +442,7 @@ def batch_at(step: int, items: int, batch_size: int, seed: int) -> list[int]:
 
 
 def progress(total: int, name: str, unit: str = "row", done: int = 0) -> tqdm:
-    """A progress bar of process 0; none without a name or anything to do. An inner one vanishes."""
+    """A progress bar in process 0; hidden without a name or work to do. Inner bars vanish."""
     hidden = not name or not is_main() or done >= total
     looks: dict[str, Any] = {"desc": name, "unit": unit, "leave": None, "dynamic_ncols": True}
     return tqdm(total=total, initial=done, disable=hidden, **looks)
@@ -535,7 +535,7 @@ def barrier() -> None:
 
 
 def _together(collective: Callable, *tensors: Tensor) -> None:
-    """A collective call. Raises UserError where another process does not take part."""
+    """A collective call. Raises UserError if another process does not take part."""
     if dist.is_initialized():
         try:
             collective(*tensors)
