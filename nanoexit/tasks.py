@@ -369,7 +369,7 @@ class Words(Made):
 
     def __init__(self, name: str):
         super().__init__(name, "a start value and who adds or takes what", "So", r"\bSo\b")
-        self.words = [*self.numbers, *self.names, "adds", "takes", "makes", "So"]
+        self.words = [*self.numbers, *self.names, "adds", "takes", "makes"]
 
     def parse(self, text: str) -> list[str]:
         start, *rest = text.strip(" .").split(". ")

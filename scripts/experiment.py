@@ -70,7 +70,6 @@ class Base:
 
 
 WORDS_HEAD, WORDS_BASE = "configs/words_head.yaml", "configs/words_base.yaml"
-DEEP_ONLY = ("finetune.capped_rows=0", "finetune.full=0.65", "finetune.terse=0.35")
 BASES = {
     "shipped": Base(),
     "second-base": Base(flags=("pretrain.seed=1",)),
@@ -79,7 +78,6 @@ BASES = {
     "permute": Base("permute"),
     "words-head": Base("words", (), "finetune.py", WORDS_HEAD),
     "words": Base("words", (), "finetune.py", WORDS_BASE, "words-head"),
-    "words-deep": Base("words", DEEP_ONLY, "finetune.py", WORDS_BASE, "words-head"),
 }
 
 
@@ -96,7 +94,7 @@ class Study:
 
 
 TINY = Study("configs/tiny_rl.yaml", range(2, 7), 98, 23, 6, (2, 3, 4, 6))
-REAL = Study("configs/words.yaml", (4, 8, 12, 16, 20, 24), 132, 29, 3, (4, 8, 10, 12, 20))
+REAL = Study("configs/words.yaml", (8, 12, 16, 20, 24), 132, 29, 3, (8, 10, 12, 20))
 
 
 # --- arms -------------------------------------------------------------------------------------
@@ -148,7 +146,7 @@ DEFAULT = [SFT, UNCHARGED, CHARGED]
 MAIN = [arm.name for arm in (BASE, *DEFAULT)]
 WORDS = [
     *(Arm(weight, base="words") for weight in (None, 0.0, 1.0, 3.0)),
-    *(Arm(weight, base="words-deep") for weight in (None, 3.0)),
+    *(Arm(weight, base="words-head") for weight in (None, 3.0)),  # no shallow written route
 ]
 FULL = [
     *(SFT, UNCHARGED, Arm(0.3), Arm(1.0), CHARGED),
