@@ -28,6 +28,14 @@ from nanoexit.config import ROOT, Rule, UserError, check_value, read_json, read_
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_PROBLEMS = {  # class of an error -> what it says of the hub; {} is why there is no connection
+    "GatedRepoError": "keeps it gated: ask for access on its page, then log in",
+    "RepositoryNotFoundError": "has no such repository, or a private one",
+    "RevisionNotFoundError": "has no such revision",
+    "IncompleteSnapshotError": "{}, and the copy on this machine is incomplete",
+    "LocalEntryNotFoundError": "{}",
+    "EntryNotFoundError": "has no such file",
+}
 
 
 def find_model(
@@ -43,17 +51,23 @@ def find_model(
         problem = "a folder has no revisions" if revision else "no such folder"
         raise UserError(f"{show(name)}: {problem}, and not an id on the hub (OWNER/NAME)")
     options = {"revision": revision, "allow_patterns": [*files], "ignore_patterns": ["*/*"]}
-    path = fetch(f"{name}: no such folder;", snapshot_download, name, **options)
+    what = f"{name}, revision {revision}:" if revision else f"{name}: no such folder;"
+    path = fetch(what, snapshot_download, name, **options)
     return path, path.name
 
 
 def fetch(what: str, download: Callable[..., str], *names: str, **options: Any) -> Path:
-    """Download from the hub. A failure becomes a UserError that quotes the hub."""
+    """Download from the hub. A failure becomes a UserError with the problem in a few words."""
     try:
         return Path(download(*names, **options))
     except Exception as error:  # some are the HTTP library's
-        why = f"{constants.ENDPOINT}: {type(error).__name__}: {error}"
-        raise UserError(f"{what} {why}; run again to continue a download") from None
+        kinds = [kind.__name__ for kind in type(error).__mro__]  # the most specific first
+        other = f"stopped: {kinds[0]}: {error}; run again to continue the download"
+        problem = next((HUB_PROBLEMS[kind] for kind in kinds if kind in HUB_PROBLEMS), other)
+        why = f"cannot be reached ({error.__cause__ or kinds[0]})"
+        why = "is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else why
+        where = f"{what} the hub ({constants.ENDPOINT})"
+        raise UserError(f"{where} {problem.replace('{}', why)}") from None
 
 
 def content_hash(paths: Iterable[Path]) -> str:

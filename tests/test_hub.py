@@ -74,10 +74,10 @@ def ask(hub: Hub, *names: str, **env: str) -> list[str]:
 
 REFUSED = {  # name -> what its line says
     "me/sharded": "run again to continue",
-    "me/gated": "gated",
-    "me/plane": "Repository Not Found",
-    "me/plain@v2": "Revision Not Found",
-    "hub:me/sums/none": "Entry Not Found",
+    "me/gated": "keeps it gated",
+    "me/plane": "me/plane: no such folder; the hub (",
+    "me/plain@v2": "me/plain, revision v2: the hub (",
+    "hub:me/sums/none": "has no such file",
     "adapter:me/adapter@main": "was trained on 'me/plain'",
 }
 
