@@ -51,7 +51,7 @@ class Subject:
         forced: Sequence[list[int]] = (),
         greedy: str = "",
     ) -> list[Response]:
-        """One response a prompt; if `greedy` names a policy, the greedy one. `use`: the stream."""
+        """One response per prompt, greedy if `greedy` names a policy. `use` names the stream."""
         who = (self.model, self.tokenizer, prompts, self.config, greedy or self.policy)
         seed, rows = stream(use, self.config.run.seed), self.config.evaluate.batch_size
         responses = respond(*who, seed, rows, 0.0 if greedy else None, forced, show=use)

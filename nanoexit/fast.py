@@ -1,12 +1,12 @@
-"""Optional: a fused `model.run` for one token a row. It computes the same results, faster.
+"""Optional: a fused `model.run` for one token per row. It computes the same results, faster.
 
 Contract. `FastModel(model, rows)` has `run` and `readout` with the model's own arguments, for
-inference with one token a row. Its results equal the model's to rounding error, which tests check.
+inference with one token per row. Tests check that results equal the model's to rounding error.
 generate.py selects it in one line. Build a new one when the adapters or the cap change.
 
 What makes it fast.
 1. On a CPU, a second copy of the weights, laid out for a handful of rows. Decoding reads every
-   weight once a token, and on weights as stored `F.linear` reaches about half the memory bandwidth.
+   weight once per token, and `F.linear` on weights as stored reaches about half the bandwidth.
 2. q, k and v are one product, gate and up another; each group's adapters are two more. One rotation
    turns q, k and v together (values by angle zero), and one copy writes to the cache.
 3. Rows that exit keep their places and stay in the joint q, k, v product while any row still runs:
@@ -154,7 +154,7 @@ def turn_frequencies(s: Shape, device: torch.device) -> Tensor:
 
 
 class FastBlock:
-    """model.Block for one token a row."""
+    """model.Block for one token per row."""
 
     def __init__(self, model: Transformer, layout: str, block: Block):
         a, m = block.self_attn, block.mlp
@@ -242,7 +242,7 @@ class Step:
 
 
 class FastModel:
-    """`run` and `readout` of a Transformer, for one token a row and one cache.
+    """`run` and `readout` of a Transformer, for one token per row and one cache.
 
     capture: turns a function into a graph (default: CUDA graphs on CUDA, otherwise none).
     """

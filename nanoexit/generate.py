@@ -99,7 +99,7 @@ def generate(
     """Continue every prompt (token ids) by up to max_new_tokens tokens.
 
     policy: see exits.parse_policy. temperature 0 takes the likeliest token. Raises UserError for an
-    empty prompt, a prompt too long for max_new_tokens more to fit the model's positions, a value
+    empty prompt, a prompt that would exceed the model's positions with max_new_tokens more, a value
     out of range, and logits that are not finite.
     """
     policy = parse_policy(policy, model) if isinstance(policy, str) else policy

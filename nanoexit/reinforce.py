@@ -68,7 +68,7 @@ def depth_cost(depths: Sequence[int], penalty: str, full_depth: int) -> float:
 
 
 def reward_parts(response: Response, kl: float, rl: RLConfig, full_depth: int) -> dict[str, float]:
-    """What each part adds to the reward. kl: mean nats a token."""
+    """What each part adds to the reward. kl: mean nats per token."""
     cost = depth_cost(response.generation.depths, rl.depth_penalty, full_depth)
     return {
         "verify": float(response.verdict.correct),

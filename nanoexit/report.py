@@ -27,7 +27,7 @@ from nanoexit.figures import CSS, is_number, line_figure
 FILES = ("samples.jsonl", "metrics.jsonl", "evaluation.json")
 BASE = ("policy", "accuracy", "perplexity", "prompt", "text")  # rows equal in all are the same base
 SHARES = ("accuracy", "written", "target exit", "student exit", "same answer", "exits")
-CURVES = (  # title, key of a row of evaluation.json, horizontal axis, vertical axis
+CURVES = (  # title, key in a row of evaluation.json, horizontal axis, vertical axis
     ("Accuracy under a cap", "capped_accuracy", "cap", "accuracy"),
     ("Reasoning cut, depth free", "same_answer", "kept", "same answer"),
     ("Reasoning cut, capped", "same_answer_capped", "kept", "same answer"),

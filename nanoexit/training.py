@@ -449,7 +449,7 @@ def progress(total: int, name: str, unit: str = "row", done: int = 0) -> tqdm:
 
 
 class Metrics:
-    """metrics.jsonl, one object a step; steps after the checkpoint are dropped on resume."""
+    """metrics.jsonl, one object per step; steps after the checkpoint are dropped on resume."""
 
     def __init__(self, folder: Path, done: int, config: Config):
         self.path, self.wandb = folder / "metrics.jsonl", None

@@ -52,7 +52,7 @@ class PretrainConfig:
     ffn: int = knob(256, "F", low=8)
     heads: int = knob(4, "H", low=1)
     kv_heads: int = knob(2, "K", low=1)
-    batch_size: int = knob(64, "chains a step", low=2)
+    batch_size: int = knob(64, "chains per step", low=2)
     lr: float = knob(2e-3, "peak learning rate of AdamW", low=0)
     weight_decay: float = knob(0.05, "on matrices", low=0)
     warmup: int = knob(100, "steps of linear warm-up", low=1)

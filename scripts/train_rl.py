@@ -1,4 +1,4 @@
-"""REINFORCE: charge a student for depth, and it moves its reasoning into what it writes.
+"""REINFORCE: charge a student for depth, and it moves its reasoning into its text.
 
     python scripts/train_rl.py configs/tiny_rl.yaml
     python scripts/train_rl.py configs/tiny_rl.yaml rl.depth_weight=0    the same without the charge
