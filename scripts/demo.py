@@ -1,6 +1,7 @@
-"""Write the page in data/demo: the answers of an experiment's arms, side by side.
+"""Write the pages in data/demo: the answers of an experiment's arms, side by side.
 
     python scripts/experiment.py && python scripts/demo.py
+    python scripts/experiment.py --real && python scripts/demo.py --real
 
 Reads the run directories of one seed; --out writes to another page.
 """
@@ -9,39 +10,45 @@ import argparse
 from pathlib import Path
 
 import _path  # noqa: F401
-from experiment import CHARGED, SFT, UNCHARGED
+from experiment import Arm
 
 from nanoexit.config import ROOT, read_json, run_script
 from nanoexit.report import read_run, write_page
 
 TITLE = "Charge a model for depth, and it writes its reasoning down"
-NOTE = """A small base model answers chains of operations, of which only the last digit is kept.
-Three students of it answer the same prompts. SFT taught the first to write the same at less
-depth. REINFORCE then rewarded two copies of it for right answers; it charged one of them, lambda
-3, for the deepest token of each response. What to notice: without the charge nothing is written,
+NOTE = """{base} Three students of it answer the same prompts, the first {count} of seed {seed}. SFT
+taught one to write what the base writes at less depth. REINFORCE then rewarded two copies of it
+for right answers; it charged one of them, lambda 3, for the deepest token of each response. Base
+and SFT choose at random whether to write. What to notice: without the charge nothing is written,
 and the answer is one deep token. With it nearly every step is written, and no token runs deep,
-however long the chain. Under a cap of three or four blocks (Accuracy under a cap) only the
-charged model is still right. With the text cut (Reasoning cut), its answer is lost and theirs
-stay."""
+however long the chain. Under a low cap (Accuracy under a cap) only the charged model is still
+right. With the reasoning cut (Reasoning cut), its answer changes and the others' stay."""
+TINY = "A base of 8 blocks answers chains of operations, of which only the last digit is kept."
+REAL = "SmolLM2 135M, 30 blocks, was taught to answer chains in English, written out or at once."
 
 
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--runs", default="runs/experiment", help="experiment's runs (%(default)s)")
+    parser.add_argument("--real", action="store_true", help="of the experiment with --real")
+    parser.add_argument("--runs", help="run directories (runs/experiment, or runs/real)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default=str(ROOT / "data" / "demo" / "index.html"))
+    parser.add_argument("--out", help="the page (index.html in data/demo, or real.html)")
     args = parser.parse_args()
+    base, about = ("words", REAL) if args.real else ("shipped", TINY)
+    folder = Path(args.runs or ("runs/real" if args.real else "runs/experiment"))
     runs = []
-    for arm in (SFT, UNCHARGED, CHARGED):
-        run = read_run(arm.folder(Path(args.runs), args.seed))
+    for weight in (None, 0.0, 3.0):
+        arm = Arm(weight, base=base)
+        run = read_run(arm.folder(folder, args.seed))
         run.name = arm.name
         run.samples = [sample for sample in run.samples if "step" not in sample]  # no rollouts
         runs.append(run)
-    look = read_json(Path(args.runs) / "bases" / "shipped.json")
+    note = NOTE.format(base=about, count=len(runs[0].samples), seed=args.seed)
+    look = read_json(folder / "bases" / f"{base}.json")
     runs[0].samples = [*look.get("samples", []), *runs[0].samples]
-    out = Path(args.out)
-    write_page(out, runs, TITLE, " ".join(NOTE.split()))
+    out = Path(args.out or ROOT / "data" / "demo" / ("real.html" if args.real else "index.html"))
+    write_page(out, runs, TITLE, " ".join(note.split()))
     print(f"wrote {out}, {out.stat().st_size / 1e6:.2f} MB")
 
 
