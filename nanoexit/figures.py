@@ -61,11 +61,11 @@ class Figure:
     height: int = 0
     body: str = ""
 
-    def write(self, text: str, color: str = "", kind: str = "") -> None:
-        """Add `text`, wrapped; a `color` puts a stroke of that colour before it, as a key."""
-        if color and text:
-            self.body += f'<path class="key" d="M0 {self.height + 14}h14" style="stroke:{color}"/>'
-        x = 20 if color else 0
+    def write(self, text: str, style: str = "", kind: str = "") -> None:
+        """Add `text`, wrapped; a `style` puts a stroke of that style before it, as a key."""
+        if style and text:
+            self.body += f'<path class="key" d="M0 {self.height + 14}h14" style="{style}"/>'
+        x = 20 if style else 0
         for line in textwrap.wrap(text, 44 if kind else 54):
             self.height += 18
             self.body += f'<text class="{kind}" x="{x}" y="{self.height}">{escape(line)}</text>'
@@ -81,10 +81,13 @@ class Figure:
         )
 
 
-def line_figure(title: str, x: str, y: str, lines: Mapping, top: float = 0) -> Figure:
+def line_figure(
+    title: str, x: str, y: str, lines: Mapping, top: float = 0, colors: dict | None = None
+) -> Figure:
     """Lines over axes that include zero and all points; the vertical one reaches at least `top`.
 
-    lines: name -> points, (x, y) or (x, y, low, high) with an interval around y.
+    lines: name -> points, (x, y) or (x, y, low, high) with an interval around y. colors: name ->
+    colour; new names are added. A line with the points or the colour of an earlier one is dashed.
     """
     names = [name for name, points in lines.items() if points]
     drawn = [sorted(p for p in lines[n] if all(map(is_number, p))) for n in names[:MOST_LINES]]
@@ -92,17 +95,22 @@ def line_figure(title: str, x: str, y: str, lines: Mapping, top: float = 0) -> F
     up = Axis([top, *(v for points in drawn for point in points for v in point[1:])], BOTTOM, TOP)
     figure = Figure(title)
     figure.write(title, kind="title")
-    figure.write("" if y == title else y)
+    figure.write(y)
     figure.body += f'<g transform="translate(0 {figure.height + 12})" data-x="{across}" '
     figure.body += f'data-y="{up}">{_axes(across, up, x)}'
-    for index, points in enumerate(drawn):
-        figure.body += _curve(names[index], points, f"var(--s{index})", across, up)
+    styles: list[str] = []
+    colors = {} if colors is None else colors
+    for index, (name, points) in enumerate(zip(names, drawn)):
+        style = f"color:{colors.setdefault(name, f'var(--s{len(colors) % MOST_LINES})')}"
+        hides = style in styles or points in drawn[:index]
+        styles.append(style + ";stroke-dasharray:4 4" * hides)
+        figure.body += f'<g style="{styles[-1]}">{_curve(name, points, across, up)}</g>'
     figure.body += "</g>"
     figure.height += BOTTOM + 54
-    for index, (name, points) in enumerate(zip(names, drawn)):
+    for name, points, style in zip(names, drawn, styles):
         missing = len(lines[name]) - len(points)
         remark = f" (without {missing} points that are not numbers)" if missing else ""
-        figure.write(name + remark, f"var(--s{index})")
+        figure.write(name + remark, style)
     for name in names[MOST_LINES:]:
         figure.write(f"{name} (not drawn, beyond {MOST_LINES} lines)")
     return figure
@@ -138,15 +146,16 @@ def _axes(x: Axis, y: Axis, label: str) -> str:
     return out
 
 
-def _curve(name: str, points: Sequence[tuple[float, ...]], color: str, x: Axis, y: Axis) -> str:
-    """A line, with markers and intervals if it has few points."""
+def _curve(name: str, points: Sequence[tuple[float, ...]], x: Axis, y: Axis) -> str:
+    """Few points have markers and intervals; fewer than three are not joined by a line."""
     path = " ".join(f"{x.at(p[0])},{y.at(p[1])}" for p in points[:: len(points) // MOST_POINTS + 1])
-    out = f'<polyline data-name="{escape(name)}" style="stroke:{color}" points="{path}"/>'
+    kind = "curve" if len(points) > 2 else "apart"
+    out = f'<polyline class="{kind}" data-name="{escape(name)}" points="{path}"/>'
     for at, value, *interval in points if len(points) <= MOST_MARKS else []:
-        out += f'<circle cx="{x.at(at)}" cy="{y.at(value)}" r="3.5" style="fill:{color}"/>'
+        out += f'<circle cx="{x.at(at)}" cy="{y.at(value)}" r="3.5"/>'
         if interval:
             ends = "V".join(str(y.at(end)) for end in interval)
-            out += f'<path class="interval" style="stroke:{color}" d="M{x.at(at)} {ends}"/>'
+            out += f'<path class="interval" d="M{x.at(at)} {ends}"/>'
     return out
 
 

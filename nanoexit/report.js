@@ -29,7 +29,7 @@ async function load() {
     sample.text = sample.words.join("");
     sample.depth = sample.tokens.map((token) => token.depth);
     sample.exits = list(sample.exit_layers).filter(Number.isInteger);
-    sample.ends = []; // layers run by the time token i is written: in a replay, a token takes time in proportion to its depth
+    sample.ends = []; // blocks run by the time token i is written: in a replay, a token takes time in proportion to its depth
     sample.depth.reduce((sum, depth) => (sample.ends.push(sum + depth), sum + depth), 0);
   }
   prompts = [...byPrompt.values()];
@@ -120,7 +120,7 @@ function showPrompt() {
 
 function legendOf(sample, named) {
   const depths = [...new Set([...sample.exits, ...sample.depth, sample.full_depth])].sort((a, b) => a - b);
-  const texts = depths.map((depth) => (depth === sample.full_depth ? `${depth}, all layers` : `${depth}`));
+  const texts = depths.map((depth) => (depth === sample.full_depth ? `${depth}, all blocks` : `${depth}`));
   const swatches = depths.map((depth, i) => {
     const swatch = el("i");
     swatch.style.setProperty("--c", color(depth, sample));
@@ -203,7 +203,7 @@ function bars(title, rows) { // rows of (name, chance, text if there is no chanc
 }
 
 function why(sample, depth) {
-  if (depth === sample.full_depth) return `ran all ${depth} layers`;
+  if (depth === sample.full_depth) return `ran all ${depth} blocks`;
   return `${depth === sample.cap ? "stopped by the cap" : "exited"} at depth ${depth} of ${sample.full_depth}`;
 }
 
@@ -235,7 +235,7 @@ function followFocus() { // after scrolling, the panel follows a token in focus,
   inspect(card ?? null, card ? card.spans.indexOf(document.activeElement) : -1);
 }
 
-// ---- replay: one clock for all cards, in layers run, so that early exits are seen to be quicker -----------------------
+// ---- replay: one clock for all cards, in blocks run, so that early exits are seen to be quicker -----------------------
 
 const longest = () => Math.max(0, ...cards.map((card) => card.sample.ends.at(-1) ?? 0));
 

@@ -26,14 +26,22 @@ from nanoexit.figures import CSS, is_number, line_figure
 
 FILES = ("samples.jsonl", "metrics.jsonl", "evaluation.json")
 BASE = ("policy", "accuracy", "perplexity", "prompt", "text")  # rows equal in all are the same base
-SHARES = ("accuracy", "written", "target exit", "student exit", "same answer", "exits")
+KEPT, SAME = "share of the reasoning kept", "share with the same answer"
 CURVES = (  # title, key in a row of evaluation.json, horizontal axis, vertical axis
-    ("Accuracy under a cap", "capped_accuracy", "cap", "accuracy"),
-    ("Reasoning cut, depth free", "same_answer", "kept", "same answer"),
-    ("Reasoning cut, capped", "same_answer_capped", "kept", "same answer"),
-    ("Share of tokens that exit at a depth", "exit_histogram", "depth", "exits"),
-    ("Opaque serial depth by group", "max_depth_by_group", "group", "opaque serial depth"),
+    ("Accuracy under a cap", "capped_accuracy", "cap, in blocks", "accuracy"),
+    ("Reasoning cut, depth free", "same_answer", KEPT, SAME),
+    ("Reasoning cut, capped", "same_answer_capped", KEPT, SAME),
+    ("Tokens that exit at a depth", "exit_histogram", "depth, in blocks", "share of tokens"),
+    ("Opaque serial depth by steps", "max_depth_by_group", "steps that the task needs", "blocks"),
 )
+# Titles of the figures of metrics; others have the metric's own name.
+TITLES = {"kl": "KL to the teacher, nats", "lr": "Learning rate", "grad_norm": "Gradient norm"}
+TITLES |= {"mean_depth": "Mean depth, in blocks", "max_depth": "Opaque serial depth, in blocks"}
+TITLES |= {"target_exit": "Targets at the heads", "student_exit": "Chance to exit at the heads"}
+TITLES |= {"written": "Steps written", "flat_groups": "Prompts whose rewards are all equal"}
+TITLES |= {"reward_verify": "Reward: right answer", "reward_kl": "Reward: KL to the teacher"}
+TITLES |= {"reward_depth": "Reward: depth", "reward_length": "Reward: tokens written"}
+SHARES = re.compile("(?i)accuracy|share|at the heads|steps written")  # their axis reaches 1
 
 
 @dataclass
@@ -65,10 +73,11 @@ def write_page(path: str | Path, runs: Sequence[Run], title: str = "", note: str
     """Write the page of `runs`. `note` is plain text under the title."""
     files = (Path(__file__).with_name(f"report.{kind}") for kind in ("html", "css", "js"))
     html, css, js = (file.read_text(encoding="utf-8") for file in files)
+    colors: dict[str, str] = {}  # of the lines of all figures
     with _name_in_errors(runs, "evaluation.json"):
         rows, points = _merged(runs, "rows"), _merged(runs, "frontier")
         table = table_cells(rows) if rows else None
-        evaluation = _evaluation(rows, points)
+        evaluation = _evaluation(rows, points, colors)
     with _name_in_errors(runs, "samples.jsonl"):
         samples = _responses(runs)
     data = {"samples": samples, "table": table, "single": len(runs) == 1}
@@ -79,7 +88,7 @@ def write_page(path: str | Path, runs: Sequence[Run], title: str = "", note: str
         css=CSS + css,
         js=js,
         evaluation=evaluation,
-        training=_training(runs),
+        training=_training(runs, colors),
         data=base64.b64encode(zlib.compress(json.dumps(rounded(data)).encode())).decode(),
     )
     write_text(Path(path), page)
@@ -119,16 +128,16 @@ def _responses(runs: Sequence[Run]) -> list[dict]:
     return sorted(samples, key=lambda sample: "step" in sample)
 
 
-def _evaluation(rows: Sequence[dict], points: Sequence[dict]) -> str:
+def _evaluation(rows: Sequence[dict], points: Sequence[dict], colors: dict) -> str:
     """Accuracy against depth, one line per kind of policy; then the CURVES of the rows."""
     policies: dict[str, list] = defaultdict(list)
     for row in [*rows, *points]:
         name = f"{row['variant']} ({row['policy'].partition(':')[0]})"
         policies[name].append((row["mean_depth"], row["accuracy"]))
-    html = _figure("Accuracy against depth", "mean depth", "accuracy", policies)
+    html = _figure("Accuracy against depth", "mean depth, in blocks", "accuracy", policies, colors)
     for title, key, x, y in CURVES:
         lines = {f"{row['variant']} ({row['policy']})": _points(row.get(key)) for row in rows}
-        html += _figure(title, x, y, lines)
+        html += _figure(title, x, y, lines, colors)
     return html
 
 
@@ -140,22 +149,35 @@ def _points(value: Any) -> list[tuple]:
     return [(int(x[0]), y) for x, y in found if x]
 
 
-def _training(runs: Sequence[Run]) -> str:
-    """One figure per metric, with a line for each run, or for each exit if values are lists."""
+def _training(runs: Sequence[Run], colors: dict) -> str:
+    """One figure per metric: a line for each run, in the colour of its student in the evaluation;
+    if values are lists, a line for each exit head, from red for the first to blue.
+    """
     metrics: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
+        student = f"{run.name} · student" if len(runs) > 1 else "student"
+        own = [color for name, color in colors.items() if name.startswith(student)]
+        if own:
+            colors[run.name] = own[0]
         for row in run.metrics:
             for key, value in row.items():
                 values = value if isinstance(value, list) else [value]
-                for place, y in enumerate(values, start=1):
-                    name = f"{run.name} exit {place}" if values is value else run.name
-                    metrics[key.replace("_", " ")][name].append((row.get("step"), y))
-    return "".join(_figure(key, "step", key, metrics[key]) for key in metrics if key != "step")
+                for place, y in enumerate(values):
+                    name = run.name
+                    if values is value:
+                        name += f", exit head {place + 1}"
+                        blue = f"var(--h4) {100 * place // len(values)}%"
+                        colors[name] = f"color-mix(in oklch longer hue, {blue}, var(--h0))"
+                    metrics[key][name].append((row.get("step"), y))
+    metrics.pop("step", None)
+    titles = {key: TITLES.get(key, key.replace("_", " ").capitalize()) for key in metrics}
+    return "".join(_figure(titles[key], "step", "", metrics[key], colors) for key in metrics)
 
 
-def _figure(title: str, x: str, y: str, lines: dict[str, list]) -> str:
+def _figure(title: str, x: str, y: str, lines: dict[str, list], colors: dict) -> str:
     """A figure as HTML; "" if no point can be drawn. The vertical axis of a share reaches 1."""
     if not any(all(map(is_number, point)) for points in lines.values() for point in points):
         return ""
-    svg = line_figure(title, x, y, lines, float(y in SHARES)).svg(alone=False)
+    top = bool(SHARES.search(y or title))
+    svg = line_figure(title, x, y, lines, top, colors).svg(alone=False)
     return f'<figure class="figure">{svg}</figure>\n'

@@ -28,13 +28,13 @@ from nanoexit.config import ROOT, Rule, UserError, check_value, read_json, read_
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-HUB_PROBLEMS = {  # class of an error -> what it says of the hub; {} is why there is no connection
+HUB_PROBLEMS = {  # class of an error -> what the hub does; AWAY is why it cannot be asked
     "GatedRepoError": "keeps it gated: ask for access on its page, then log in",
     "RepositoryNotFoundError": "has no such repository, or a private one",
     "RevisionNotFoundError": "has no such revision",
-    "IncompleteSnapshotError": "{}, and the copy on this machine is incomplete",
-    "LocalEntryNotFoundError": "{}",
-    "EntryNotFoundError": "has no such file",
+    "RemoteEntryNotFoundError": "has no such file",
+    "LocalEntryNotFoundError": "AWAY",
+    "IncompleteSnapshotError": "AWAY, and the copy on this machine is incomplete",
 }
 
 
@@ -61,13 +61,12 @@ def fetch(what: str, download: Callable[..., str], *names: str, **options: Any) 
     try:
         return Path(download(*names, **options))
     except Exception as error:  # some are the HTTP library's
-        kinds = [kind.__name__ for kind in type(error).__mro__]  # the most specific first
-        other = f"stopped: {kinds[0]}: {error}; run again to continue the download"
-        problem = next((HUB_PROBLEMS[kind] for kind in kinds if kind in HUB_PROBLEMS), other)
-        why = f"cannot be reached ({error.__cause__ or kinds[0]})"
-        why = "is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else why
-        where = f"{what} the hub ({constants.ENDPOINT})"
-        raise UserError(f"{where} {problem.replace('{}', why)}") from None
+        kind, away = type(error).__name__, f"cannot be reached ({error.__cause__})"
+        if constants.HF_HUB_OFFLINE:
+            away = "is switched off (HF_HUB_OFFLINE)"
+        other = f"stopped: {kind}: {error}; run again to continue the download"
+        problem = HUB_PROBLEMS.get(kind, other).replace("AWAY", away)
+        raise UserError(f"{what} the hub ({constants.ENDPOINT}) {problem}") from None
 
 
 def content_hash(paths: Iterable[Path]) -> str:

@@ -101,6 +101,20 @@ def test_a_line_stands_where_it_should():
     assert bottom > float(y0) > top
 
 
+def test_lines_that_would_hide_or_say_too_much():
+    """Catches: a line hidden by an equal one, two lines that look alike, a trend drawn through two
+    points, a line in another colour in the next figure."""
+    three, two = [(0, 1), (1, 2), (2, 1)], [(0, 3), (1, 3)]
+    colors = {"c": "red", "d": "red"}
+    lines = {"a": three, "b": three, "c": two, "d": [(0, 0)]}
+    svg = line_figure("t", "x", "y", lines, 0, colors).svg()
+    dashed = [";stroke-dasharray" in s for s in re.findall('<g style="(.*?)">', svg)]
+    assert dashed == [False, True, False, True]
+    assert re.findall('class="(curve|apart)"', svg) == ["curve", "curve", "apart", "apart"]
+    later = line_figure("t", "x", "y", {"b": three}, 0, colors).svg()
+    assert f'<g style="color:{colors["b"]}">' in later and colors["b"] != colors["a"]
+
+
 def test_what_is_not_drawn_is_named():
     """Catches: a ninth line in the colour of the first, a NaN drawn, a point for each step."""
     lines = {f"arm {i}": [(n, 1) for n in range(10_000)] for i in range(10)}

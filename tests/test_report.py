@@ -100,12 +100,13 @@ def test_no_text_of_a_model_is_markup(tmp_path):
     script = text.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(sha256(script.encode()).digest()).decode()
     assert "default-src 'none'" in text and f"script-src 'sha256-{digest}'" in text
-    for title in ("Accuracy under a cap", "Opaque serial depth by group", "student exit"):
+    for title in ("Accuracy under a cap", "Accuracy against depth", "Chance to exit at the heads"):
         assert f'aria-label="{title}"' in text
 
 
 def test_a_base_of_three_runs_is_shown_once(tmp_path):
-    """Catches: the same base three times, another base left out, runs that become one line."""
+    """Catches: the same base three times, another base left out, runs that become one line, a run
+    in two colours."""
     runs = [example(name) for name in ("first", "second", "third")]
     runs[2].rows[0]["perplexity"] = 2.5
     write_page(tmp_path / "r.html", runs)
@@ -115,8 +116,12 @@ def test_a_base_of_three_runs_is_shown_once(tmp_path):
     assert head[4:] == ["third · base (full)", "third · student (head)"]
     variants = [sample["variant"] for sample in data["samples"] if sample["prompt"] == ASKED]
     assert variants[:4] == ["base", *(f"{run} · student" for run in ("first", "second", "third"))]
-    for name in ("first", "second", "first · student (head)", "second exit 2"):
+    for name in ("first", "second", "first · student (head)", "second, exit head 2"):
         assert f'data-name="{name}"' in text
+    lines = re.findall('<g style="color:([^";]+).*?data-name="(.*?)"', text)
+    names = ("first", "first · student (head)", "second", "second · student (head)")
+    first, same, second, too = ({color for color, n in lines if n == name} for name in names)
+    assert first == same != second == too and len(first) == len(second) == 1
     assert "first · student (kl) (not drawn, beyond 8 lines)" in text
 
 
@@ -277,7 +282,7 @@ def test_replay(page):
     page("fire('#seek', 'input', {}, 100)")
     base, student, _ = page(later)
     depths = [token["depth"] for token in response(ASKED, "student", 0)["tokens"]]
-    assert base == len(STORY) - 3, "100 layers pay for 3 tokens of 28"
+    assert base == len(STORY) - 3, "100 blocks pay for 3 tokens of 28"
     assert student == sum(sum(depths[: i + 1]) > 100 for i in range(len(depths))) < base
     page("(fire('#speed', 'change', {}, 16), fire('#play', 'click'))")
     page("wait(() => find('#play').textContent === 'Play')")
@@ -296,9 +301,9 @@ def test_choosers_and_cross_hair(page):
     page("(fire('#scale', 'change', {}, 'safe'), fire('#theme', 'click'))")
     after = page(colors)
     assert before[0] != after[0] and before[1] != after[1]
-    box = page("find('svg[aria-label=loss]').getBoundingClientRect()")
+    box = page("find('svg[aria-label=Loss]').getBoundingClientRect()")
     middle = {"clientX": box["x"] + box["width"] / 2, "clientY": box["y"]}
-    page(f"fire('svg[aria-label=loss]', 'pointermove', {middle})")
+    page(f"fire('svg[aria-label=Loss]', 'pointermove', {middle})")
     step, loss = (float(text.split()[1]) for text in page("texts('.readout div')"))
     assert 0 < step < 10 and loss == pytest.approx(10 - step, abs=0.05)
 
