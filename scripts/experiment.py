@@ -70,6 +70,7 @@ class Base:
 
 
 WORDS_HEAD, WORDS_BASE = "configs/words_head.yaml", "configs/words_base.yaml"
+POLISH = ("finetune.steps=120", "finetune.batch_size=8", "finetune.lr=1e-4")
 BASES = {
     "shipped": Base(),
     "second-base": Base(flags=("pretrain.seed=1",)),
@@ -77,7 +78,8 @@ BASES = {
     "designed": Base("clock-values", ("pretrain.slots=7", "pretrain.deep_weight=0.3")),
     "permute": Base("permute"),
     "words-head": Base("words", (), "finetune.py", WORDS_HEAD),
-    "words": Base("words", (), "finetune.py", WORDS_BASE, "words-head"),
+    "words-base": Base("words", (), "finetune.py", WORDS_BASE, "words-head"),
+    "words": Base("words", POLISH, "finetune.py", WORDS_BASE, "words-base"),
 }
 
 
@@ -286,8 +288,11 @@ def experiment(
     for arm, seed in calls:
         check(arm_config(arm, seed, runs, overrides), reinforce=arm.weight is not None)
     bases = list(dict.fromkeys(arm.base for arm in arms))
-    starts = list(dict.fromkeys(BASES[base].start for base in bases if BASES[base].start))
-    for needed in (starts, bases):
+    stages, needed = [], bases
+    while needed:
+        stages.append(needed)
+        needed = list(dict.fromkeys(BASES[base].start for base in needed if BASES[base].start))
+    for needed in reversed(stages):
         run_all(jobs, make_base, [(base, runs, jobs > 1, model) for base in needed], "bases", runs)
     looks = {base: look_at_base(base, runs, overrides) for base in bases}
     results: dict[tuple[Arm, int], dict] = {}
