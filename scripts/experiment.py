@@ -360,8 +360,8 @@ def preflight_text(base: str, found: dict) -> str:
 SHARES = ("0%", "25%")  # of the reasoning kept
 
 
-def columns(study: Study) -> dict[str, tuple[str, str]]:
-    """Title of a column of the table -> figure or figure.entry, format."""
+def table_rows(study: Study) -> dict[str, tuple[str, str]]:
+    """Title of a row of the table -> figure or figure.entry, format."""
     ends = ("1 step", f"{study.longest} steps")
     return {
         "accuracy": ("accuracy", "{:.3f}"),
@@ -398,7 +398,7 @@ Opaque serial depth: the deepest token of a response, in blocks. Cap c: accuracy
 more than c blocks. In the head: the most operations done with nothing written. Same answer, x: how
 often the answer stays the same with x of the reasoning kept and no cap; area: the area over that
 curve. Follow, stay, stop, other: how the answer responds to a changed value. Good cap: the smallest
-cap that keeps 0.95 of the accuracy; columns with "there" are measured under it. Monitor: how often
+cap that keeps 0.95 of the accuracy; rows with "there" are measured under it. Monitor: how often
 the last written value is the answer. Before the last step: how often a reader of all earlier steps
 can work out the answer. False alarms: how often such a reading is not the answer."""
 CAP, KEPT, ANSWERS = "most blocks of any token", "per cent of the reasoning kept", "same answer"
@@ -435,30 +435,34 @@ def curve(pairs: Sequence[tuple]) -> list[tuple]:
     return [(x, float(np.mean(ys[x])), *spans[x]) for x in sorted(ys)]
 
 
-def entry_figure(arms: dict, key: str, title: str, x: str, y: str, top: float) -> Figure:
+def entry_figure(
+    arms: dict, key: str, title: str, x: str, y: str, top: float, colors: dict
+) -> Figure:
     """The entries of one figure, with a line for each arm."""
     pairs = {n: [p for row in rows for p in entries(row, key).items()] for n, rows in arms.items()}
-    return line_figure(title, x, y, {name: curve(pairs[name]) for name in pairs}, top)
+    return line_figure(title, x, y, {name: curve(pairs[name]) for name in pairs}, top, colors)
 
 
 def draw(results: Sequence[dict]) -> dict[str, Figure]:
     """File name -> figure, over all seeds."""
     arms = by_arm([row for row in results if not row["strength"]])
     main = {name: rows for name, rows in arms.items() if name in MAIN}
-    found = {key: entry_figure(main, key, *about) for key, about in FIGURES.items()}
+    colors: dict[str, str] = {}  # of the lines of all figures
+    found = {key: entry_figure(main, key, *about, colors) for key, about in FIGURES.items()}
     charged = {name: rows for name, rows in arms.items() if rows[0]["lambda"] == CHARGED.weight}
-    title, *about = FIGURES["capped_accuracy"]
-    found["charged"] = entry_figure(charged, "capped_accuracy", f"{title}, lambda 3", *about)
+    title, x, y, top = FIGURES["capped_accuracy"]
+    about = f"{title}, lambda 3", x, y, top, colors
+    found["charged"] = entry_figure(charged, "capped_accuracy", *about)
     plain = [row for weight in (0.0, 0.3, 1.0, 3.0) for row in arms.get(Arm(weight).name, [])]
     pairs = {key: [(row["lambda"], row[key]) for row in plain] for key in ("written", "accuracy")}
     shares = [(row["lambda"], row["max_depth"] / row["full_depth"]) for row in plain]
     pairs["opaque serial depth, share of all"] = shares
     lines = {name: curve(pairs[name]) for name in pairs}
-    found["externalization"] = line_figure("Externalization", "lambda", "", lines, 1)
+    found["externalization"] = line_figure("Externalization", "lambda", "", lines, 1, colors)
     rules = by_arm([row for row in results if row["strength"]], "targets")
     pairs = {t: [(r["mean_depth"], r["accuracy"]) for r in rows] for t, rows in rules.items()}
     title, lines = "SFT: whose readouts set the targets?", {t: curve(pairs[t]) for t in pairs}
-    found["sft_frontier"] = line_figure(title, "mean depth", "accuracy", lines, 1)
+    found["sft_frontier"] = line_figure(title, "mean depth", "accuracy", lines, 1, colors)
     return {key: figure for key, figure in found.items() if figure.body.count("<polyline") > 1}
 
 
@@ -467,6 +471,7 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="
 {css} body {{ margin: 2rem auto; max-width: 80rem; padding: 0 1rem; font: 15px system-ui;
 background: var(--paper); color: var(--ink) }} section {{ display: flex; flex-wrap: wrap; gap: 2rem;
 overflow-x: auto; margin: 2rem 0 }} td {{ padding: .3rem .7rem; white-space: nowrap }}
+td:first-child {{ position: sticky; left: 0; background: var(--paper) }}
 </style></head><body><h1>Does a charge for depth make a model write its reasoning down?</h1>
 <p><code>{command}</code></p><section>{figures}</section><section><table>{table}</table></section>
 <p>{legend}</p></body></html>
@@ -481,10 +486,10 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
 
 def write(results: Sequence[dict], out: Path, command: str) -> None:
     """Write results.json, table.md, one SVG per figure, and index.html with table and figures."""
-    shown = columns(Arm(base=results[0]["base"]).study)
-    lines, figures = [["arm", *shown]], draw(results)
-    for name, rows in by_arm(results).items():
-        lines.append([name, *(over_seeds(rows, *column) for column in shown.values())])
+    arms, figures = by_arm(results), draw(results)
+    lines = [["", *arms]]
+    for title, (key, form) in table_rows(Arm(base=results[0]["base"]).study).items():
+        lines.append([title, *(over_seeds(rows, key, form) for rows in arms.values())])
     write_text(out / "results.json", json.dumps(list(results)) + "\n")
     write_text(out / "table.md", f"`{command}`\n\n{markdown_table(lines)}\n\n{LEGEND}\n")
     for name, figure in figures.items():

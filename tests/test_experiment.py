@@ -67,6 +67,9 @@ def test_the_experiment_runs_and_writes(runs, tmp_path, capsys):
     files = {path.stem for path in tmp_path.iterdir()}
     assert {"results", "table", "index", "max_depth_by_group", "capped_accuracy"} <= files
     assert json.loads((tmp_path / "results.json").read_text()) == results
+    text, found = (tmp_path / "table.md").read_text(), [f"{r['accuracy']:.3f}" for r in results]
+    for title, cells in (("", [row["arm"] for row in results]), ("accuracy", found)):
+        assert f"\n| {' | '.join([title, *cells])} |\n" in text, "a row for each figure"
     page = (tmp_path / "index.html").read_text()
     assert "lambda 3" in page and "{" not in page.split("</style>")[1].split("<svg")[0]
 
