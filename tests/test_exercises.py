@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanoexit.config import ROOT
+from nanoexit.config import ROOT, DataConfig
 from nanoexit.exits import Asked, Policy, exit_depths, target_chance
-from nanoexit.generate import generate
+from nanoexit.generate import Sampling, generate
 from nanoexit.model import Transformer
-from nanoexit.tasks import Prompt, Task
+from nanoexit.tasks import Prompt, Task, load_prompts, task_of
 from nanoexit.tokenizer import load_tokenizer
 from nanoexit.weights import load_model
 
@@ -44,10 +44,17 @@ class Settled(Policy):
 def test_2_a_policy_without_touching_the_model():
     """Catches: a seam that needs more than a subclass of Policy."""
     model, tokenizer = load_model(ROOT / "data/tiny"), load_tokenizer(ROOT / "data/tiny")
-    ids = [tokenizer.prompt_ids(chain) for chain in ("7 +3 *9", "5 *9 +7 +1")]
-    rows = generate(model, ids, Settled(), 12, 0.0)
-    depths = [d for row in rows for d in row.depths]
-    assert min(depths) >= 2 and np.mean(depths) < 8
+    prompts = load_prompts(DataConfig(), "held_out", 100, 0)
+    ids = [tokenizer.prompt_ids(p.prompt) for p in prompts]
+    found = {}
+    for name, policy in (("settled", Settled()), ("confident", "confidence:0.9")):
+        rows = generate(model, ids, policy, 24, 0.0, settings=Sampling(batch_size=100))
+        texts = [tokenizer.decode(row.tokens, True) for row in rows]
+        right = [task_of(p).verify(p, text).correct for p, text in zip(prompts, texts)]
+        found[name] = np.mean([d for row in rows for d in row.depths]), np.mean(right)
+    (settled, rarely_right), (confident, often_right) = found.values()
+    assert 2 <= settled < confident < 4  # the same token twice is soon found
+    assert rarely_right < 0.3 and often_right > 0.9  # but two early readouts agree on nonsense
 
 
 class Backwards(Task):
