@@ -167,11 +167,8 @@ class Task:
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Verify the decoded text of a response, without its end-of-text token."""
-        part, said, target = (
-            self.split(response),
-            self.answer(prompt, response),
-            self.target(prompt),
-        )
+        part, said = self.split(response), self.answer(prompt, response)
+        target = self.target(prompt)
         last = self.reached(prompt, response) if self.name == "gsm8k" else said
         expected = self.claims(" ".join(self.steps(prompt)))
         claims = self.claims(part.reasoning)
@@ -522,7 +519,6 @@ def _text(row: dict, name: str, where: str) -> str | None:
     value = row.get(name)
     text = "" if value is None else str(value) if type(value) in (int, float) else value
     if not isinstance(text, str) or re.search("[\0\ud800-\udfff]", text):
-        raise UserError(
-            f"{where}: {name}: expected text without NUL or surrogate, found {show(value)}"
-        )
+        expected = "expected text without NUL or surrogate"
+        raise UserError(f"{where}: {name}: {expected}, found {show(value)}")
     return text if text.strip() else None

@@ -162,10 +162,9 @@ def _check_lengths(model: Transformer, tokenizer: Tokenizer, config: Config) -> 
         for prompt in load_prompts(config.data, split, number, config.run.seed):
             length = len(prompt_ids(tokenizer, prompt, config)) if prompt.where else 0
             if length + most > longest:
-                raise UserError(
-                    f"{prompt.where or 'data.prompts'}: the prompt has {length} tokens; with "
-                    f"generation.max_new_tokens={most} it exceeds the model's {longest} positions"
-                )
+                found = f"{prompt.where or 'data.prompts'}: the prompt has {length} tokens"
+                room = f"it exceeds the model's {longest} positions"
+                raise UserError(f"{found}; with generation.max_new_tokens={most} {room}")
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, config: Config) -> list[int]:
