@@ -95,7 +95,7 @@ class Study:
     caps: tuple[int, ...]  # in the table
 
 
-TINY = Study("configs/tiny_rl.yaml", range(2, 7), 98, 23, 6, (2, 3, 4, 6))
+TINY = Study("configs/tiny_rl.yaml", range(2, 7), 98, 23, 6, (2, 3, 4, 6, 8))
 REAL = Study("configs/words.yaml", (8, 12, 16, 20, 24), 132, 29, 3, (8, 10, 12, 20))
 
 
