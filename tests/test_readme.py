@@ -22,7 +22,7 @@ def row(arm: str) -> str:
         *(f"{np.mean([k[share] for k in kept]):.2f}" for share in (0.25, 0.0)),
         *(f"{np.mean([r['changed_value'][key] for r in found]):.3f}" for key in ("follow", "stay")),
     ]
-    return f"| {arm} | {' | '.join(cells)} |"
+    return f"|{arm}|{'|'.join(cells)}|"
 
 
 def test_the_table_is_that_of_the_results():
