@@ -44,7 +44,8 @@ def main() -> None:
         run.name = arm.name
         run.samples = [sample for sample in run.samples if "step" not in sample]  # no rollouts
         runs.append(run)
-    note = NOTE.format(base=about, count=len(runs[0].samples), seed=args.seed)
+    prompts = {sample["id"] for sample in runs[0].samples}
+    note = NOTE.format(base=about, count=len(prompts), seed=args.seed)
     look = read_json(folder / "bases" / f"{base}.json")
     runs[0].samples = [*look.get("samples", []), *runs[0].samples]
     out = Path(args.out or ROOT / "data" / "demo" / ("real.html" if args.real else "index.html"))
