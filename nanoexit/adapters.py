@@ -123,11 +123,17 @@ def adapter_base(folder: str | Path) -> tuple[str, str | None]:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The checked nanoexit.json ({} for peft's own) and adapter_config.json ({} for heads only)."""
-    facts, config = read_json(folder / "nanoexit.json"), read_json(folder / "adapter_config.json")
-    check_values(facts, FACTS, folder / "nanoexit.json")
-    check_values(config, PEFT, folder / "adapter_config.json", REQUIRED if config else ())
-    for depth in facts.get("exit_layers", []):
-        check_values({"exit_layers": depth}, {"exit_layers": Rule((int,))}, folder)
+    ours, theirs = folder / "nanoexit.json", folder / "adapter_config.json"
+    try:
+        facts, config = read_json(ours), read_json(theirs)
+        check_values(facts, FACTS, ours)
+        check_values(config, PEFT, theirs, REQUIRED if config else ())
+        for depth in facts.get("exit_layers", []):
+            check_values({"exit_layers": depth}, {"exit_layers": Rule((int,))}, folder)
+    except UserError as error:
+        own = (folder.parent / "checkpoint").is_dir()
+        cure = f"; delete {folder}, and --resume of its run writes it again" if own else ""
+        raise UserError(f"{error}{cure}") from None
     return facts, config
 
 

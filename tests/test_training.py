@@ -191,6 +191,17 @@ def test_a_damaged_run_file_is_named(whole, tmp_path, file, damage):
     assert "\n" not in str(error.value) and "delete" in str(error.value)
 
 
+def test_a_damaged_adapter_says_what_to_delete(whole, tmp_path):
+    """Catches: a finished run that is lost although its checkpoint is whole."""
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "adapter" / "nanoexit.json").write_text("{")
+    with pytest.raises(UserError, match=r"nanoexit\.json is not JSON.*delete .*adapter, and"):
+        load_student(load_config(TINY, [*SMALL, f"run.init={tmp_path / 'run'}"]))
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    assert run(tmp_path / "run", "--resume").returncode == 0
+    assert adapter_bits(tmp_path / "run") == adapter_bits(whole)
+
+
 def test_moments_of_another_shape_are_refused(whole, tmp_path):
     """Catches: a checkpoint whose moments broadcast to weights of another shape."""
     shutil.copytree(whole / "checkpoint", tmp_path / "checkpoint")
