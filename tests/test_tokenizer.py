@@ -2,12 +2,13 @@
 
 import json
 import random
+import shutil
 
 import make_golden
 import pytest
 from make_golden import BOS, CHAT, LAYOUTS, PLAIN, TEXTS, byte_fallback, byte_level
 
-from nanoexit.config import UserError
+from nanoexit.config import ROOT, UserError
 from nanoexit.tokenizer import TemplateProcess, Tokenizer, find_model
 
 GOLDEN = json.loads((make_golden.GOLDEN / "tokenizers.json").read_text())
@@ -198,3 +199,13 @@ def test_texts_and_names_that_cannot_be(tmp_path):
     for name, revision in (("no/such/folder", None), ("/no", None), (str(tmp_path), "v1")):
         with pytest.raises(UserError, match="not an id on the hub"):
             find_model(name, revision)
+
+
+def test_a_file_on_which_the_library_panics_is_refused(tmp_path):
+    """Catches: a panic of the tokenizers library, which is not an Exception, shown to a user."""
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+    model["continuing_subword_prefix"] = "####"
+    folder = shutil.copytree(ROOT / "data" / "tiny", tmp_path / "model")
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    with pytest.raises(UserError, match="is not a tokenizer"):
+        Tokenizer(folder)
