@@ -17,8 +17,10 @@ if __name__ == "__main__":
     try:
         main()
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:  # it has already reported the error
-            sys.exit(failure.exitcode)
-        print(f"process {rank} ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
-        sys.exit(128 - failure.exitcode)
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        own = [code for code in codes.values() if code > 0]  # others were ended by torchrun
+        if own:  # that process has already reported the error
+            sys.exit(min(own))
+        rank, code = next(iter(codes.items()))
+        print(f"process {rank} ended by {signal.Signals(-code).name}", file=sys.stderr)
+        sys.exit(128 - code)
