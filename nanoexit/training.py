@@ -76,7 +76,8 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
     if config.run.wandb and not find_spec("wandb"):
         raise UserError("run.wandb is true, but wandb is not installed: pip install wandb")
     _check_folder(Path(config.run.dir), resume)
-    _check_writable(Path(config.data.traces or config.run.dir), "data.traces")
+    if config.data.traces:
+        _check_writable(Path(config.data.traces), "data.traces")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if config.run.shard and (ranks == 1 or reinforce):
         what = "REINFORCE" if reinforce else "one"
@@ -308,12 +309,12 @@ def remove_leftovers(folder: Path, seconds: float = 0) -> None:
 def _check_same_config(path: Path, config: Config) -> None:
     cure = f"delete {path.parent} to train from the start"
     try:
-        found = load_config(path, schema=type(config))
+        kept = load_config(path, schema=type(config))
     except UserError as error:
         raise UserError(f"{error}; {cure}") from None
-    if to_yaml(found) != read_text(path):  # even if it was cut between two keys
+    if to_yaml(kept) != read_text(path):  # also finds a file that was cut between two keys
         raise UserError(f"{path} was cut or edited; {cure}")
-    old = dataclasses.asdict(found)
+    old = dataclasses.asdict(kept)
     for section, values in dataclasses.asdict(config).items():
         for key, value in values.items():
             name, before = f"{section}.{key}", old[section][key]
@@ -404,7 +405,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
                 continue  # never had a gradient
             if value is None or value.shape != shape:
                 expected = f"{key}.{name} of shape {list(shape)}"
-                raise UserError(f"{path}: no tensor {expected}; it is another model's")
+                raise UserError(f"{path}: no tensor {expected}: another model's; delete it")
             if key == "parameter":
                 p.data.copy_(value)
             else:

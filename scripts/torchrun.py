@@ -12,15 +12,23 @@ import sys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+
+def exit_code(codes: list[int]) -> int:
+    """Of processes that ended, by a signal if negative: the one that failed by itself comes first.
+
+    torchrun ends the others by a signal, and records them as failed in the same second.
+    """
+    own = [code for code in codes if code > 0]
+    return min(own) if own else 128 - codes[0]
+
+
 if __name__ == "__main__":
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         main()
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        own = [code for code in codes.values() if code > 0]  # others were ended by torchrun
-        if own:  # that process has already reported the error
-            sys.exit(min(own))
         rank, code = next(iter(codes.items()))
-        print(f"process {rank} ended by {signal.Signals(-code).name}", file=sys.stderr)
-        sys.exit(128 - code)
+        if max(codes.values()) < 0:  # else the process that failed has reported its error
+            print(f"process {rank} ended by {signal.Signals(-code).name}", file=sys.stderr)
+        sys.exit(exit_code([*codes.values()]))

@@ -81,12 +81,30 @@ def test_what_is_reused_and_what_is_not(runs, capsys):
     arm = Arm(strength=4.0)
     again = [script.experiment([arm], [0], folder, 1, overrides) for _ in range(2)]
     assert again[0] == again[1] and capsys.readouterr().out.count("reused") == 1
+    look = folder / "bases" / "shipped.json"  # the base is not measured again either
+    marked = {"2": {"1": [0, 0]}}
+    look.write_text(json.dumps(json.loads(look.read_text()) | {"preflight": marked}))
+    assert script.experiment([arm], [0], folder, 1, overrides)[0]["preflight"] == marked
+    look.unlink()
+    capsys.readouterr()
     (arm.folder(folder, 0) / "result.json").unlink()
     assert script.experiment([arm], [0], folder, 1, overrides) == again[0]
     assert not list(folder.glob("*.before-*")) and "reused" not in capsys.readouterr().out
     changed = script.experiment([arm], [0], folder, 1, [*overrides, "sft.lr=1e-4"])[-1]
     assert changed["made_by"]["config"]["sft"]["lr"] == 1e-4
     assert len(list(folder.glob("*.before-1"))) == 1
+
+
+def test_bases_are_made_after_what_they_start_from(tmp_path, monkeypatch):
+    """Catches: a stage of fine-tuning that starts before the model of the stage before is there."""
+    made = []
+    monkeypatch.setattr(script, "check", lambda *_, **__: None)
+    monkeypatch.setattr(script, "run_all", lambda _, __, calls, *___: made.append(calls))
+    monkeypatch.setattr(script, "look_at_base", lambda *_: made[99])
+    with pytest.raises(IndexError):
+        script.experiment(script.WORDS, [0], tmp_path, 1, [])
+    stages = [[name for name, *_ in calls] for calls in made]
+    assert stages == [["words-head"], ["words-base"], ["words", "words-head"]]
 
 
 def test_side_by_side(tmp_path):

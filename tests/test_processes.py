@@ -18,6 +18,9 @@ from nanoexit import reinforce, sft, training
 from nanoexit.config import ROOT, UserError, load_config
 from nanoexit.training import load_student, processes, run_directory
 
+sys.path.insert(0, str(ROOT / "scripts"))
+import torchrun as launcher
+
 TINY = str(ROOT / "configs" / "tiny.yaml")
 SMALL = ["data.count=16", "teacher.chunk=8", "lora.dropout=0.1", "run.threads=1"]
 SMALL += ["sft.steps=3", "sft.batch_size=8", "sft.micro_batch=4", "sft.save_every=1"]
@@ -146,6 +149,12 @@ def test_a_lost_process_ends_the_others(how):
 def torchrun(script: str, *args: str) -> list[str]:
     launch = [sys.executable, str(ROOT / "scripts" / "torchrun.py"), "--nproc-per-node", "2"]
     return [*launch, "--master-port", "29517", str(ROOT / "scripts" / script), *args]
+
+
+def test_the_exit_code_is_that_of_the_process_that_failed():
+    """Catches: a user's error that ends as a signal, since torchrun ended the other process."""
+    assert launcher.exit_code([-15, 2]) == launcher.exit_code([2, 143]) == 2
+    assert launcher.exit_code([-9, -15]) == 128 + 9
 
 
 def test_torchrun_reports_an_error_once(tmp_path):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from nanoexit import reinforce, sft
 from nanoexit.config import ROOT, UserError, load_config
+from nanoexit.report import read_run
 from nanoexit.teacher import make_traces
 from nanoexit.training import (
     check,
@@ -214,6 +215,25 @@ def test_moments_of_another_shape_are_refused(whole, tmp_path):
     model, _ = load_student(load_config(TINY, SMALL))
     with pytest.raises(UserError, match=name):
         load_checkpoint(tmp_path, model, make_optimizer(trained(model).values(), 1e-3))
+
+
+def test_a_folder_of_traces_is_checked_before_the_work(tmp_path):
+    """Catches: traces that cannot be written, told after the teacher has written some."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.traces: .*file/traces cannot be written"):
+        check(load_config(TINY, [f"data.traces={tmp_path}/file/traces", f"run.dir={tmp_path}/run"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_lines_of_a_run_say_what_to_delete(tmp_path):
+    """Catches: a damaged file of a run that is named without the way to go on."""
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        (tmp_path / name).write_text('{"step": 1}\n{"st')
+        with pytest.raises(UserError, match=rf"{name}:2 is not JSON.*delete"):
+            read_run(tmp_path)
+        (tmp_path / name).write_text('{"step": "x"}\n')
+    with pytest.raises(UserError, match=r"samples\.jsonl is damaged.*delete"):
+        reinforce.kept_samples(tmp_path, 3)
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path):
