@@ -353,6 +353,8 @@ class Transformer(nn.Module):
         live = places.live(alive)
         h = self.model.embed_tokens(ids)
         for depth, block in enumerate(self.blocks[: self.deepest], start=1):
+            if cache is None and not live.width:
+                break  # no token is left to read what later blocks would store
             h = block(h, depth - 1, places, live)
             if stop is None or depth == self.deepest or depth not in stop.layers or not live.width:
                 continue

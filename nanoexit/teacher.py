@@ -79,11 +79,14 @@ def rescore(
 ) -> tuple[Aligned, Score]:
     """One forward that re-scores these responses, at the depths at which they were written.
 
-    together: see score.align.
+    Prompt tokens run only as deep as the deepest readout of their row: no token reads them in later
+    blocks, so the scores are the same. together: see score.align.
     """
     prompts, written = [r.prompt_ids for r in responses], [r.generation for r in responses]
     tokens, depths = [g.tokens for g in written], [g.depths for g in written]
     a = align(prompts, tokens, depths, model.full_depth, model.device, together)
+    deepest = torch.tensor([max(row) for row in depths], device=model.device)
+    a.depths = a.depths.minimum(deepest.view(-1, together).amax(1, keepdim=True))
     return a, score(model, a.ids, a.depths, a.prompt_lens, a.positions, a.sees)
 
 

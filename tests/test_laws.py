@@ -19,6 +19,8 @@ from nanoexit.generate import Sampling, generate, sample
 from nanoexit.lora import adapters
 from nanoexit.model import Transformer
 from nanoexit.score import Score, align, pad, score
+from nanoexit.tasks import Response
+from nanoexit.teacher import rescore
 
 PROMPTS = [[3, 7, 11], [5, 1, 30, 22, 9, 4, 17], [8, 8], [2, 39, 14, 6, 25]]
 POLICIES = ["full", "head", "head:0.4", "fixed:2", "fixed:3", "kl:1", "confidence:0.2"]
@@ -120,26 +122,34 @@ def test_the_first_readout_chooses_its_depth(family):
     assert all(g.exit_logprobs[0] < 0 for g in gens)
 
 
-def test_rows_that_share_a_prompt_score_as_rows_of_their_own(family):
-    """Catches: a response that sees its neighbour, or padding; positions counted along the row."""
+@pytest.mark.parametrize("policy", ["head", "fixed:2"])
+def test_rescoring_cheaply_gives_the_same(family, policy):
+    """Catches: in a row that responses share, one that sees its neighbour, or padding, or counts
+    positions along the row; a prompt that stops before a response has read it."""
     model = with_exits(random_model(family))
     prompts = [PROMPTS[1]] * 3 + [PROMPTS[0]] * 3 + [PROMPTS[2][:1]] * 3
-    gens = generate(model, prompts, "head", 6, 1.0, 0)
+    gens = generate(model, prompts, policy, 6, 1.0, 0)
     tokens, depths = [g.tokens for g in gens], [g.depths for g in gens]
-    found = []
-    for together in (1, 3):
-        a = align(prompts, tokens, depths, model.full_depth, model.device, together)
-        out = score(model, a.ids, a.depths, a.prompt_lens, a.positions, a.sees)
+    a = align(prompts, tokens, depths, model.full_depth, model.device)
+    responses = [Response(None, prompt, g, "", None) for prompt, g in zip(prompts, gens)]
+    found = [(a, score(model, a.ids, a.depths, a.prompt_lens))]
+    found += [rescore(model, responses), rescore(model, responses, 3)]
+    results = []
+    for a, out in found:
         logits = out.logits.flatten(0, 1)[a.at].log_softmax(-1)
         logp = logits.gather(1, a.tokens[:, None]).squeeze(1) + out.exit_logprobs.flatten()[a.at]
         weight = torch.linspace(-1, 1, len(logp))
-        names = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        gradients = torch.autograd.grad((weight * logp).sum(), list(names.values()))
-        found.append((a, logp, gradients))
-    (alone, logp, gradients), (packed, same, others) = found
-    assert packed.ids.numel() < alone.ids.numel() and torch.equal(alone.rows, packed.rows)
-    assert torch.allclose(logp, same, atol=1e-4)
-    assert all(torch.allclose(g, h, atol=1e-3) for g, h in zip(gradients, others))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad((weight * logp).sum(), parameters, allow_unused=True)
+        results.append((logp, [0.0 if g is None else g for g in gradients]))
+        deepest = torch.tensor([max(row) for row in depths]).view(len(a.ids), -1).amax(1)
+        first = a.depths[:, 0].tolist()[: len(a.ids) * 2 // 3]  # the last prompt is one token
+        assert a is found[0][0] or first == deepest.tolist()[: len(first)]
+    assert found[2][0].ids.numel() < found[1][0].ids.numel() == found[0][0].ids.numel()
+    for logp, gradients in results[1:]:
+        assert torch.allclose(logp, results[0][0], atol=1e-4)
+        for g, h in zip(gradients, results[0][1]):
+            assert torch.allclose(torch.as_tensor(g), torch.as_tensor(h), atol=1e-3)
 
 
 # --- law 3: skipping is exact -----------------------------------------------------------------
