@@ -105,7 +105,7 @@ HEADLINES: tuple[Shown, ...] = (
     ("accuracy_by_group", "  {}", "{:.3f}", ""),
     ("mean_depth", "mean depth of {L}", "{:.2f}", ""),
     ("max_depth", "opaque serial depth", "{:.2f}", ""),
-    ("layers_run", "layers run", "{:.0%}", ""),
+    ("layers_run", "blocks run", "{:.0%}", ""),
     ("kl", "KL to the teacher, nats", "{:.3f}", "not a number"),
     ("tokens", "tokens written", "{:.1f}", ""),
     ("written", "steps written", "{:.3f}", NO_STEPS),

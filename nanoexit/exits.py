@@ -166,7 +166,10 @@ class Asked(NamedTuple):
 
 
 class Policy:
-    """Decides which tokens exit: full, head, fixed, kl or confidence, as parse_policy explains."""
+    """Decides which tokens exit: full, head, fixed, kl or confidence, as parse_policy explains.
+
+    A subclass overrides `exits`, and `layers` if it decides elsewhere.
+    """
 
     def __init__(self, name: str = "full", value: Any = None):
         self.name, self.value = name, value

@@ -308,7 +308,7 @@ function readCurves(figure) {
 
 // ---- the figures of the runs, as evaluate.py writes them --------------------------------------------------------------
 
-const TILES = ["accuracy", "mean depth of", "opaque serial depth", "layers run", "KL to the", "tokens written", "steps written"];
+const TILES = ["accuracy", "mean depth of", "opaque serial depth", "blocks run", "KL to the", "tokens written", "steps written"];
 
 function showTiles() { // for a single run: the first lines of its table in large type, the first student above the base
   const [[head, ...lines]] = data.table, tile = (title, figure, below) => el("div", {}, el("dt", { textContent: title }),

@@ -318,7 +318,8 @@ def serve_templates() -> None:
                 raise OverflowError("more than 16 MiB of text")
             reply = {"text": text, "names": names}
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
+            kind = "" if type(error) is TemplateError else f"{type(error).__name__}: "
+            reply = {"error": f"{kind}{error}"[:500]}
         print(json.dumps(reply), flush=True)
 
 
