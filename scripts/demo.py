@@ -18,7 +18,7 @@ from nanoexit.report import read_run, write_page
 TITLE = "Charge a model for depth, and it writes its reasoning down"
 NOTE = """{base} Three students of it answer the same prompts, the first {count} of seed {seed}. SFT
 taught one to write what the base writes at less depth. REINFORCE then rewarded two copies of it
-for right answers; it charged one of them, lambda 3, for the deepest token of each response. Base
+for right answers; it charged one of them, lambda 2, for the deepest token of each response. Base
 and SFT choose at random whether to write. What to notice: without the charge nothing is written,
 and the answer is one deep token. With it nearly every step is written, and no token runs deep,
 however long the chain. Under a low cap (Accuracy under a cap) only the charged model is still

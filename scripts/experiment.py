@@ -1,6 +1,6 @@
 """The experiment: charge a small reasoner for its deepest token, and see what it writes down.
 
-    python scripts/experiment.py                    SFT, lambda 0 and lambda 3, one seed
+    python scripts/experiment.py                    SFT, lambda 0 and lambda 2, one seed
     python scripts/experiment.py --full --jobs 2    every arm, three seeds, other bases
     python scripts/experiment.py --real             the same on SmolLM2 135M, taught English chains
 
@@ -8,12 +8,16 @@ An *arm* is one way of training; each (arm, seed) has a run directory. The same 
 interrupted experiment. It reuses a result only if config, base, commit and code are the same, and
 says so.
 
-Arms of --full: lambda 0, 0.3, 1 and 3 on the deepest token; 3 on the mean and on the sum of depths;
-0 under a cap and without exits. Other bases: a second one from the shipped recipe, one for
+Arms of --full: lambda 0, 0.3, 1, 2 and 3 on the deepest token; 3 on the mean and on the sum of
+depths; 0 under a cap and without exits. Other bases: a second one from the shipped recipe, one for
 operations that do not compose, one that writes values without operations (a control), and a
 designed one (padded prompts, early readouts trained). Exit targets from the base's readouts. SFT
 alone, with both kinds of targets at four strengths, first seed only.
-Arms of --real: lambda 0, 1 and 3, and a control that was not taught to write at a shallow depth."""
+Arms of --real: lambda 0, 1 and 2, and a control that was not taught to write at a shallow depth.
+
+Lambda must be small enough for a right answer to pay: a written route of d blocks beats a guess at
+the shallowest exit e only if lambda (d - e) / L < 1. On the second base d is 5, and lambda 3 makes
+the model give up on most chains."""
 
 import argparse
 import json
@@ -70,7 +74,7 @@ class Base:
 
 
 WORDS_HEAD, WORDS_BASE = "configs/words_head.yaml", "configs/words_base.yaml"
-POLISH = ("finetune.steps=120", "finetune.batch_size=8", "finetune.lr=1e-4")
+POLISH = ("finetune.steps=300", "finetune.batch_size=8", "finetune.lr=1e-4")
 BASES = {
     "shipped": Base(),
     "second-base": Base(flags=("pretrain.seed=1",)),
@@ -143,20 +147,20 @@ class Arm:
         return runs / f"{'-'.join(words)}-seed{seed}"
 
 
-BASE, SFT, UNCHARGED, CHARGED = Arm(trained=False), Arm(), Arm(0.0), Arm(3.0)
+BASE, SFT, UNCHARGED, CHARGED = Arm(trained=False), Arm(), Arm(0.0), Arm(2.0)
 DEFAULT = [SFT, UNCHARGED, CHARGED]
 MAIN = [arm.name for arm in (BASE, *DEFAULT)]
 WORDS = [
-    *(Arm(weight, base="words") for weight in (None, 0.0, 1.0, 3.0)),
-    *(Arm(weight, base="words-head") for weight in (None, 3.0)),  # no shallow written route
+    *(Arm(weight, base="words") for weight in (None, 0.0, 1.0, 2.0)),
+    *(Arm(weight, base="words-head") for weight in (None, 2.0)),  # no shallow written route
 ]
 FULL = [
-    *(SFT, UNCHARGED, Arm(0.3), Arm(1.0), CHARGED),
+    *(SFT, UNCHARGED, Arm(0.3), Arm(1.0), CHARGED, Arm(3.0)),
     *(Arm(3.0, "mean"), Arm(3.0, "sum"), Arm(0.0, cap=4), Arm(0.0, exits=False)),
-    *(Arm(weight, base="second-base") for weight in (None, 0.0, 3.0)),
-    *(Arm(weight, base="permute") for weight in (None, 0.0, 3.0)),
-    *(Arm(weight, base=base) for base in ("values", "designed") for weight in (None, 3.0)),
-    *(Arm(weight, targets="base") for weight in (None, 3.0)),
+    *(Arm(weight, base="second-base") for weight in (None, 0.0, 2.0, 3.0)),
+    *(Arm(weight, base="permute") for weight in (None, 0.0, 2.0)),
+    *(Arm(weight, base=base) for base in ("values", "designed") for weight in (None, 2.0)),
+    *(Arm(weight, targets="base") for weight in (None, 2.0)),
     *(Arm(targets=t, strength=s) for t in ("student", "base") for s in (4.0, 8.0, 16.0, 32.0)),
 ]
 
@@ -451,9 +455,9 @@ def draw(results: Sequence[dict]) -> dict[str, Figure]:
     found = {key: entry_figure(main, key, *about, colors) for key, about in FIGURES.items()}
     charged = {name: rows for name, rows in arms.items() if rows[0]["lambda"] == CHARGED.weight}
     title, x, y, top = FIGURES["capped_accuracy"]
-    about = f"{title}, lambda 3", x, y, top, colors
+    about = f"{title}, {CHARGED.name}", x, y, top, colors
     found["charged"] = entry_figure(charged, "capped_accuracy", *about)
-    plain = [row for weight in (0.0, 0.3, 1.0, 3.0) for row in arms.get(Arm(weight).name, [])]
+    plain = [row for weight in (0.0, 0.3, 1.0, 2.0, 3.0) for row in arms.get(Arm(weight).name, [])]
     pairs = {key: [(row["lambda"], row[key]) for row in plain] for key in ("written", "accuracy")}
     shares = [(row["lambda"], row["max_depth"] / row["full_depth"]) for row in plain]
     pairs["opaque serial depth, share of all"] = shares
