@@ -166,7 +166,7 @@ def table_cells(rows: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
     lines = [["", *(f"{r['variant']} ({r['policy']}{cap})" for r, cap in zip(rows, caps))]]
     reasons: dict[str, str] = {}
     examined = any("monitor" in row for row in rows)
-    for key, title, form, missing in HEADLINES + DETAILS * examined:
+    for key, title, form, missing in HEADLINES + (DETAILS if examined else ()):
         found = [entries(row, key) for row in rows]
         for name in dict.fromkeys(name for row in found for name in row if name) or [""]:
             values = [row.get(name) for row in found]

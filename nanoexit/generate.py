@@ -213,44 +213,44 @@ class _Decoder:
     def step(self) -> None:
         """One token for every row in progress."""
         rows, device = self.rows, self.model.device
-        seats = [row or rows[0] for row in self.slots]  # a free slot writes where no row reads
-        at: Any = slice(None)  # the slots with rows
+        batch = [row or rows[0] for row in self.slots]  # a free slot writes where no row reads
+        taken: Any = slice(None)  # the slots with rows
         alive = None
-        if len(rows) < len(seats):
-            at = [slot for slot, row in enumerate(self.slots) if row is not None]
+        if len(rows) < len(batch):
+            taken = [slot for slot, row in enumerate(self.slots) if row is not None]
             alive = torch.tensor([[row is not None] for row in self.slots], device=device)
-        places = [row.position for row in seats]
-        self.cache.place(places[0] if len(set(places)) == 1 else None, max(places) + 1)
-        read = torch.from_numpy(np.array([[row.last for row in seats], places])).to(device)
+        starts = [row.position for row in batch]
+        self.cache.place(starts[0] if len(set(starts)) == 1 else None, max(starts) + 1)
+        read = torch.from_numpy(np.array([[row.last for row in batch], starts])).to(device)
         ids, positions = read[..., None].unbind()  # each [B, 1]
-        noise = np.array([row.noise[len(row.out.tokens)] for row in seats])
+        noise = np.array([row.noise[len(row.out.tokens)] for row in batch])
         u = torch.from_numpy(noise).to(device)  # [B, 1 + depths of the policy]
         run = functools.partial(self.engine.run, ids, positions, self.cache, alive=alive)
-        policy = self.oracle(run, at, u[:, 1:]) if self.policy.name == "kl" else self.policy
+        policy = self.oracle(run, taken, u[:, 1:]) if self.policy.name == "kl" else self.policy
         ask = Ask(self.model, policy, len(ids), u[:, 1:])
         hidden, depths = run(stop=ask)
-        logits = self.engine.readout(hidden[at, 0]).float()  # [n, V]
+        logits = self.engine.readout(hidden[taken, 0]).float()  # [n, V]
         top_p, top_k = self.settings.top_p, self.settings.top_k
-        tokens = sample(logits, u[at, 0], self.temperature, top_p, top_k)
+        tokens = sample(logits, u[taken, 0], self.temperature, top_p, top_k)
         for i, row in enumerate(rows):
             if len(row.out.tokens) < len(row.forced):
                 tokens[i] = row.forced[len(row.out.tokens)]
-        exits = ask.logprobs(depths[:, 0])[at]
-        columns = torch.stack((tokens, depths[at, 0], token_logprob(logits, tokens), exits))
+        exit_logps = ask.logprobs(depths[:, 0])[taken]
+        columns = torch.stack((tokens, depths[taken, 0], token_logprob(logits, tokens), exit_logps))
         for row, token, depth, *logps in zip(rows, *columns.tolist()):  # host sync
             self.note(row, int(token), int(depth), *logps)  # float32 holds integers up to 2**24
         self.slots = [None if row is None or row.out.finish else row for row in self.slots]
 
-    def oracle(self, run: Callable[..., Run], at: Any, u: Tensor) -> Policy:
+    def oracle(self, run: Callable[..., Run], taken: Any, u: Tensor) -> Policy:
         """Run the step to the deepest depth -> a policy of the exits that the target rule draws."""
         layers = self.policy.layers(self.model)
         if not layers:
             return self.policy
         watch = Watch(layers)
-        final = self.engine.readout(run(stop=watch).hidden[at, 0])
+        final = self.engine.readout(run(stop=watch).hidden[taken, 0])
         early = [divergence(final, self.engine.readout(watch.seen[depth])) for depth in layers]
         chance = torch.zeros_like(u)
-        chance[at] = target_chance(torch.stack(early, -1), self.policy.value)
+        chance[taken] = target_chance(torch.stack(early, -1), self.policy.value)
         return Prescribed(sample_depths(chance, u, layers, self.model.deepest))
 
     def note(self, row: Row, token: int, depth: int, logp: float, exit_logp: float) -> None:

@@ -104,7 +104,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        return y + self.adapter(x) if self.adapter is not None and self.adapter.enabled else y
+        if self.adapter is not None and self.adapter.enabled:
+            y = y + self.adapter(x)
+        return y
 
 
 @functools.lru_cache(maxsize=8)

@@ -45,7 +45,7 @@ class Rollout:
 
     response: Response
     parts: dict[str, float]  # weighted: they add up to the reward
-    advantage: float = 0.0
+    advantage: float
 
     @property
     def reward(self) -> float:
@@ -91,18 +91,16 @@ def collect(
     asked = [prompts[place] for place in places for _ in range(K)]
     policy = "full" if model.exits is None else "head"
     seed = training.stream("rollouts", config.run.seed, step)
-    who = (model, tokenizer, asked, config)
-    responses = respond(*who, policy, seed, batch_size=len(asked), streams=streams)
+    responses = respond(
+        model, tokenizer, asked, config, policy, seed, batch_size=len(asked), streams=streams
+    )
     kls = [0.0] * len(responses)
     if rl.kl_weight:
         kls, _ = against_base(model, responses, rl.micro_batch, config.model.logits_chunk)
-    rollouts = [
-        Rollout(r, reward_parts(r, kl, rl, model.full_depth)) for r, kl in zip(responses, kls)
-    ]
-    rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64).view(-1, K)
-    for rollout, advantage in zip(rollouts, leave_one_out(rewards).flatten().tolist()):
-        rollout.advantage = advantage
-    return rollouts
+    parts = [reward_parts(r, kl, rl, model.full_depth) for r, kl in zip(responses, kls)]
+    rewards = torch.tensor([sum(p.values()) for p in parts], dtype=torch.float64).view(-1, K)
+    advantages = leave_one_out(rewards).flatten().tolist()
+    return [Rollout(*row) for row in zip(responses, parts, advantages)]
 
 
 def accumulate(model: Transformer, rollouts: Sequence[Rollout], config: Config, count: int) -> None:
@@ -122,8 +120,7 @@ def accumulate(model: Transformer, rollouts: Sequence[Rollout], config: Config, 
         h = scored.hidden.flatten(0, 1)[a.at]
         logp = readout_logprobs(model, h, a.tokens, config.model.logits_chunk)
         logp = logp + scored.exit_logprobs.flatten()[a.at]  # [n]: of token and exit
-        advantage = torch.tensor([r.advantage for r in batch], dtype=torch.float32)
-        weight = advantage.to(model.device)[a.rows]
+        weight = torch.tensor([r.advantage for r in batch], device=model.device)[a.rows]
         (-(weight * logp).sum() / count).backward()
 
 
@@ -137,7 +134,7 @@ def is_flat(group: Sequence[Rollout]) -> bool:
     return max(abs(r.advantage) for r in group) < 1e-12
 
 
-def figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float]:
+def step_figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float]:
     """Means over a step's rollouts in all processes: reward, its parts, accuracy, depth, text."""
     rows = []
     for r in rollouts:
@@ -174,8 +171,8 @@ def train(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path
             rollouts = collect(model, tokenizer, chosen, config, step)
             training.seed_torch("dropout", seed, step)
             accumulate(model, rollouts, config, rl.prompts * rl.rollouts)
-            row = figures(rollouts, config)
-            norm = training.update(optimizer, rl.lr * training.cosine_share(step, rl.steps))
+            row = step_figures(rollouts, config)
+            norm = training.clip_and_step(optimizer, rl.lr * training.cosine_share(step, rl.steps))
             metrics.write(step + 1, **row, grad_norm=norm)
             kept = rollouts[: rl.keep_samples] if training.is_main() else []
             samples += [show_rollout(model, tokenizer, r, step + 1) for r in kept]

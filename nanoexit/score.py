@@ -57,17 +57,20 @@ def align(
     """
     counts = [len(tokens) for tokens in responses]
     chosen = depths or [[full_depth] * n for n in counts]
-    rows: list[list] = []
     starts = []
-    for first in range(0, len(prompts), together):  # parts of a row: 1 the prompt, 2.. responses
-        *shared, last = prompts[first]
-        row = [(token, full_depth, at, 1) for at, token in enumerate(shared)]
+    rows: list[tuple] = []
+    for first in range(0, len(prompts), together):
+        *row, last = prompts[first]
+        n = len(row)
+        depth, place, part = [full_depth] * n, [*range(n)], [1] * n  # part 1 is the prompt
         for i in range(first, first + together):
             starts.append((len(rows), len(row)))
-            tokens = zip([last, *responses[i]], chosen[i])
-            row += [(t, d, len(shared) + k, 2 + i - first) for k, (t, d) in enumerate(tokens)]
-        rows.append(row)
-    ids, path, positions, parts = (pad(x, device) for x in zip(*(zip(*row) for row in rows)))
+            row += [last, *responses[i][:-1]]
+            depth += chosen[i]
+            place += range(n, n + counts[i])
+            part += [2 + i - first] * counts[i]
+        rows.append((row, depth, place, part))
+    ids, path, positions, parts = (pad(column, device) for column in zip(*rows))
     at = [torch.arange(n) + row * ids.shape[1] + i for (row, i), n in zip(starts, counts)]
     found = torch.tensor([token for response in responses for token in response], device=device)
     lens = [len(prompt) for prompt in prompts[::together]]
@@ -114,8 +117,8 @@ def score(
     they count as the cap. prompt_lens [B]: no exit is chosen before the last prompt position.
     positions, sees: as in Aligned.
     """
-    more = {"positions": positions, "sees": sees}
-    return run_and_score(model, ids, Prescribed(depths), depths > 0, prompt_lens, **more)
+    policy, alive = Prescribed(depths), depths > 0
+    return run_and_score(model, ids, policy, alive, prompt_lens, None, positions, sees)
 
 
 def run_and_score(

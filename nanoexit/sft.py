@@ -102,10 +102,10 @@ def student_losses(
     scored = run_and_score(model, a.ids, draw, a.depths > 0, a.prompt_lens, noise)
     student, z = scored.hidden.flatten(0, 1)[a.at], scored.head_logits.flatten(0, 1)[a.at]
     kl = readout_kl(model, draw.teacher, student, draw.chunk).sum()
-    exits = (exit_loss(z, draw.kl, strength) * draw.reached).sum()
-    return kl + exits, {
+    heads = (exit_loss(z, draw.kl, strength) * draw.reached).sum()
+    return kl + heads, {
         "kl": kl.detach(),
-        "exit_loss": exits.detach(),
+        "exit_loss": heads.detach(),
         "mean_depth": scored.depths.flatten()[a.at].sum().float(),
         "reached": draw.reached.sum(0).float(),
         "target_exit": (target_chance(draw.kl, strength) * draw.reached).sum(0),
@@ -139,9 +139,9 @@ def step_losses(
     sizes = dict.fromkeys(names[:3], ()) | dict.fromkeys(names[3:], (exits,))
     sums = {name: torch.zeros(size, device=model.device) for name, size in sizes.items()}
     for piece in training.my_batches(len(chosen), config.sft.micro_batch):
-        a, known = teacher([chosen[i] for i in piece])
+        a, (residuals, *base_kl) = teacher([chosen[i] for i in piece])
         noise, uniform = draw_noise(a, piece, exits, config, step)
-        draw = Draw(model, a, uniform, config.model.logits_chunk, *known)
+        draw = Draw(model, a, uniform, config.model.logits_chunk, residuals, *base_kl)
         training.seed_torch("dropout", config.run.seed, step, piece[0])
         loss, figures = student_losses(model, a, draw, noise, config.teacher.kl_strength)
         (loss / tokens).backward()
@@ -165,7 +165,7 @@ def train(model: Transformer, traces: Sequence[Trace], config: Config, folder: P
             chosen = training.batch_at(step, len(traces), sft.batch_size, config.run.seed)
             figures = step_losses(model, teacher, chosen, config, step)
             lr = sft.lr * training.cosine_share(step, sft.steps)
-            norm = training.update(optimizer, lr)
+            norm = training.clip_and_step(optimizer, lr)
             metrics.write(step + 1, **figures, grad_norm=norm, lr=lr)
             depth = f"{figures['mean_depth']:.2f}/{model.full_depth}"
             bar.set_postfix(kl=f"{figures['kl']:.3f}", depth=depth, refresh=False)

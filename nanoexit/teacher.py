@@ -25,15 +25,7 @@ from nanoexit.model import Transformer
 from nanoexit.score import Aligned, Score, align, divergence, readout_kl, score, token_logprob
 from nanoexit.tasks import Prompt, Response, load_prompts, task_of
 from nanoexit.tokenizer import Tokenizer
-from nanoexit.training import (
-    barrier,
-    is_main,
-    mine,
-    progress,
-    prompt_ids,
-    remove_leftovers,
-    stream,
-)
+from nanoexit.training import barrier, is_main, mine, progress, prompt_ids, remove_leftovers, stream
 
 
 def respond(
@@ -43,7 +35,7 @@ def respond(
     config: Config,
     policy: str,
     seed: Sequence[int],
-    batch_size: int,
+    batch_size: int | None = None,
     temperature: float | None = None,
     forced: Sequence[Sequence[int]] = (),
     streams: Sequence[int] = (),
@@ -51,16 +43,16 @@ def respond(
 ) -> list[Response]:
     """One verified response per prompt, with the generation settings of the config.
 
-    temperature: None is the config's. forced, streams: see generate.Sampling. show: the name of a
-    progress bar, "" for none.
+    batch_size, temperature: None is the config's. forced, streams: see generate.Sampling. show:
+    the name of a progress bar, "" for none.
     """
     g = config.generation
     temperature = g.temperature if temperature is None else temperature
     ids = [prompt_ids(tokenizer, prompt, config) for prompt in prompts]
-    fast = g.fast and not config.run.shard
+    rows, fast = batch_size or g.batch_size, g.fast and not config.run.shard
     with progress(len(ids), show) as bar:
         tick = lambda *_: bar.update()  # noqa: E731
-        settings = Sampling(g.top_p, g.top_k, None, batch_size, forced, streams, tick, fast)
+        settings = Sampling(g.top_p, g.top_k, None, rows, forced, streams, tick, fast)
         written = generate(model, ids, policy, g.max_new_tokens, temperature, seed, settings)
     return [read_response(tokenizer, *row) for row in zip(prompts, ids, written)]
 
@@ -186,9 +178,8 @@ def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> lis
     remove_leftovers(folder, seconds=60)  # newer ones may belong to a run that shares the traces
     with progress(len(missing), "teacher writes traces", "chunk") as bar, as_base(model):
         for number in missing:
-            seed, rows = stream("traces", config.run.seed, number), config.generation.batch_size
-            who = (model, tokenizer, chunks[number], config)
-            written = respond(*who, "full", seed, rows, show=f"chunk {number}")
+            seed, show = stream("traces", config.run.seed, number), f"chunk {number}"
+            written = respond(model, tokenizer, chunks[number], config, "full", seed, show=show)
             write_json_lines(paths[number], [trace_row(tokenizer, r) for r in written])
             bar.update()
     barrier()

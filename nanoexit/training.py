@@ -339,7 +339,7 @@ def cosine_share(step: int, steps: int, warmup: int = 10, floor: float = 0.02) -
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * along))
 
 
-def update(optimizer: Optimizer, lr: float) -> float:
+def clip_and_step(optimizer: Optimizer, lr: float) -> float:
     """Sum gradients over processes, clip their norm to 1, step, clear -> the norm before clipping.
 
     Raises UserError for a norm that is not finite, before any weight changes.
@@ -372,8 +372,8 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
         for key, value in optimizer.state.get(p, {}).items():  # step, exp_avg, exp_avg_sq
             tensors[f"{key}.{name}"] = value
     about = {"step": str(step), "metrics": str(zlib.crc32(metrics_until(folder, step)))}
-    write = lambda beside: save_file(tensors, beside, about)  # noqa: E731
-    replace(folder / "checkpoint" / "state.safetensors", write)
+    path = folder / "checkpoint" / "state.safetensors"
+    replace(path, lambda beside: save_file(tensors, beside, about))
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:

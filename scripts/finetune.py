@@ -265,7 +265,7 @@ def train(model: Transformer, tokenizer: Tokenizer, config: Recipe, folder: Path
             training.seed_torch("dropout", config.run.seed, step)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=f.autocast):
                 figures = step_losses(model, full, shallow, f, step)
-            norm = training.update(optimizer, f.lr * training.cosine_share(step, f.steps))
+            norm = training.clip_and_step(optimizer, f.lr * training.cosine_share(step, f.steps))
             metrics.write(step + 1, **figures, grad_norm=norm)
             shown = {key: f"{value:.2f}" for key, value in figures.items()}
             bar.set_postfix(shown, refresh=False)

@@ -40,7 +40,7 @@ def test_a_plan_is_within_15_percent_of_the_peak(chunk, dropout):
 
     def step() -> None:
         sft.step_losses(model, teacher, range(64), config, 0)
-        training.update(optimizer, 1e-3)
+        training.clip_and_step(optimizer, 1e-3)
 
     model.train()
     step()

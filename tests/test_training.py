@@ -23,6 +23,7 @@ from nanoexit.report import read_run
 from nanoexit.teacher import make_traces
 from nanoexit.training import (
     check,
+    clip_and_step,
     load_checkpoint,
     load_student,
     make_optimizer,
@@ -30,7 +31,6 @@ from nanoexit.training import (
     save_checkpoint,
     stream,
     trained,
-    update,
 )
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -322,7 +322,7 @@ def test_a_number_that_is_not_finite_ends_the_run(tmp_path):
     p = next(iter(trained(model).values()))
     p.grad = torch.full_like(p, float("nan"))
     with pytest.raises(UserError, match="nothing was updated"):
-        update(make_optimizer([p], 1e-3), 1e-3)
+        clip_and_step(make_optimizer([p], 1e-3), 1e-3)
     p.data.fill_(float("nan"))
     with run_directory(config, False) as folder, pytest.raises(UserError, match="not finite"):
         reinforce.train(model, tokenizer, config, folder)
