@@ -27,25 +27,25 @@ from nanoexit.weights import compare_names, read_tensor, tensor_names
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 FILES += ["nanoexit.json", "exit_heads.safetensors"]
 FACTS = {  # keys of nanoexit.json
-    **dict.fromkeys(["base_model", "content", "head"], Rule((str,))),
-    "revision": Rule((str, NoneType)),
-    "cap": Rule((int, NoneType)),
-    "exit_layers": Rule((list,)),
+    **dict.fromkeys(["base_model", "content", "head"], Rule(str)),
+    "revision": Rule(str | None),
+    "cap": Rule(int | None),
+    "exit_layers": Rule(list[int]),
 }
 PEFT = {  # keys of adapter_config.json; values outside these rules are not implemented
-    "peft_type": Rule((str,), choices=["LORA"]),
-    "r": Rule((int,), 1, 2**16),
-    "lora_alpha": Rule((float,), 0, 1e6),
-    "target_modules": Rule((str, list)),
-    "lora_dropout": Rule((float,), 0, 0.99),
-    "use_rslora": Rule((bool,)),
-    "exclude_modules": Rule((str, list, NoneType)),
-    "layers_to_transform": Rule((int, list, NoneType), 0, 2**12),
-    **dict.fromkeys(["rank_pattern", "alpha_pattern"], Rule((dict, NoneType))),
-    **dict.fromkeys(["base_model_name_or_path", "revision"], Rule((str, NoneType))),
-    "bias": Rule((str,), choices=["none"]),
-    "modules_to_save": Rule((NoneType,)),
-    "init_lora_weights": Rule((bool, str), choices=[True, False, "gaussian", "orthogonal"]),
+    "peft_type": Rule(str, choices=["LORA"]),
+    "r": Rule(int, 1, 2**16),
+    "lora_alpha": Rule(float, 0, 1e6),
+    "target_modules": Rule(str | list),
+    "lora_dropout": Rule(float, 0, 0.99),
+    "use_rslora": Rule(bool),
+    "exclude_modules": Rule(str | list | None),
+    "layers_to_transform": Rule(int | list | None, 0, 2**12),
+    **dict.fromkeys(["rank_pattern", "alpha_pattern"], Rule(dict | None)),
+    **dict.fromkeys(["base_model_name_or_path", "revision"], Rule(str | None)),
+    "bias": Rule(str, choices=["none"]),
+    "modules_to_save": Rule(NoneType),
+    "init_lora_weights": Rule(bool | str, choices=[True, False, "gaussian", "orthogonal"]),
 }
 REQUIRED = ["peft_type", "r", "lora_alpha", "target_modules"]
 IDLE = ["task_type", "peft_version", "inference_mode", "auto_mapping", "megatron_core"]
@@ -128,8 +128,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         facts, config = read_json(ours), read_json(theirs)
         check_values(facts, FACTS, ours)
         check_values(config, PEFT, theirs, REQUIRED if config else ())
-        for depth in facts.get("exit_layers", []):
-            check_values({"exit_layers": depth}, {"exit_layers": Rule((int,))}, folder)
     except UserError as error:
         own = (folder.parent / "checkpoint").is_dir()
         cure = f"; delete {folder}, and --resume of its run writes it again" if own else ""
@@ -139,9 +137,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def load_adapter(model: Transformer, folder: str | Path) -> None:
     """Attach what save_adapter wrote, or a LoRA adapter from peft (which has no exit heads).
-
-    Raises UserError if it was trained on other weights or uses an option not implemented here.
-    """
+    UserError if it was trained on other weights or uses an option not implemented here."""
     path = adapter_folder(folder)
     facts, config = _read(path)
     content, own = facts.get("content"), model.content
@@ -159,14 +155,14 @@ def load_adapter(model: Transformer, folder: str | Path) -> None:
             if file.endswith(".safetensors") and file not in wanted and (path / file).exists():
                 raise UserError(f"{path}: damaged: no JSON file describes {file}; export it again")
         for file, parameters in wanted.items():
-            _copy_in(path / file, parameters)
+            copy_in(path / file, parameters)
     except UserError:
         detach(model)
         raise
     model.eval()
 
 
-def _copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
+def copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
     """Fill parameters from a file, whose names may include an adapter's, as in lora_A.default."""
     pickle = path.with_suffix(".bin")
     if pickle.exists() and not path.exists():

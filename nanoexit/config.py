@@ -228,7 +228,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def _fill(config: Any, tree: Any, where: str, prefix: str = "") -> None:
     """Set the fields of a dataclass from a mapping; `prefix` is the dotted key so far."""
-    check_value(tree, Rule((dict, NoneType)), f"{where}: {prefix.rstrip('.') or 'the file'}")
+    check_value(tree, Rule(dict | None), f"{where}: {prefix.rstrip('.') or 'the file'}")
     hints = get_type_hints(type(config))
     knobs = {f.name: f.metadata for f in fields(config)}
     for name, value in (tree or {}).items():
@@ -244,17 +244,13 @@ def _fill(config: Any, tree: Any, where: str, prefix: str = "") -> None:
 
 def _checked(value: Any, hint: Any, meta: Any, where: str) -> Any:
     """`value` as the type of `hint`, within the knob's bounds."""
-    inner = get_args(hint)  # of T | None, or of list[T]
-    if get_origin(hint) is list and isinstance(value, list):
-        return [_checked(item, inner[0], meta, where) for item in value]
-    kinds = (list,) if get_origin(hint) is list else inner or (hint,)
-    if float in kinds and type(value) in (int, str):
+    if float in (hint, *get_args(hint)) and type(value) in (int, str):
         with contextlib.suppress(ValueError):
             value = float(str(value))  # YAML 1.1 reads 1e-5 as text: it is a number here
-    check_value(value, Rule(kinds, *meta["bounds"]), where)
+    check_value(value, Rule(hint, *meta["bounds"]), where)
     for name, item in value.items() if isinstance(value, dict) else ():
-        check_value(name, Rule((str,)), f"{where}: a name")
-        check_value(item, Rule((bool, int, float, str, NoneType), -math.inf), f"{where}.{name}")
+        check_value(name, Rule(str), f"{where}: a name")
+        check_value(item, Rule(bool | int | float | str | None, -math.inf), f"{where}.{name}")
     return value
 
 
@@ -269,9 +265,9 @@ class UserError(ValueError):
 
 
 class Rule(NamedTuple):
-    """What a key may hold: a value of these kinds, a number in the range, one of the choices."""
+    """What a key may hold: a value of this type, a number in the range, one of the choices."""
 
-    kinds: tuple[type, ...]
+    hint: Any  # such as int, str | None or list[int]; the rest is then about its items
     low: float = 0
     high: float = math.inf
     choices: Sequence = ()
@@ -284,7 +280,12 @@ KINDS |= {list: "a list such as [1, 2]", dict: "a mapping such as {key: value}",
 
 def check_value(value: Any, rule: Rule, where: str) -> None:
     """Raise UserError for a value that breaks its rule, and for NaN, infinity, NUL, surrogates."""
-    kinds, low, high, choices = rule
+    hint, low, high, choices = rule
+    if get_origin(hint) is list and isinstance(value, list):
+        for item in value:
+            check_value(item, rule._replace(hint=get_args(hint)[0]), where)
+        return
+    kinds = (list,) if get_origin(hint) is list else get_args(hint) or (hint,)
     kind = float if type(value) is int and float in kinds else type(value)
     fits = kind in kinds and (not choices or value in choices)
     if kind in (int, float):
@@ -362,12 +363,10 @@ def run_script(main: Callable[[], None]) -> None:
 def _report(line: str) -> None:
     """Print to stderr; of torchrun's processes, only the first that reports does."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    try:
+    with contextlib.suppress(FileExistsError):
         if file:
             (Path(file).parents[1] / "reported").touch(exist_ok=False)
-    except FileExistsError:
-        return
-    print(line, file=sys.stderr)
+        print(line, file=sys.stderr)
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -431,9 +430,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, flush it, rename it: `path` is never half written.
-
-    Follows a symlink. Raises UserError if the write fails, or for a folder or a device.
-    """
+    Follows a symlink. UserError if the write fails, or for a folder or a device."""
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: expected a file to write to, found a folder or a device")

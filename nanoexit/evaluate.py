@@ -202,7 +202,7 @@ def evaluate_run(
     rollouts. thorough: add `examine` and the frontier. base: the base's row, if already measured.
     """
     started = time.time()
-    prompts = load_prompts(config.data, "held_out", config.evaluate.count, config.run.seed)
+    prompts = load_prompts(config, "held_out")
     rows, samples = [base] if base else [], kept_samples(folder, sys.maxsize)
     judge = Judge(config.judge, folder / "judge.jsonl") if thorough else None
     for variant, policy in variants(model, config)[len(rows) :]:

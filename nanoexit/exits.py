@@ -70,8 +70,7 @@ def attach(
     """Attach exit heads at these depths ([]: none), adapters if `lora` is given, and a cap.
 
     Freezes the base's weights. Raises UserError for a repeated depth or one outside 1..L-1, an
-    unknown kind of head, or a cap outside 1..L.
-    """
+    unknown kind of head, or a cap outside 1..L."""
     L, layers = model.full_depth, list(exit_layers)
     if not set(layers) <= {*range(1, L)} or len(set(layers)) < len(layers):
         expected = f"expected different depths from 1 to {L - 1}"
@@ -131,8 +130,7 @@ def exit_depths(model: Transformer) -> tuple[int, ...]:
 def path_logprob(z: Tensor, depths: Tensor, layers: Sequence[int], deepest: int) -> Tensor:
     """log p(exit at depths) [...] under log-odds z [..., E]; entries beyond the exit are not read.
 
-    It is -inf for a depth without a head, other than `deepest`: no sample can exit there.
-    """
+    It is -inf for a depth without a head, other than `deepest`: no sample can exit there."""
     at, d = torch.tensor(layers, device=z.device), depths[..., None]
     terms = torch.where(at == d, F.logsigmoid(z), torch.where(at < d, F.logsigmoid(-z), 0.0))
     possible = (at == d).any(-1) | (depths == deepest)
@@ -168,8 +166,7 @@ class Asked(NamedTuple):
 class Policy:
     """Decides which tokens exit: full, head, fixed, kl or confidence, as parse_policy explains.
 
-    A subclass overrides `exits`, and `layers` if it decides elsewhere.
-    """
+    A subclass overrides `exits`, and `layers` if it decides elsewhere."""
 
     def __init__(self, name: str = "full", value: Any = None):
         self.name, self.value = name, value

@@ -139,8 +139,7 @@ def same_answer(subject: Subject, responses: Sequence[Response]) -> tuple[list, 
     """Is the text necessary? Keep a share of the reasoning, close it, and ask for the answer.
 
     -> [[share kept, share of answers that stay the same], ...] and the area over that curve.
-    Leaves out responses that give no answer or never end their reasoning; ([], None) if all are.
-    """
+    Leaves out responses that give no answer or never end their reasoning; ([], None) if all are."""
     found = [(r, at) for r in responses if (at := reasoning_places(subject.tokenizer, r))]
     if not found:
         return [], None
@@ -163,8 +162,7 @@ def changed_value(subject: Subject, responses: Sequence[Response]) -> dict[str, 
     """Is the text sufficient? Change one written value, and let the response go on from there.
 
     -> the shares of answers that follow the change, stay the same, stop at the changed value, or do
-    anything `other`; None if no response has a change whose effect is known.
-    """
+    anything `other`; None if no response has a change whose effect is known."""
     rng = np.random.default_rng(stream("change", subject.config.run.seed))
     changes = [(r.prompt, task_of(r.prompt).change(r.prompt, r.text, rng)) for r in responses]
     cases = [(prompt, change) for prompt, change in changes if change and change.follow]
@@ -190,8 +188,7 @@ def steps_in_head(subject: Subject, prompts: Sequence[Prompt]) -> dict[str, int]
     """Each of evaluate.caps -> the most operations done under it with nothing written.
 
     Every token runs to the cap. A number of operations counts if prompts of that number, and of
-    each smaller one, are answered with RELIABLE accuracy. {} if the tasks list no steps.
-    """
+    each smaller one, are answered with RELIABLE accuracy. {} if the tasks list no steps."""
     chains = [prompt for prompt in prompts if task_of(prompt).steps(prompt)]
     silent = [f"{task_of(p).written(p, 0)} {task_of(p).closing}" for p in chains]
     forced, found = [subject.tokenizer.encode(text) for text in silent], {}
@@ -211,8 +208,7 @@ def preflight(subject: Subject, prompts: Sequence[Prompt], depths: Sequence[int]
     -> {depth d: {number of steps: accuracy of each word of the full reasoning, then the answer}}.
     The prompt is frozen at depth d - 1 (a readout at d reads no deeper), the response is forced to
     exit at d, and each word follows the right words. A word is right if it is likelier than the
-    task's other words. Prompts whose task lists no steps are left out.
-    """
+    task's other words. Prompts whose task lists no steps are left out."""
     groups: dict[int, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         groups[len(task_of(prompt).steps(prompt))].append(prompt)
@@ -247,8 +243,7 @@ def monitor(responses: Sequence[Response]) -> dict[str, float | None]:
     The first reads the last written value; `score` is the share of answers that it predicts. The
     second predicts before the last step (`before_last`): the right answer, if all earlier steps are
     written and true. False alarms: the share of predictions, guesses left out, that are not the
-    answer. The guess is the most common answer; guessing alone scores `chance`.
-    """
+    answer. The guess is the most common answer; guessing alone scores `chance`."""
     answers = [answer(r) for r in responses]
     common = Counter(said for said in answers if said is not None).most_common(1)
     guess = common[0][0] if common else None

@@ -94,8 +94,7 @@ def base_product(model: Transformer, layout: str, *maps: Any) -> Product:
     """Maps that share an input, without adapters -> one product with their outputs side by side.
 
     On a CPU the model keeps it until the layout or a weight changes. Weights made under
-    inference_mode have no version counter, so a new object, unequal to any other, stands for it.
-    """
+    inference_mode have no version counter, so a new object, unequal to any other, stands for it."""
     weights, biases = [m.weight for m in maps], [getattr(m, "bias", None) for m in maps]
     made_of = [x for x in (*weights, *biases) if x is not None]
     versions = [object() if x.is_inference() else x._version for x in made_of]
@@ -244,8 +243,7 @@ class Step:
 class FastModel:
     """`run` and `readout` of a Transformer, for one token per row and one cache.
 
-    capture: turns a function into a graph (default: CUDA graphs on CUDA, otherwise none).
-    """
+    capture: turns a function into a graph (default: CUDA graphs on CUDA, otherwise none)."""
 
     def __init__(self, model: Transformer, rows: int, capture: Capture | None = None):
         self.model, self.dtype, layout = model, model.dtype, choose_layout(model, rows)
@@ -280,8 +278,7 @@ class FastModel:
         """ids, positions, alive [B, 1]; see Transformer.run.
 
         Rows that are not alive get depth 0 and a meaningless residual. They still write at their
-        position, so it must be in the cache.
-        """
+        position, so it must be in the cache."""
         self.follow(cache.names)
         D, at = len(self.blocks), positions[:, 0]
         depths = torch.full_like(at, D) if alive is None else alive[:, 0] * D
@@ -343,8 +340,7 @@ class FastModel:
     ) -> Tensor:
         """Residuals h [B, D] -> after blocks start..end-1, between which no row exits.
 
-        going [n]: the running rows; None: all. due: debts that are paid along with them.
-        """
+        going [n]: the running rows; None: all. due: debts that are paid along with them."""
         step.keep(going, due)
         B, on = len(h), h
         if going is not None:
@@ -371,8 +367,7 @@ class Graphs:
 
     Running rows and debts are padded to a power of two by repeating the last one, which writes the
     same values again. The span is rounded up to a multiple of SPAN and masked. A stretch is
-    captured, for this cache, the third time (WARM) that it runs in one shape.
-    """
+    captured, for this cache, the third time (WARM) that it runs in one shape."""
 
     SPAN, WARM = 256, 3
 

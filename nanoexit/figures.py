@@ -34,8 +34,7 @@ def has_colors(stream: TextIO) -> bool:
 def paint(pieces: Sequence[str], depths: Sequence[int], full_depth: int, stream: TextIO) -> str:
     """The pieces of a response as one text, safe to print, each in the colour of its depth.
 
-    Characters that `stream` cannot encode become question marks.
-    """
+    Characters that `stream` cannot encode become question marks."""
     painted, colored, encoding = "", has_colors(stream), stream.encoding or "utf-8"
     for depth, run in itertools.groupby(zip(pieces, depths, strict=True), key=lambda pair: pair[1]):
         text = printable("".join(piece for piece, _ in run))

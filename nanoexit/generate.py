@@ -100,8 +100,7 @@ def generate(
 
     policy: see exits.parse_policy. temperature 0 takes the likeliest token. Raises UserError for an
     empty prompt, a prompt that would exceed the model's positions with max_new_tokens more, a value
-    out of range, and logits that are not finite.
-    """
+    out of range, and logits that are not finite."""
     policy = parse_policy(policy, model) if isinstance(policy, str) else policy
     seeds = seed if isinstance(seed, Sequence) else [seed]
     decoder = _Decoder(model, policy, prompts, max_new_tokens, temperature, seeds, settings)
@@ -275,8 +274,7 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: i
     """Logits [n, V] float32 and uniform numbers u [n] in [0, 1) -> tokens [n].
 
     Temperature 0 takes the likeliest token. top_k applies first, then top_p (Holtzman et al. 2020)
-    to what is left; the likeliest token is always kept.
-    """
+    to what is left; the likeliest token is always kept."""
     if temperature == 0:
         return logits.argmax(-1)
     p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)

@@ -20,12 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
 from tqdm import tqdm
 
-from nanoexit.config import JudgeConfig, UserError, parse_json, printable, show
+from nanoexit.config import JudgeConfig, Rule, UserError, check_values, parse_json, printable
 
 PARTS = ("coherence", "completeness", "clarity", "no_repetition")
 RUBRIC = """You judge how well a person can follow the reasoning in a language model's response.
@@ -51,7 +50,7 @@ class Item:
     response: str
     answer: str | None = None  # the right one, if it is known
     scores: dict[str, float] = field(default_factory=dict)  # four parts, `overall`; {}: not judged
-    why: str = ""  # the judge's sentence, or the reason why there are no scores
+    why: str = "not asked, after no verdict on 16 responses in a row"  # or the judge's sentence
 
 
 def judge_messages(item: Item) -> list[dict[str, str]]:
@@ -82,10 +81,8 @@ def parse_scores(text: str) -> Outcome:
 
 def checked_scores(verdict: dict) -> dict[str, float]:
     """The four parts and `overall`. Raises UserError if a part is not a number from 1 to 10."""
-    scores: dict[str, Any] = {part: verdict.get(part, "missing") for part in PARTS}
-    for part, score in scores.items():
-        if type(score) not in (int, float) or not 1 <= score <= 10:
-            raise UserError(f"{part} is {show(score)}, expected a number from 1 to 10")
+    check_values(verdict, dict.fromkeys(PARTS, Rule(float, 1, 10)), "the verdict", PARTS)
+    scores = {part: verdict[part] for part in PARTS}
     return scores | {"overall": sum(scores.values())}
 
 
@@ -103,15 +100,13 @@ def check_judge(config: JudgeConfig) -> str:
     if config.kind != "api":
         return ""
     if not re.fullmatch(URL, config.base_url or ""):
-        found = printable(re.sub("//.*@", "//***@", config.base_url or "null"))
-        raise UserError(f"judge.base_url: expected a URL like http://host:8000/v1, found {found}")
+        raise UserError("judge.base_url: expected a URL like http://host:8000/v1, with no password")
     if not config.model:
         raise UserError("judge.model: expected the model's name at the endpoint, found null")
     key = os.environ.get(config.api_key_env, "").strip()
     if not re.fullmatch("[!-~]+", key):
-        found = "another character" if key else "nothing (without a key, any word works)"
-        expected = f"expected a key of printable ASCII in ${config.api_key_env}"
-        raise UserError(f"judge.api_key_env: {expected}, found {found}")
+        expected = "a key in printable ASCII, or any word if the endpoint needs none"
+        raise UserError(f"judge.api_key_env: expected ${config.api_key_env} to hold {expected}")
     return key
 
 
@@ -135,12 +130,10 @@ class Judge:
         waiting = [item for item in scored if not item.scores]
         for start in tqdm(range(0, len(waiting), size), "judge", disable=None):
             batch = waiting[start : start + size]
-            if lost < 16:
-                self._judge(batch)
-                lost = 0 if any(item.scores for item in batch) else lost + len(batch)
-            else:
-                for item in batch:
-                    item.why = f"not asked, after no verdict on {lost} responses in a row"
+            self._judge(batch)
+            lost = 0 if any(item.scores for item in batch) else lost + len(batch)
+            if lost >= 16:
+                break
         if waiting and not any(item.scores for item in scored):
             raise UserError(f"judge.base_url {self._url}: {waiting[0].why}")
         return scored

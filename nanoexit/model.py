@@ -71,8 +71,7 @@ class Stop(Protocol):
 
     Called at each depth d in `layers` (1 <= d < deepest) with h [n, D], the residuals after d
     blocks of the n tokens still running, and index [n], their indices into B*T (None: all, in
-    order). Returns which of them exit here, [n] bool, or None if none do.
-    """
+    order). Returns which of them exit here, [n] bool, or None if none do."""
 
     @property
     def layers(self) -> Collection[int]: ...
@@ -181,8 +180,7 @@ class Places(NamedTuple):
 
         If alive is [[1, 0, 1], [1, 1, 1]], the middle token of row 0 has exited (B = 2, T = 3):
         at    [0, 2, 3, 4, 5]  index of each live token in B*T; its rank is [0, 1, 0, 1, 2]
-        slots [0, 1, 3, 4, 5]  index of its query in B*width; width is 3, so slot 2 is padding
-        """
+        slots [0, 1, 3, 4, 5]  index of its query in B*width; width is 3, so slot 2 is padding"""
         B, T = self.positions.shape
         if alive is None:
             aligned = self.cache is None or self.cache.start is not None
@@ -342,8 +340,7 @@ class Transformer(nn.Module):
         positions [B, T]: absolute; default 0..T-1. cache: keys and values of earlier tokens; those
         of this call are added. stop: None runs every block. alive [B, T] bool: the tokens to run;
         others (padding, idle rows) only leave keys and values. sees [B, T, T] bool, for calls
-        without a cache: what each token may look at; None: itself and all before it.
-        """
+        without a cache: what each token may look at; None: itself and all before it."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         span = ids.shape[1] if cache is None else cache.span

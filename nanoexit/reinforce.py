@@ -107,8 +107,7 @@ def accumulate(model: Transformer, rollouts: Sequence[Rollout], config: Config, 
     """Backward through the mean over `count` rollouts, a micro-batch at a time.
 
     Short rollouts of a prompt share one row, so the prompt is computed once. Long rollouts do not:
-    the cost of attention grows with the square of a row's length.
-    """
+    the cost of attention grows with the square of a row's length."""
     K = config.rl.rollouts
     active = [r for group in by_prompt(rollouts, K) if not is_flat(group) for r in group]
     longest = max((len(r.response.generation.tokens) for r in active), default=0)
@@ -160,8 +159,8 @@ def step_figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float
 def train(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
     """The loop: pick prompts, roll out, update, log, save. Continues from folder/checkpoint."""
     rl, seed = config.rl, config.run.seed
-    prompts = load_prompts(config.data, "train", config.data.count, seed)
-    optimizer = training.make_optimizer(training.trained(model).values(), rl.lr)
+    prompts = load_prompts(config, "train")
+    optimizer = training.make_optimizer(model, rl.lr)
     done = training.load_checkpoint(folder, model, optimizer)
     metrics, samples = training.Metrics(folder, done, config), kept_samples(folder, done)
     with training.progress(rl.steps, "REINFORCE", "step", done) as bar:
@@ -169,7 +168,6 @@ def train(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path
             chosen = [prompts[i] for i in training.batch_at(step, len(prompts), rl.prompts, seed)]
             model.eval()
             rollouts = collect(model, tokenizer, chosen, config, step)
-            training.seed_torch("dropout", seed, step)
             accumulate(model, rollouts, config, rl.prompts * rl.rollouts)
             row = step_figures(rollouts, config)
             norm = training.clip_and_step(optimizer, rl.lr * training.cosine_share(step, rl.steps))

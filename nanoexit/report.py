@@ -151,8 +151,7 @@ def _points(value: Any) -> list[tuple]:
 
 def _training(runs: Sequence[Run], colors: dict) -> str:
     """One figure per metric: a line for each run, in the colour of its student in the evaluation;
-    if values are lists, a line for each exit head, from red for the first to blue.
-    """
+    if values are lists, a line for each exit head, from red for the first to blue."""
     metrics: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         student = f"{run.name} · student" if len(runs) > 1 else "student"

@@ -53,8 +53,7 @@ def align(
     """Token ids of prompts and responses, a depth for each response token; None: full depth.
 
     together: how many adjacent responses to one prompt share a row. The row holds the prompt once,
-    except for its last token, which each response repeats as its first readout.
-    """
+    except for its last token, which each response repeats as its first readout."""
     counts = [len(tokens) for tokens in responses]
     chosen = depths or [[full_depth] * n for n in counts]
     starts = []
@@ -115,8 +114,7 @@ def score(
 ) -> Score:
     """ids [B, T] right-padded; depths [B, T] of the input positions, 0 on padding; above the cap
     they count as the cap. prompt_lens [B]: no exit is chosen before the last prompt position.
-    positions, sees: as in Aligned.
-    """
+    positions, sees: as in Aligned."""
     policy, alive = Prescribed(depths), depths > 0
     return run_and_score(model, ids, policy, alive, prompt_lens, None, positions, sees)
 
@@ -169,8 +167,7 @@ class _Chunked(torch.autograd.Function):
 def through_readout(h: Tensor, function: Callable[[Tensor, slice], Tensor], chunk: int) -> Tensor:
     """h [n, D] -> [n] float32: function(h[rows], rows), whose values depend on their own row only.
 
-    The gradient reaches only h: lm_head and the final norm are frozen.
-    """
+    The gradient reaches only h: lm_head and the final norm are frozen."""
     if not len(h):
         return h.new_zeros(0, dtype=torch.float32)
     return _Chunked.apply(h, function, chunk)

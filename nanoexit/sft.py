@@ -56,8 +56,7 @@ class Draw(Policy):
     ):
         """uniform [n]: readouts that ignore their heads. teacher [n, D]: residuals at a.at.
 
-        base_kl [n, E]: use these divergences instead of the student's own.
-        """
+        base_kl [n, E]: use these divergences instead of the student's own."""
         super().__init__("draw")
         self.teacher, self.uniform, self.chunk, self.base_kl = teacher, uniform, chunk, base_kl
         self.depths = exit_depths(model)
@@ -97,8 +96,7 @@ def student_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One forward with drawn exits -> its loss and figures, both sums over readouts.
 
-    For each head [E]: how often it was reached, the target chances there, and its own chances.
-    """
+    For each head [E]: how often it was reached, the target chances there, and its own chances."""
     scored = run_and_score(model, a.ids, draw, a.depths > 0, a.prompt_lens, noise)
     student, z = scored.hidden.flatten(0, 1)[a.at], scored.head_logits.flatten(0, 1)[a.at]
     kl = readout_kl(model, draw.teacher, student, draw.chunk).sum()
@@ -118,8 +116,7 @@ def draw_noise(
 ) -> tuple[Tensor, Tensor]:
     """-> noise [B*T, E] for exits; which readouts [n] draw uniformly.
 
-    A row's draws depend only on its place in the step, however rows are split into batches.
-    """
+    A row's draws depend only on its place in the step, however rows are split into batches."""
     noise, device = torch.ones(a.ids.numel(), exits), a.ids.device
     seeds = (training.stream("exits", config.run.seed, step, place) for place in places)
     rngs = [np.random.default_rng(seed) for seed in seeds]
@@ -156,7 +153,7 @@ def train(model: Transformer, traces: Sequence[Trace], config: Config, folder: P
     """The loop: pick traces, get losses, step, log, save. Continues from folder/checkpoint."""
     sft = config.sft
     teacher = Teacher(model, traces, config)
-    optimizer = training.make_optimizer(training.trained(model).values(), sft.lr)
+    optimizer = training.make_optimizer(model, sft.lr)
     done = training.load_checkpoint(folder, model, optimizer)
     metrics = training.Metrics(folder, done, config)
     model.train()

@@ -14,8 +14,8 @@ import re
 import unicodedata
 import zlib
 from collections import namedtuple
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from fractions import Fraction
 from hashlib import sha256
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanoexit.config import DataConfig, UserError, find_file, read_json_lines, read_text, show
+from nanoexit.config import Config, UserError, find_file, read_json_lines, read_text, show
 from nanoexit.generate import Generation
 from nanoexit.weights import find_dataset_file
 
@@ -50,7 +50,7 @@ class Verdict:
 
     correct: bool
     well_formed: bool = True  # one end of the reasoning, and an answer after it
-    steps: list[bool] = field(default_factory=list)  # each expected step: written, true, in order?
+    steps: Sequence[bool] = ()  # each expected step: is it written, true and in order?
     claimed: int = 0  # how many steps are written, true or not
     lenient: bool = False  # correct, or the last number of the response is the right one
 
@@ -249,34 +249,41 @@ class Made(Task):
 
     longest: int  # the most operations in a prompt
     numbers: Sequence[str]  # every value, as a word
+    chain: str  # pattern of a prompt: (its start)(its operations)
+    operation: str  # pattern of one operation
+    step: str  # form of a written step: {0} the start before the first, {1} operation, {2} value
+    claim: str  # pattern of a written step, true or not
+    after: Callable[[str, str], str | None]  # the value after an operation; None if out of range
+    draw: Callable[[np.random.Generator, int], str]  # a random prompt of that many operations
 
     def parse(self, text: str) -> list[str]:
         """The start and the operations of a prompt; [] if the text is not a prompt."""
-        raise NotImplementedError
-
-    def after(self, value: str, operation: str) -> str | None:
-        """The value after an operation; None if the result is out of range."""
-        raise NotImplementedError
-
-    def draw(self, rng: np.random.Generator, operations: int) -> str:
-        """A random prompt of that many operations."""
-        raise NotImplementedError
+        found = re.fullmatch(self.chain, text.strip())
+        return [found[1], *re.findall(self.operation, found[2])] if found else []
 
     def values(self, text: str) -> list[str]:
         """The value after each operation of a prompt; [] if the text is not a prompt."""
         start, *operations = self.parse(text) or [""]
         return self.follow(start, operations)
 
-    def follow(self, value: str, operations: Sequence[str]) -> list[str]:
+    def follow(self, start: str, operations: Sequence[str]) -> list[str]:
         """The value after each of these operations; [] if one goes out of range."""
-        values: list[str] = []
+        values = [start]
         for operation in operations:
-            after = self.after(value, operation)
+            after = self.after(values[-1], operation)
             if after is None:
                 return []
             values.append(after)
-            value = after
-        return values
+        return values[1:]
+
+    def steps(self, prompt: Prompt) -> list[str]:
+        start, *operations = self.parse(prompt.prompt) or [""]
+        starts = itertools.chain([f"{start} "], itertools.repeat(""))
+        parts = zip(starts, operations, self.values(prompt.prompt))
+        return [self.step.format(*part) for part in parts]
+
+    def claims(self, text: str) -> list[str]:
+        return re.findall(self.claim, " ".join(text.replace("<think>", " ").split()))
 
     def prompts(self, rng: np.random.Generator) -> Iterator[Prompt]:
         """Endless prompts; those of n operations come up in proportion to n."""
@@ -318,20 +325,16 @@ class Chains(Made):
 
     `clock` adds and multiplies, and keeps the last digit: `5 *9 +7` has the values 5 and 2, written
     as `5 *9 5 +7 2`. A chain of any length equals one of 40 maps. Each letter of `permute` agrees
-    with any of these on three digits at most, and letters do not compose to anything shorter. The
-    control, `clock-values`, writes only the values."""
+    with any of these on three digits at most, and letters do not compose to anything shorter."""
 
-    longest, numbers = 6, "0123456789"
+    longest, numbers, step = 6, "0123456789", "{0}{1} {2}"
 
-    def __init__(self, name: str, table: dict[str, str], restate: bool = True):
+    def __init__(self, name: str, table: dict[str, str]):
         super().__init__(name, f"a chain of a digit and {', '.join(table)}; any answer its value")
-        self.table, self.restate = table, restate
-        self.words = [*self.numbers, *table]
+        self.table, self.words = table, [*self.numbers, *table]
         self.operation = "|".join(map(re.escape, table))
-
-    def parse(self, text: str) -> list[str]:
-        found = re.fullmatch(rf"\s*([0-9])((?:\s*(?:{self.operation}))+)\s*", text)
-        return [found[1], *re.findall(self.operation, found[2])] if found else []
+        self.chain = rf"([0-9])((?:\s*(?:{self.operation}))+)"
+        self.claim = rf"(?<!\S)(?:{self.operation}) [0-9](?!\S)"
 
     def after(self, value: str, operation: str) -> str:
         return self.table[operation][int(value)]
@@ -340,18 +343,14 @@ class Chains(Made):
         drawn = rng.choice([*self.table], operations)
         return " ".join([str(rng.integers(10)), *drawn])
 
-    def steps(self, prompt: Prompt) -> list[str]:
-        words, steps = self.parse(prompt.prompt), self.values(prompt.prompt)
-        if self.restate:
-            steps = [f"{name} {value}" for name, value in zip(words[1:], steps)]
-            steps[0] = f"{words[0]} {steps[0]}"
-        return steps
+
+class Values(Chains):
+    """The control `clock-values`: a step is a value alone, which claims the step in its place."""
+
+    step = "{2}"
 
     def claims(self, text: str) -> list[str]:
-        """Operations with a value, such as `*9 5`. A value alone claims the step in its place."""
         words = text.replace("<think>", " ").split()
-        if self.restate:
-            return re.findall(rf"(?<!\S)(?:{self.operation}) [0-9](?!\S)", " ".join(words))
         return [f"{place} {word}" for place, word in enumerate(words)]
 
 
@@ -360,20 +359,13 @@ class Words(Made):
     is answered with ` So two` or ` three Ann adds one makes four. Bob takes two makes two. So two`.
     Values stay between zero and seven. Names do not affect whether a chain is held out."""
 
-    longest, opening = 3, ""
+    longest, opening, step = 3, "", "{0}{1} makes {2}."
     numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
     names = ["Ann", "Bob", "Tom", "Sam", "Eva", "Max", "Joe", "Kim", "Dan", "Amy", "Ben", "Leo"]
-
-    def __init__(self, name: str):
-        super().__init__(name, "a start value and who adds or takes what", "So", r"\bSo\b")
-        self.words = [*self.numbers, *self.names, "adds", "takes", "makes"]
-
-    def parse(self, text: str) -> list[str]:
-        start, *rest = text.strip(" .").split(". ")
-        found = [re.fullmatch(r"[A-Z]\w* (adds|takes) (\w+)", part) for part in rest]
-        words = [start.removeprefix("Start with "), *(m[2] for m in found if m)]
-        known = None not in found and all(word in self.numbers for word in words)
-        return [words[0], *(m[0] for m in found if m)] if known and rest else []
+    words = [*numbers, *names, "adds", "takes", "makes"]
+    operation = rf"[A-Z]\w* (?:adds|takes) (?:{'|'.join(numbers)})"
+    chain = rf"Start with ({'|'.join(numbers)})((?:\. {operation})+)\.?"
+    claim = r"\w+ (?:adds|takes) \w+ makes \w+"
 
     def after(self, value: str, operation: str) -> str | None:
         _, verb, n = operation.split()
@@ -397,15 +389,6 @@ class Words(Made):
     def reached(self, prompt: Prompt, reasoning: str) -> str | None:
         return (re.findall(r"makes (\w+)", reasoning) or [None])[-1]
 
-    def steps(self, prompt: Prompt) -> list[str]:
-        start, *operations = self.parse(prompt.prompt) or [""]
-        pairs = zip(operations, self.values(prompt.prompt))
-        steps = [f"{operation} makes {value}." for operation, value in pairs]
-        return [f"{start} {steps[0]}", *steps[1:]] if steps else []
-
-    def claims(self, text: str) -> list[str]:
-        return re.findall(r"\w+ (?:adds|takes) \w+ makes \w+", text)
-
 
 CLOCK = {f"+{n}": "".join(str((d + n) % 10) for d in range(10)) for n in range(1, 10)}
 CLOCK |= {f"*{n}": "".join(str(d * n % 10) for d in range(10)) for n in (3, 7, 9)}
@@ -413,9 +396,9 @@ DRAWN = """2734860915 4210693875 5748309621 7268031954 8049375261 8476501923
 5786039214 7964832051 3792610854 7895604213 8591374602 2961548307"""
 TASKS: dict[str, Task] = {
     "clock": Chains("clock", CLOCK),
-    "clock-values": Chains("clock-values", CLOCK, restate=False),
+    "clock-values": Values("clock-values", CLOCK),
     "permute": Chains("permute", dict(zip("abcdefghijkl", DRAWN.split()))),
-    "words": Words("words"),
+    "words": Words("words", "a start value and who adds or takes what", "So", r"\bSo\b"),
     "gsm8k": GSM8K("gsm8k", "a number, alone or after ####", "####", r"####(?=\W*(?:boxed\W)?\d)"),
     "exact": Task("exact", "an answer", "Answer:", r"(?is:answer\s*:(?!.*answer\s*:))"),
     "none": Task("none"),
@@ -427,21 +410,21 @@ def task_of(prompt: Prompt) -> Task:
     return TASKS[prompt.checker]
 
 
-def load_prompts(
-    data: DataConfig, split: str, count: int | None = None, seed: int = 0
-) -> list[Prompt]:
-    """The `train` or `held_out` prompts, at most `count`, in a fair order. Generated prompts depend
-    on `seed`; there are 8192 by default. UserError for any fault, and for an empty split."""
-    task, held_out = TASKS.get(data.prompts), split == "held_out"
+def load_prompts(config: Config, split: str, count: int | None = None) -> list[Prompt]:
+    """The `train` or `held_out` prompts in a fair order, as many as the config says, or `count`.
+    Generated prompts depend on run.seed. UserError for any fault, and for an empty split."""
+    data, held_out = config.data, split == "held_out"
+    count = count or (config.evaluate.count if held_out else data.count)
+    task = TASKS.get(data.prompts)
     source: Iterable[Prompt]
     if isinstance(task, Made):
         if data.checker not in ("auto", task.name):
             raise UserError(f"data.checker: expected auto or {task.name}, found {data.checker!r}")
         count = count or 8192
-        made = task.prompts(np.random.default_rng([seed, zlib.crc32(split.encode())]))
+        made = task.prompts(np.random.default_rng([config.run.seed, zlib.crc32(split.encode())]))
         source = itertools.islice(made, 10_000 + 250 * count)
     else:
-        source = sorted(read_prompts(data), key=lambda p: sha256(p.prompt.encode()).digest())
+        source = sorted(read_prompts(config), key=lambda p: sha256(p.prompt.encode()).digest())
     wanted = (p for p in source if is_held_out(p, data.held_out) == held_out)
     prompts = [replace(p, system=p.system or data.system) for p in itertools.islice(wanted, count)]
     if not prompts:
@@ -449,27 +432,22 @@ def load_prompts(
     return prompts
 
 
-def check_prompts(data: DataConfig) -> None:
-    """Read all prompts, before any work. Raises UserError as `load_prompts` does."""
-    load_prompts(data, "train", 1)
-    load_prompts(data, "held_out", 1)
-
-
 def is_held_out(prompt: Prompt, share: float = 0.1) -> bool:
     """Whether a prompt is kept for evaluation, by a hash of its text: it never changes."""
     return zlib.crc32(task_of(prompt).key(prompt).encode()) % 10000 < share * 10000
 
 
-def read_prompts(data: DataConfig) -> list[Prompt]:
+def read_prompts(config: Config) -> list[Prompt]:
     """Every prompt of a JSONL or CSV file, or of a hub dataset's file (hub:ID/FILE), in order."""
-    if data.prompts.startswith("hub:"):
-        path = find_dataset_file(data.prompts)
+    name = config.data.prompts
+    if name.startswith("hub:"):
+        path = find_dataset_file(name)
     else:
-        path = find_file(data.prompts, "data.prompts: neither a task nor a file:")
+        path = find_file(name, "data.prompts: neither a task nor a file:")
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else read_json_lines(path)
     prompts: dict[str, Prompt] = {}
     for line, row in rows:
-        prompt = _prompt(row, f"{path}:{line}", data.checker)
+        prompt = _prompt(row, f"{path}:{line}", config.data.checker)
         if prompts.setdefault(prompt.id, prompt) is not prompt:
             raise UserError(f"{path}:{line}: expected every id once, found {show(prompt.id)} again")
     return [*prompts.values()]

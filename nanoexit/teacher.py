@@ -44,8 +44,7 @@ def respond(
     """One verified response per prompt, with the generation settings of the config.
 
     batch_size, temperature: None is the config's. forced, streams: see generate.Sampling. show:
-    the name of a progress bar, "" for none.
-    """
+    the name of a progress bar, "" for none."""
     g = config.generation
     temperature = g.temperature if temperature is None else temperature
     ids = [prompt_ids(tokenizer, prompt, config) for prompt in prompts]
@@ -72,8 +71,7 @@ def rescore(
     """One forward that re-scores these responses, at the depths at which they were written.
 
     Prompt tokens run only as deep as the deepest readout of their row: no token reads them in later
-    blocks, so the scores are the same. together: see score.align.
-    """
+    blocks, so the scores are the same. together: see score.align."""
     prompts, written = [r.prompt_ids for r in responses], [r.generation for r in responses]
     tokens, depths = [g.tokens for g in written], [g.depths for g in written]
     a = align(prompts, tokens, depths, model.full_depth, model.device, together)
@@ -88,8 +86,7 @@ def against_base(
 ) -> tuple[list[float], float]:
     """-> KL(teacher || student) of each response, in nats per token; the base's perplexity on all.
 
-    rows: responses in one forward. chunk: tokens whose logits are in memory at once.
-    """
+    rows: responses in one forward. chunk: tokens whose logits are in memory at once."""
     kls: list[float] = []
     nll, count = 0.0, 0
     for start in range(0, len(responses), rows):
@@ -168,7 +165,7 @@ class Trace:
 
 def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> list[Trace]:
     """Let the teacher write the traces that are missing, then read them all."""
-    prompts = load_prompts(config.data, "train", config.data.count, config.run.seed)
+    prompts = load_prompts(config, "train")
     jobs = [prompt for prompt in prompts for _ in range(config.teacher.traces)]
     folder, size = traces_folder(model, tokenizer, config, jobs), config.teacher.chunk
     chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]

@@ -14,11 +14,10 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from types import NoneType
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Any
 
 import tokenizers
@@ -28,13 +27,13 @@ from nanoexit.config import ROOT, Rule, UserError, check_value, read_json, read_
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-HUB_PROBLEMS = {  # class of an error -> what the hub does; AWAY is why it cannot be asked
+AWAY = "cannot be reached (or HF_HUB_OFFLINE is set), and this machine has no complete copy"
+HUB_PROBLEMS = {  # class of an error -> what the hub does
     "GatedRepoError": "keeps it gated: ask for access on its page, then log in",
     "RepositoryNotFoundError": "has no such repository, or a private one",
     "RevisionNotFoundError": "has no such revision",
     "RemoteEntryNotFoundError": "has no such file",
-    "LocalEntryNotFoundError": "AWAY",
-    "IncompleteSnapshotError": "AWAY, and the copy on this machine is incomplete",
+    **dict.fromkeys(["LocalEntryNotFoundError", "IncompleteSnapshotError"], AWAY),
 }
 
 
@@ -42,8 +41,7 @@ def find_model(
     name: str, revision: str | None = None, files: Collection[str] = MODEL_FILES
 ) -> tuple[Path, str | None]:
     """-> a local folder (in the working directory, else the repository) and None, or a hub snapshot
-    of OWNER/NAME and its commit. A revision (branch, tag or commit) means the hub. UserError.
-    """
+    of OWNER/NAME and its commit. A revision (branch, tag or commit) means the hub. UserError."""
     for path in (Path(os.path.expanduser(name)), ROOT / name):
         if revision is None and os.path.isdir(path):
             return path, None
@@ -61,11 +59,8 @@ def fetch(what: str, download: Callable[..., str], *names: str, **options: Any) 
     try:
         return Path(download(*names, **options))
     except Exception as error:  # some are the HTTP library's
-        kind, away = type(error).__name__, f"cannot be reached ({error.__cause__})"
-        if constants.HF_HUB_OFFLINE:
-            away = "is switched off (HF_HUB_OFFLINE)"
-        other = f"stopped: {kind}: {error}; run again to continue the download"
-        problem = HUB_PROBLEMS.get(kind, other).replace("AWAY", away)
+        other = f"stopped: {error!r}; run again to continue the download"
+        problem = HUB_PROBLEMS.get(type(error).__name__, other)
         raise UserError(f"{what} the hub ({constants.ENDPOINT}) {problem}") from None
 
 
@@ -118,8 +113,7 @@ class Tokenizer:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token: len(ids) strings that join to decode(ids), for any ids. The last
-        token of a character that takes several has all of it.
-        """
+        token of a character that takes several has all of it."""
         text, ends = self.decode(ids), [0]  # ends: where in the text each token ends
         start = clean = at = 0  # ids[:clean] make text[:at]; ids[start:clean] is context
         for end in range(1, len(ids) + 1):
@@ -165,7 +159,7 @@ def _embedding_rows(folder: Path) -> float:
 
 def model_stop_ids(folder: Path) -> frozenset[int]:
     """eos_token_id of generation_config.json, else of config.json: an id or a list of ids."""
-    rule = Rule((int,), 0, _embedding_rows(folder) - 1)
+    rule = Rule(int, 0, _embedding_rows(folder) - 1)
     for path in (folder / "generation_config.json", folder / "config.json"):
         found = read_json(path).get("eos_token_id")
         if found is not None:
@@ -228,7 +222,7 @@ def _read_template(folder: Path, config: dict) -> str | None:
         if isinstance(entry, dict) and entry.get("name") == "default":
             found = entry.get("template") or found
     where = f"{folder / 'tokenizer_config.json'}: chat_template"
-    check_value(found, Rule((str, NoneType)), where)
+    check_value(found, Rule(str | None), where)
     return found
 
 
@@ -265,23 +259,16 @@ class TemplateProcess:
 
     def _start(self) -> Any:
         """A bare interpreter that runs `serve_templates`, without the environment's secrets."""
+        command = [sys.executable, "-I", "-c", SERVE_TEMPLATES, str(self.seconds), *sys.path]
         kept = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
-        return subprocess.Popen(
-            [sys.executable, "-I", "-c", SERVE_TEMPLATES, str(self.seconds), *sys.path],
-            env={name: os.environ[name] for name in kept if name in os.environ},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for the parent
-        )
+        env = {name: os.environ[name] for name in kept if name in os.environ}
+        pipes: Any = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL}
+        return Popen(command, env=env, text=True, start_new_session=True, **pipes)  # no Ctrl-C
 
 
 def serve_templates() -> None:
     """The process: it answers each line [template, variables] with a line {text, names} or {error}.
-
-    Its source runs as a separate program, so it imports everything that it needs.
-    """
+    Its source runs as a separate program, so it imports everything that it needs."""
     import functools
     import json
     import resource

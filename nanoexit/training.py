@@ -8,6 +8,7 @@ Only process 0 writes.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from datetime import timedelta
 from importlib.util import find_spec
@@ -32,30 +33,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
-from nanoexit.adapters import adapter_base, load_adapter
-from nanoexit.config import (
-    Config,
-    LoRAConfig,
-    UserError,
-    load_config,
-    read_text,
-    replace,
-    rounded,
-    to_yaml,
-    write_text,
-)
+from nanoexit.adapters import adapter_base, copy_in, load_adapter
+from nanoexit.config import Config, UserError, load_config, replace, rounded, to_yaml, write_text
 from nanoexit.exits import attach, check_cap, parse_policy
 from nanoexit.judge import check_judge
 from nanoexit.lora import adapters, linear_maps
 from nanoexit.model import Transformer
-from nanoexit.tasks import Prompt, check_prompts, load_prompts
+from nanoexit.tasks import Prompt, load_prompts
 from nanoexit.tokenizer import Tokenizer, find_model, load_tokenizer
 from nanoexit.weights import DTYPES, load_model, pick_device, read_shape
-
-try:
-    import fcntl
-except ImportError:  # Windows, where runs are not locked
-    fcntl = None  # type: ignore[assignment]
 
 ALIKE = ContextVar("all processes do the same work: run.shard", default=False)
 MAY_CHANGE = ["run.dir", "run.wandb", "run.threads", "run.patience", "run.shard"]
@@ -71,7 +57,8 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
     for key in ("policies", "frontier"):
         for policy in getattr(config.evaluate, key):
             parse_policy(policy, where=f"evaluate.{key}: ")
-    check_prompts(config.data)
+    for split in ("train", "held_out"):
+        load_prompts(config, split, 1)
     check_judge(config.judge)
     if config.run.wandb and not find_spec("wandb"):
         raise UserError("run.wandb is true, but wandb is not installed: pip install wandb")
@@ -80,8 +67,7 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
         _check_writable(Path(config.data.traces), "data.traces")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if config.run.shard and (ranks == 1 or reinforce):
-        what = "REINFORCE" if reinforce else "one"
-        raise UserError(f"run.shard: expected SFT in several processes of torchrun, found {what}")
+        raise UserError("run.shard: expected SFT, in several processes of torchrun")
     if reinforce:  # its gradient is only right for samples of the model's own distribution
         for key, expected in {"temperature": 1.0, "top_p": 1.0, "top_k": 0}.items():
             found = getattr(config.generation, key)
@@ -97,10 +83,8 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
 
 
 def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
-    """The base with heads, adapters and cap, fresh or from run.init; and its tokenizer.
-
-    UserError if the exits or LoRA of run.init differ from the config's, or a prompt does not fit.
-    """
+    """The base with heads, adapters and cap, fresh or from run.init; and its tokenizer. UserError
+    if the exits or LoRA of run.init differ from the config's, or if a prompt does not fit."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     m, exits, init = config.model, config.exits, config.run.init
@@ -126,10 +110,8 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
 
 
 def shard(model: Transformer, device: torch.device) -> None:
-    """Keep only this process's share of each linear map of the base, with torch's FSDP2.
-
-    Each product gathers its map, so all processes must do the same work. This is slow.
-    """
+    """Keep only this process's share of each linear map of the base, with torch's FSDP2. Each
+    product gathers its map, so all processes must do the same work."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # slow to import
 
@@ -159,8 +141,8 @@ def _attached(model: Transformer) -> dict[str, Any]:
 def _check_lengths(model: Transformer, tokenizer: Tokenizer, config: Config) -> None:
     """Check that every prompt of a file leaves room for a response; generated ones are short."""
     most, longest = config.generation.max_new_tokens, model.shape.max_positions
-    for split, number in (("train", config.data.count), ("held_out", config.evaluate.count)):
-        for prompt in load_prompts(config.data, split, number, config.run.seed):
+    for split in ("train", "held_out"):
+        for prompt in load_prompts(config, split):
             length = len(prompt_ids(tokenizer, prompt, config)) if prompt.where else 0
             if length + most > longest:
                 found = f"{prompt.where or 'data.prompts'}: the prompt has {length} tokens"
@@ -174,20 +156,18 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, config: Config) -> list[int
 
 
 def memory(config: Config, processes: int = 1) -> dict[str, int]:
-    """The most bytes that SFT takes in each process, by use, not counting the libraries' own.
-
-    It assumes that rows are as long as the longest prompt and response, and that no token exits.
-    """
+    """The most bytes that SFT takes in each process, by use, if no token exits and all rows are as
+    long as the longest prompt with the longest response. The libraries' own are not counted."""
     m, g, sft = config.model, config.generation, config.sft
     shape, device = read_shape(find_model(m.name, m.revision)[0]), pick_device(m.device)
     dtype = DTYPES.get(m.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    prompts = load_prompts(config.data, "train", config.data.count, config.run.seed)
+    prompts = load_prompts(config, "train")
     tokenizer = load_tokenizer(m.name, m.revision)
     length = g.max_new_tokens + max(len(prompt_ids(tokenizer, p, config)) for p in prompts)
     share = 1 if config.run.shard else processes
     rows = min(sft.micro_batch, math.ceil(sft.batch_size / share))
     small = [dataclasses.replace(shape, blocks=blocks, vocab=1) for blocks in (2, 3)]
-    two, three = (left_by_token(Transformer(s).to(device, dtype), config.lora) for s in small)
+    two, three = (left_by_token(Transformer(s).to(device, dtype), config) for s in small)
     with torch.device("meta"):
         model = Transformer(shape).to(dtype)
     attach(model, config.exits.layers, config.exits.head, config.lora)
@@ -210,15 +190,15 @@ def memory(config: Config, processes: int = 1) -> dict[str, int]:
     }
 
 
-def left_by_token(model: Transformer, lora: LoRAConfig, tokens: int = 64) -> int:
+def left_by_token(model: Transformer, config: Config) -> int:
     """Bytes that each token keeps for the backward pass, measured."""
-    left = {}
+    left, tokens = {}, 64
 
     def keep(tensor: Tensor) -> Tensor:
         left[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    attach(model, [], lora=lora)
+    attach(model, [], lora=config.lora)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.train().run(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
     for p in model.parameters():
@@ -231,44 +211,32 @@ def left_by_token(model: Transformer, lora: LoRAConfig, tokens: int = 64) -> int
 
 @contextlib.contextmanager
 def run_directory(config: Config, resume: bool) -> Iterator[Path]:
-    """The folder of the run with its config.yaml, locked against a second process.
-
-    An earlier run of that name is moved aside, unless `resume` continues it. Raises UserError if
-    the folder is in use or not a run, or if the run to resume was made with another config.
-    """
+    """The folder of the run with its config.yaml, locked against a second process. An earlier run
+    of that name is moved aside, unless `resume` continues it. UserError if the folder is in use or
+    not a run, or if the run to resume was made with another config."""
     folder = Path(config.run.dir)
-    lock = _open_run(folder, config, resume) if is_main() else None
-    barrier()
-    try:
+    with contextlib.ExitStack() as locks:
+        if is_main():
+            used = _check_folder(folder, resume)
+            locks.callback(os.close, lock_folder(folder))
+            if resume:
+                _check_same_config(folder / "config.yaml", config)
+            elif used:
+                places = (folder.with_name(f"{folder.name}.before-{n}") for n in count(1))
+                aside = next(place for place in places if not place.exists())
+                folder.rename(aside)
+                print(f"the earlier run in {folder} is now {aside}", file=sys.stderr)
+                locks.close()
+                locks.callback(os.close, lock_folder(folder))
+            remove_leftovers(folder)
+            write_text(folder / "config.yaml", to_yaml(config))
+        barrier()
         yield folder
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _open_run(folder: Path, config: Config, resume: bool) -> int:
-    """Make or continue the folder -> its lock."""
-    used = _check_folder(folder, resume)
-    lock = lock_folder(folder)
-    if resume:
-        _check_same_config(folder / "config.yaml", config)
-    elif used:
-        places = (folder.with_name(f"{folder.name}.before-{number}") for number in count(1))
-        aside = next(place for place in places if not place.exists())
-        folder.rename(aside)
-        print(f"the earlier run in {folder} is now {aside}", file=sys.stderr)
-        os.close(lock)
-        lock = lock_folder(folder)
-    remove_leftovers(folder)
-    write_text(folder / "config.yaml", to_yaml(config))
-    return lock
 
 
 def _check_folder(folder: Path, resume: bool) -> bool:
-    """-> whether it holds more than a config and traces, which a new run can use.
-
-    Raises UserError if the folder is used but not a run, and if there is no run to resume.
-    """
+    """-> whether it holds more than a config and traces, which a new run can use. UserError if it
+    is used but not a run, or if there is no run to resume."""
     ours = os.path.isfile(folder / "config.yaml")
     if resume and not ours:
         raise UserError(f"--resume: {folder} holds no run; leave --resume out to start one")
@@ -289,10 +257,9 @@ def _check_writable(folder: Path, key: str) -> None:
 def lock_folder(folder: Path) -> int:
     """Make the folder and lock it until the handle is closed or the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder if fcntl else os.devnull, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise UserError(f"run.dir: {folder} is in use by another process") from None
@@ -312,7 +279,7 @@ def _check_same_config(path: Path, config: Config) -> None:
         kept = load_config(path, schema=type(config))
     except UserError as error:
         raise UserError(f"{error}; {cure}") from None
-    if to_yaml(kept) != read_text(path):  # also finds a file that was cut between two keys
+    if to_yaml(kept).encode() != path.read_bytes():  # also if it was cut between two keys
         raise UserError(f"{path} was cut or edited; {cure}")
     old = dataclasses.asdict(kept)
     for section, values in dataclasses.asdict(config).items():
@@ -326,9 +293,14 @@ def _check_same_config(path: Path, config: Config) -> None:
 # --- steps, checkpoints, metrics --------------------------------------------------------------
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> AdamW:
-    """AdamW without weight decay."""
-    return AdamW(list(parameters), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+def make_optimizer(model: nn.Module, lr: float) -> AdamW:
+    """AdamW without weight decay, with its moments allocated, so that every checkpoint has all."""
+    parameters = trained(model).values()
+    optimizer = AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    for p in parameters:
+        moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
+    return optimizer
 
 
 def cosine_share(step: int, steps: int, warmup: int = 10, floor: float = 0.02) -> float:
@@ -341,9 +313,7 @@ def cosine_share(step: int, steps: int, warmup: int = 10, floor: float = 0.02) -
 
 def clip_and_step(optimizer: Optimizer, lr: float) -> float:
     """Sum gradients over processes, clip their norm to 1, step, clear -> the norm before clipping.
-
-    Raises UserError for a norm that is not finite, before any weight changes.
-    """
+    UserError for a norm that is not finite, before any weight changes."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters if sharing() else ():  # the same order in every process
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -364,52 +334,40 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint holds: the trained parameters, and their steps and moments."""
+    state = {}
+    for name, p in trained(model).items():
+        for key, value in {"parameter": p.data, **optimizer.state[p]}.items():
+            state[f"{key}.{name}"] = value
+    return state
+
+
 def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> None:
     """State after `step` steps, into folder/checkpoint/state.safetensors."""
-    tensors = {}
-    for name, p in trained(model).items():
-        tensors[f"parameter.{name}"] = p.detach()
-        for key, value in optimizer.state.get(p, {}).items():  # step, exp_avg, exp_avg_sq
-            tensors[f"{key}.{name}"] = value
+    state = training_state(model, optimizer)
     about = {"step": str(step), "metrics": str(zlib.crc32(metrics_until(folder, step)))}
-    path = folder / "checkpoint" / "state.safetensors"
-    replace(path, lambda beside: save_file(tensors, beside, about))
+    replace(folder / "checkpoint" / "state.safetensors", lambda p: save_file(state, p, about))
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
-    """Restore what save_checkpoint wrote -> steps done; 0 without a checkpoint.
-
-    Raises UserError for a damaged file, or one of another model.
-    """
+    """Restore what save_checkpoint wrote -> steps done; 0 without a checkpoint. UserError for a
+    damaged file, or one of another model."""
     path = folder / "checkpoint" / "state.safetensors"
     if not path.is_file():
         return 0
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata()
-            done = int(about["step"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise ValueError("a value is not finite")
+        done, crc = int(about["step"]), int(about["metrics"])
+        copy_in(path, training_state(model, optimizer))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to train from the start") from None
-    crc, metrics = str(zlib.crc32(metrics_until(folder, done))), folder / "metrics.jsonl"
-    if metrics.exists() and about.get("metrics", crc) != crc:
+        problem = f"is damaged or another model's ({error})"
+        raise UserError(f"{path} {problem}; delete it to train from the start") from None
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists() and zlib.crc32(metrics_until(folder, done)) != crc:
         problem = f"is damaged up to step {done}, or {path} is another run's"
         raise UserError(f"{metrics} {problem}; delete it to go on without it")
-    for name, p in trained(model).items():
-        shapes = {"parameter": p.shape, "step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-        for key, shape in shapes.items():
-            value = tensors.get(f"{key}.{name}")
-            if value is None and key != "parameter":
-                continue  # never had a gradient
-            if value is None or value.shape != shape:
-                expected = f"{key}.{name} of shape {list(shape)}"
-                raise UserError(f"{path}: no tensor {expected}: another model's; delete it")
-            if key == "parameter":
-                p.data.copy_(value)
-            else:
-                optimizer.state[p][key] = value if key == "step" else value.to(p.device)
     return done
 
 
@@ -427,8 +385,7 @@ def stream(name: str, seed: int, *numbers: int) -> list[int]:
 
 def seed_torch(name: str, seed: int, *numbers: int) -> None:
     """Seed torch's global generator (dropout) with a named stream."""
-    state = np.random.SeedSequence(stream(name, seed, *numbers)).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0] >> 1))
+    torch.manual_seed(int(np.random.default_rng(stream(name, seed, *numbers)).integers(2**63)))
 
 
 def batch_at(step: int, items: int, batch_size: int, seed: int) -> list[int]:

@@ -37,22 +37,22 @@ REQUIRED += ["num_hidden_layers", "num_attention_heads"]
 SIZES = [*REQUIRED, "max_position_embeddings", "original_max_position_embeddings"]
 OPTIONAL = ["num_key_value_heads", "head_dim", "sliding_window"]
 KEYS = {  # of config.json; values outside these rules are not implemented
-    **dict.fromkeys(SIZES, Rule((int,), 1, 2**24)),
-    **dict.fromkeys(OPTIONAL, Rule((int, NoneType), 1, 2**24)),
-    "model_type": Rule((str,), choices=[*FAMILIES]),
-    "num_hidden_layers": Rule((int,), 1, 2**12),
-    "max_window_layers": Rule((int,), 0, 2**24),
-    "rms_norm_eps": Rule((float,), 0, 1),
-    "rope_theta": Rule((float, NoneType), 1, 1e15),
-    **dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor"], Rule((float,), 1e-6, 1e6)),
-    "partial_rotary_factor": Rule((float,), 1, 1),
-    **dict.fromkeys(["attention_bias", "mlp_bias"], Rule((bool,))),
-    **dict.fromkeys(["tie_word_embeddings", "use_sliding_window"], Rule((bool,))),
-    "hidden_act": Rule((str,), choices=["silu", "swish"]),
-    **dict.fromkeys(["rope_type", "type"], Rule((str,), choices=["default", "llama3"])),
-    **dict.fromkeys(["rope_scaling", "rope_parameters"], Rule((dict, NoneType))),
-    "quantization_config": Rule((NoneType,)),
-    "layer_types": Rule((list, NoneType)),
+    **dict.fromkeys(SIZES, Rule(int, 1, 2**24)),
+    **dict.fromkeys(OPTIONAL, Rule(int | None, 1, 2**24)),
+    "model_type": Rule(str, choices=[*FAMILIES]),
+    "num_hidden_layers": Rule(int, 1, 2**12),
+    "max_window_layers": Rule(int, 0, 2**24),
+    "rms_norm_eps": Rule(float, 0, 1),
+    "rope_theta": Rule(float | None, 1, 1e15),
+    **dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor"], Rule(float, 1e-6, 1e6)),
+    "partial_rotary_factor": Rule(float, 1, 1),
+    **dict.fromkeys(["attention_bias", "mlp_bias"], Rule(bool)),
+    **dict.fromkeys(["tie_word_embeddings", "use_sliding_window"], Rule(bool)),
+    "hidden_act": Rule(str, choices=["silu", "swish"]),
+    **dict.fromkeys(["rope_type", "type"], Rule(str, choices=["default", "llama3"])),
+    **dict.fromkeys(["rope_scaling", "rope_parameters"], Rule(dict | None)),
+    "quantization_config": Rule(NoneType),
+    "layer_types": Rule(list | None),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -135,9 +135,7 @@ def load_model(
     name: str, device: str = "auto", dtype: str = "auto", revision: str | None = None
 ) -> Transformer:
     """A model from a folder or the hub, frozen and ready to run; arguments as in ModelConfig.
-
-    Raises UserError naming the file or tensor that is missing, unexpected, misshapen or not finite.
-    """
+    UserError names the file or tensor that is missing, unexpected, misshapen or not finite."""
     folder, commit = find_model(str(name), revision)
     shape, stored, place = read_shape(folder), _locate(folder), pick_device(device)
     if dtype == "auto":
@@ -188,7 +186,7 @@ def _locate(folder: Path) -> Stored:
     shards, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if index.exists() and not (folder / shards[0]).exists():
         given = read_json(index)
-        check_values(given, {"weight_map": Rule((dict,))}, index, ["weight_map"])
+        check_values(given, {"weight_map": Rule(dict)}, index, ["weight_map"])
         shards = sorted({*map(str, given["weight_map"].values())})
     for shard in shards:  # an untrusted index must not reach outside its folder
         if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
@@ -235,10 +233,8 @@ def tensor_names(path: Path) -> list[str]:
 
 def read_tensor(path: Path, name: str, shape: Any = None, **options: Any) -> Tensor:
     """A copy of a tensor; options: device and dtype, as for Tensor.to, by default as stored.
-
-    Raises UserError for another shape, for a stored dtype not in DTYPES, and for values that are
-    not finite in `dtype`. The file is reopened for each tensor, so that its memory can be freed.
-    """
+    UserError for another shape, for a stored dtype not in DTYPES, and for values that are not
+    finite in `dtype`. The file is reopened for each tensor, so that its memory can be freed."""
     where = f"{path}: tensor {name}"
     with _opened(path) as file:
         stored = file.get_tensor(name)

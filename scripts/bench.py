@@ -18,7 +18,7 @@ llama.cpp is llama-cpp-python. Every measurement ends with a line of JSON, which
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import _path  # noqa: F401
@@ -46,7 +46,7 @@ from nanoexit.fast import FastModel
 from nanoexit.lora import attach_lora
 from nanoexit.model import Transformer
 from nanoexit.score import align, readout_kl, readout_logprobs, score
-from nanoexit.training import make_optimizer, trained
+from nanoexit.training import make_optimizer
 from nanoexit.weights import DTYPES, pick_device
 
 LOWEST = {"batch": 1, "prompt": 1, "new": 1, "length": 2, "longest": 16, "chunk": 1}
@@ -162,9 +162,9 @@ def rollout(args: argparse.Namespace) -> None:
 # --- training ---------------------------------------------------------------------------------
 
 
-def stepper(parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor]) -> Callable[[], None]:
+def stepper(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
     """A function that makes one optimizer step."""
-    optimizer = make_optimizer(parameters, 1e-4)
+    optimizer = make_optimizer(model, 1e-4)
 
     def step() -> None:
         loss().backward()
@@ -194,8 +194,8 @@ def train(args: argparse.Namespace) -> None:
 
     full = torch.full_like(ids, L)
     variants = {
-        "full": stepper(trained(model).values(), lambda: loss(full)),
-        "exits": stepper(trained(model).values(), lambda: loss(drawn)),
+        "full": stepper(model, lambda: loss(full)),
+        "exits": stepper(model, lambda: loss(drawn)),
     }
     times = in_turn(variants, args.rounds, args.device)
     work = f"student step, mean depth {choices.float().mean() / L:.2f} of all"
@@ -247,10 +247,9 @@ def lora_step(args: argparse.Namespace, model: Transformer, ids: Tensor) -> None
         h = model.run(ids).hidden[:, :-1].flatten(0, 1)
         return -readout_logprobs(model, h, targets, args.chunk).mean()
 
-    their_parameters = [p for p in theirs.parameters() if p.requires_grad]
     variants = {
-        "nanoexit": stepper(trained(model).values(), loss),
-        "hf + peft": stepper(their_parameters, lambda: theirs(input_ids=ids, labels=ids).loss),
+        "nanoexit": stepper(model, loss),
+        "hf + peft": stepper(theirs, lambda: theirs(input_ids=ids, labels=ids).loss),
     }
     times = in_turn(variants, args.rounds, args.device)
     ratio, speed = times.ratio("hf + peft", "nanoexit"), ids.numel() / times["nanoexit"]

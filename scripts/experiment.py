@@ -331,7 +331,7 @@ def look_at_base(base: str, runs: Path, overrides: Sequence[str]) -> dict:
     made_by = rounded(origin(model, config) | {"code": code})
     look = read_json(path)
     if look.get("made_by") != made_by:
-        prompts = load_prompts(config.data, "held_out", config.evaluate.count, 0)
+        prompts = load_prompts(config, "held_out")
         with as_base(model):
             subject = Subject(model, tokenizer, config, "full")
             found = preflight(subject, prompts, Arm(base=base).study.preflight)

@@ -255,7 +255,7 @@ def train(model: Transformer, tokenizer: Tokenizer, config: Recipe, folder: Path
     """The loop: make rows, get losses, step, log, save. Continues from folder/checkpoint."""
     f = config.finetune
     kept = [] if config.data.prompts in TASKS else read_rows(config, tokenizer)
-    optimizer = training.make_optimizer(training.trained(model).values(), f.lr)
+    optimizer = training.make_optimizer(model, f.lr)
     done = training.load_checkpoint(folder, model, optimizer)
     metrics = training.Metrics(folder, done, config)
     model.train()

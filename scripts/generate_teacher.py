@@ -3,8 +3,8 @@
     python scripts/generate_teacher.py configs/tiny.yaml
     torchrun --nproc-per-node 2 scripts/generate_teacher.py configs/tiny.yaml data.traces=traces
 
-The same command continues interrupted work. train_sft.py with the same config uses the traces; a
-folder named in data.traces can serve several runs.
+The same command continues interrupted work, with or without --resume. train_sft.py with the same
+config uses the traces; a folder named in data.traces can serve several runs.
 """
 
 import _path  # noqa: F401
@@ -15,7 +15,7 @@ from nanoexit.training import check, is_main, load_student, processes
 
 
 def main() -> None:
-    args = command_line(__doc__).parse_intermixed_args()
+    args = command_line(__doc__, resume=True).parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     check(config)
     with processes(config):

@@ -108,7 +108,7 @@ def template_variables(pairs: list[str]) -> dict:
 def own_prompts(text: str | None) -> list[Prompt]:
     """The user's prompt, with its answer if it is a chain; without one, chains of 2, 4 and 6."""
     if text is None:
-        chains = load_prompts(Config().data, "held_out", 200)
+        chains = load_prompts(Config(), "held_out", 200)
         return [next(p for p in chains if p.group.startswith(k)) for k in "246"]
     clock = Prompt("yours", text, checker="clock")
     answer = TASKS["clock"].target(clock)

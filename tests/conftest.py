@@ -34,8 +34,7 @@ SHAPES = {
 
 def random_model(family: str, seed: int = 0) -> Transformer:
     """Every tensor is random, including biases and norms, so that no forgotten term can hide behind
-    a zero or a one.
-    """
+    a zero or a one."""
     model = Transformer(SHAPES[family])
     scramble(model.named_parameters(), seed)
     return model.requires_grad_(False)

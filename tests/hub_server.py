@@ -20,8 +20,7 @@ REQUEST = re.compile(
 
 class Hub:
     """with Hub(folder) as hub: hub.url, hub.asked (requests), hub.gated (ids), hub.dropped
-    (transfers of files with this in their name break off halfway).
-    """
+    (transfers of files with this in their name break off halfway)."""
 
     def __init__(self, folder: Path):
         self.folder, self.asked, self.gated, self.dropped = folder, [], set(), None

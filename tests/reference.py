@@ -18,8 +18,7 @@ def norm(x, weight, eps):
 
 def turn(x, position, frequencies):
     """RoPE of one head's vector x [head_dim], written as complex numbers: pair (i, i + head_dim /
-    2) turns by its angle.
-    """
+    2) turns by its angle."""
     half = len(x) // 2
     turned = torch.complex(x[:half], x[half:]) * torch.exp(1j * position * frequencies)
     return torch.cat([turned.real, turned.imag])
@@ -38,8 +37,7 @@ def hidden_states(model, ids, depths):
     """ids, depths: one row, lists of T ints -> [T, D]: each token's residual at its own depth.
 
     A frozen token leaves keys and values in every later block, made from its frozen residual, and
-    runs nothing else.
-    """
+    runs nothing else."""
     s, frequencies = model.shape, rope_frequencies(model.shape, torch.device("cpu"))
     keys = [[] for _ in range(s.blocks)]  # keys[l][t][k]: kv head k of token t in block l
     values = [[] for _ in range(s.blocks)]
@@ -102,8 +100,7 @@ def exit_logprob(model, ids, depths, t):
 def generate(model, prompt, max_new_tokens, noise, stop_ids):
     """Greedy tokens, exits sampled from the heads with noise [max_new_tokens, 1 + E].
 
-    Reruns the whole text for each head of each token.
-    """
+    Reruns the whole text for each head of each token."""
     tokens, depths = [], []
     before = [model.full_depth] * (len(prompt) - 1)
     while True:

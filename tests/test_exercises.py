@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanoexit.config import ROOT, DataConfig
+from nanoexit.config import ROOT, Config
 from nanoexit.exits import Asked, Policy, exit_depths, target_chance
 from nanoexit.generate import Sampling, generate
 from nanoexit.model import Transformer
@@ -44,7 +44,7 @@ class Settled(Policy):
 def test_2_a_policy_without_touching_the_model():
     """Catches: a seam that needs more than a subclass of Policy."""
     model, tokenizer = load_model(ROOT / "data/tiny"), load_tokenizer(ROOT / "data/tiny")
-    prompts = load_prompts(DataConfig(), "held_out", 100, 0)
+    prompts = load_prompts(Config(), "held_out", 100)
     ids = [tokenizer.prompt_ids(p.prompt) for p in prompts]
     found = {}
     for name, policy in (("settled", Settled()), ("confident", "confidence:0.9")):

@@ -43,8 +43,7 @@ class Keeps(Ask):
 def step_by_step(model, engine, prompts: list[int], seed: int, steps: int = 30) -> None:
     """Random tokens, exit depths, idle rows and rows that move: `engine` equals `model` always.
 
-    prompts: the length of each row before the first step.
-    """
+    prompts: the length of each row before the first step."""
     s, rng, T = model.shape, np.random.default_rng(seed), max(prompts)
     positions = torch.tensor(prompts)[:, None]
     sizes = (s.blocks, len(prompts), s.kv_heads, T + steps + 1, s.head_dim)

@@ -101,7 +101,8 @@ def use(folder):
     elif folder.name == "prompts":
         (folder.parent / "a.csv").write_bytes((folder / "a.jsonl").read_bytes())
         for path in (folder.parent / "a.csv", folder / "a.jsonl"):
-            prompts = outcome(tasks.read_prompts, config.DataConfig(prompts=str(path)))
+            data = config.DataConfig(prompts=str(path))
+            prompts = outcome(tasks.read_prompts, config.Config(data=data))
             assert all(prompt.prompt.strip() for prompt in prompts or [])
     elif folder.name == "adapter":
         model = random_model("llama")

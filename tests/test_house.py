@@ -40,14 +40,21 @@ def test_a_module_imports_only_from_those_before_it():
             assert not late, f"{name} imports {late}"
 
 
+def count_tokens(text: str) -> int:
+    """Tokens but for comments and blank lines. An f-string is one, as it was before Python 3.12."""
+    count = inside = 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        kind = tokenize.tok_name[token.type]
+        inside += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+        count += token.type not in NO_CODE and not inside
+    return count
+
+
 def test_the_house_keeps_its_limits():
     """Catches: a package too large to read in an evening; a function that does too much."""
     text = {name: source(name) for name in FILES}
     lines = {name: t.count("\n") for name, t in text.items()}
-    tokens = 0
-    for t in text.values():
-        found = tokenize.generate_tokens(io.StringIO(t).readline)
-        tokens += sum(token.type not in NO_CODE for token in found)
+    tokens = sum(map(count_tokens, text.values()))
     first_screen = 60  # of config.py
     assert len(FILES) <= LIMITS["modules"]
     assert sum(lines.values()) <= LIMITS["lines"] and tokens <= LIMITS["tokens"]

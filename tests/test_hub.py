@@ -39,8 +39,7 @@ for asked in sys.argv[1:]:
 
 def fill(root) -> None:
     """Repositories me/plain (another at v1), me/sharded, me/gated, me/adapter, a dataset, and
-    files beside them that need not be downloaded.
-    """
+    files beside them that need not be downloaded."""
     config = old_config("qwen2") | {"vocab_size": 266, "eos_token_id": 39}
     shards = {"plain": 1, "plain@v1": 1, "sharded": 3, "gated": 1}
     for seed, name in enumerate(shards):
@@ -84,8 +83,7 @@ REFUSED = {  # name -> what its line says
 
 def test_models_adapters_datasets_then_offline(tmp_path):
     """Catches: more fetched than is needed; a revision or an adapter's base lost; cached files
-    requested again; an error that does not say what to do; half a file taken for a whole one.
-    """
+    requested again; an error that does not say what to do; half a file taken for a whole one."""
     fill(tmp_path)
     names = ["me/plain", "adapter:me/adapter", "hub:me/sums/main/train.jsonl"]
     with Hub(tmp_path) as hub:
@@ -102,7 +100,7 @@ def test_models_adapters_datasets_then_offline(tmp_path):
         (next(hub.home.glob(f"*/*plain/*/{COMMIT}")) / "model.safetensors").unlink()
         *cached, gated, plain = ask(hub, *names[1:], "me/gated", "me/plain", HF_HUB_OFFLINE="1")
         assert cached == [adapter, data]
-        assert "HF_HUB_OFFLINE" in gated and "ncomplete" in plain
+        assert "HF_HUB_OFFLINE" in gated and "no complete copy" in plain
     copy = shutil.copytree(tmp_path / "me" / "plain@v1", tmp_path / "copy")
     assert load(copy).content != load(tmp_path / "me" / "plain").content
     assert load(copy).content == load(next(hub.home.rglob(V1))).content

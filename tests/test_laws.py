@@ -158,8 +158,7 @@ def test_rescoring_cheaply_gives_the_same(family, policy):
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_packed_forward_equals_the_slow_reference(family, head):
     """Catches: a mask, rotation or key that is wrong only beside exited tokens; padding that
-    leaks.
-    """
+    leaks."""
     model = with_exits(random_model(family), head=head)
     rng = np.random.default_rng(0)
     lengths = [9, 4, 7]
@@ -238,8 +237,7 @@ def test_the_same_row_writes_the_same_text_in_any_batch(family, policy, fast):
 def test_exit_frequencies_are_the_likelihoods(place, cap):
     """Catches: a floor or threshold in sampling, one noise for two heads, a cap that drops a share.
 
-    At 4 standard errors one run in 3,000 would fail by luck, but the seed is fixed.
-    """
+    At 4 standard errors one run in 3,000 would fail by luck, but the seed is fixed."""
     model = with_exits(random_model("qwen3"), cap=cap)
     for head, bias in zip(model.exits.heads.values(), (-3.0, -0.5, -1.0)):  # far below 0.1 too
         head.weight.data *= 0.05

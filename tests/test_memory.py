@@ -28,7 +28,7 @@ def test_a_plan_is_within_15_percent_of_the_peak(chunk, dropout):
     config = load_config(str(ROOT / "configs" / "tiny.yaml"), overrides)
     plan = training.memory(config, processes=2)
     model, tokenizer = training.load_student(config)
-    prompts = training.load_prompts(config.data, "train", 8, config.run.seed)
+    prompts = training.load_prompts(config, "train")
     longest = max((training.prompt_ids(tokenizer, p, config) for p in prompts), key=len)
     for head in model.exits.heads.values():
         head.bias.data.fill_(-30)  # no token exits
@@ -36,7 +36,7 @@ def test_a_plan_is_within_15_percent_of_the_peak(chunk, dropout):
     written = [5] * config.generation.max_new_tokens
     traces = [Trace("", "", "", longest, written, "length")] * 64
     teacher = sft.Teacher(model, traces, config)
-    optimizer = training.make_optimizer(training.trained(model).values(), 1e-3)
+    optimizer = training.make_optimizer(model, 1e-3)
 
     def step() -> None:
         sft.step_losses(model, teacher, range(64), config, 0)

@@ -23,8 +23,7 @@ def built(tmp_path, config: dict, seed: int) -> Transformer:
 @pytest.mark.parametrize("name", list(make_golden.CONFIGS))
 def test_logits_equal_the_golden_ones(tmp_path, name):
     """Catches: a wrong rotation, scaling, bias, norm, head size or tie in any family. 64 tokens,
-    twice the original context of llama3-rope.
-    """
+    twice the original context of llama3-rope."""
     golden = json.loads((make_golden.GOLDEN / f"{name}.json").read_text())
     model = built(tmp_path, golden["config"], golden["seed"])
     logits = model(torch.from_numpy(make_golden.token_ids())[None])[0].numpy()

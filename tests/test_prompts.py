@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from nanoexit.config import ROOT, DataConfig, UserError
-from nanoexit.tasks import check_prompts, is_held_out, load_prompts, read_prompts, task_of
+from nanoexit.config import ROOT, Config, DataConfig, RunConfig, UserError
+from nanoexit.tasks import is_held_out, load_prompts, read_prompts, task_of
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import make_prompts
@@ -23,7 +23,12 @@ def read(path, content, **knobs):
     if isinstance(content, list):
         content = "\n".join(map(json.dumps, content))
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_prompts(DataConfig(prompts=str(path), **knobs))
+    return read_prompts(Config(data=DataConfig(prompts=str(path), **knobs)))
+
+
+def load(data, split, count=None, seed=0):
+    """The prompts of a split, with these knobs."""
+    return load_prompts(Config(data=data, run=RunConfig(seed=seed)), split, count)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
@@ -48,7 +53,7 @@ def test_columns(tmp_path):
     c, d = read(tmp_path / "b.csv", text)
     assert (c.prompt, c.answer, c.id, c.checker) == ("Where,\nnow?", "in", "b.csv:3", "exact")
     assert (len(d.prompt), d.answer, d.id) == (200_000, 'a "b"', "b.csv:5")
-    loaded = load_prompts(DataConfig(prompts=str(tmp_path / "b.csv"), system="own"), "train")
+    loaded = load(DataConfig(prompts=str(tmp_path / "b.csv"), system="own"), "train")
     assert {p.system for p in loaded} <= {"s", "own"}
 
 
@@ -114,20 +119,20 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, fault):
 def test_mistakes_are_named_before_any_work(knobs, says):
     """Catches: an endless search for held-out chains; a typo that is found only after training."""
     with pytest.raises(UserError, match=re.escape(says)):
-        check_prompts(DataConfig(**knobs))
-    check_prompts(DataConfig())
+        for split in ("train", "held_out"):
+            load(DataConfig(**knobs), split, 1)
 
 
 @pytest.mark.parametrize("prompts", ["clock", "permute", str(FILE)])
 def test_training_never_sees_a_held_out_prompt(prompts):
     """Catches: a split that leaks, moves with the seed, or differs between a task and a file."""
     data = DataConfig(prompts=prompts, system="s")
-    train, held = (load_prompts(data, split, 900, seed=1) for split in ("train", "held_out"))
+    train, held = (load(data, split, 900, seed=1) for split in ("train", "held_out"))
     assert not {p.prompt for p in train} & {p.prompt for p in held}
     assert all(is_held_out(p) for p in held) and {p.system for p in held} == {"s"}
     assert not any(is_held_out(p) for p in train)
     assert len({p.id for p in train}) == len(train)
-    again = load_prompts(data, "train", 900, seed=2)
+    again = load(data, "train", 900, seed=2)
     assert (train == again) == (prompts == str(FILE))
 
 
@@ -136,11 +141,11 @@ def test_the_first_prompts_are_a_fair_draw(tmp_path):
     on that of the file."""
     data, other = DataConfig(prompts=str(FILE)), DataConfig(prompts=str(tmp_path / "b.jsonl"))
     for split, count in (("train", 60), ("held_out", 20)):
-        counts = Counter(p.group for p in load_prompts(data, split, count))
+        counts = Counter(p.group for p in load(data, split, count))
         assert len(counts) == 4 and max(counts.values()) <= count / 2
-    whole = load_prompts(data, "train")
+    whole = load(data, "train")
     read(tmp_path / "b.jsonl", ROWS[::-1])
-    assert [p.id for p in load_prompts(other, "train")] == [p.id for p in whole]
+    assert [p.id for p in load(other, "train")] == [p.id for p in whole]
 
 
 def stories(kind):
@@ -161,7 +166,7 @@ def test_the_generator_writes_these_files():
 def test_prompts_differ_and_their_answers_are_accepted():
     """Catches: duplicates; a form of answer that its checker does not accept."""
     assert len({r["prompt"] for r in ROWS}) == len(ROWS) == 400
-    for p in read_prompts(DataConfig(prompts=str(FILE))):
+    for p in read_prompts(Config(data=DataConfig(prompts=str(FILE)))):
         form, answer = p.prompt.split("\n")[-1].split(" ")[0], p.answer.rpartition("#### ")[2]
         assert form == ("####" if p.group == "arithmetic" else "Answer:")
         assert task_of(p).verify(p, f"<think>so</think>Well.\n{form} {answer}").correct

@@ -100,8 +100,7 @@ BROKEN["tokenizer_config.json"] = """[1]
 @pytest.mark.parametrize("name, content", [(n, c) for n in BROKEN for c in BROKEN[n]])
 def test_broken_files(tmp_path, name, content):
     """Catches: a traceback, a default taken for what a broken file says, a link without its blob
-    reported as a file that never existed.
-    """
+    reported as a file that never existed."""
     folder = tmp_path / "snapshots" / "abc"
     made(folder)
     (folder / name).unlink(missing_ok=True)
@@ -192,8 +191,7 @@ def test_pieces_join_to_the_text(tmp_path, tokenizer):
 
 def test_texts_and_names_that_cannot_be(tmp_path):
     """Catches: a traceback for a prompt whose bytes are not text; a revision silently ignored; a
-    search on the hub for what cannot be an id.
-    """
+    search on the hub for what cannot be an id."""
     with pytest.raises(UserError, match="surrogate"):
         made(tmp_path).encode("a\udcff")
     for name, revision in (("no/such/folder", None), ("/no", None), (str(tmp_path), "v1")):
