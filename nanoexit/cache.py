@@ -12,27 +12,14 @@ from torch import Tensor
 
 
 class Cache:
-    """kv: [L, B, 2, K, capacity, head_dim], keys before values."""
+    """kv: [L, B, 2, K, capacity, head_dim], keys before values, zero at first.
 
-    def __init__(
-        self,
-        blocks: int,
-        rows: int,
-        kv_heads: int,
-        capacity: int,
-        head_dim: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        size = (blocks, rows, 2, kv_heads, capacity, head_dim)
-        self.kv = torch.zeros(size, device=device, dtype=dtype)
-        self.span = 0  # positions 0..span-1 may be set, in any row
-        self.start: int | None = 0  # first position of this call, if it is the same in every row
-        self.names = torch.arange(rows, device=device)  # [B] ids that move with their rows
+    Set before each call: `span`, the first positions that it can attend to; `aligned`, whether it
+    begins at one position in all rows."""
 
-    def place(self, start: int | None, span: int) -> None:
-        """Announce the next call: its tokens begin at `start` in every row (None: they differ)."""
-        self.start, self.span = start, span
+    def __init__(self, kv: Tensor):
+        self.kv, self.span, self.aligned = kv, kv.shape[-2], True
+        self.names = torch.arange(kv.shape[1], device=kv.device)  # [B]: they move with their rows
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B, K, T, head_dim] of this call -> the block's [B, K, span, head_dim]."""

@@ -2,9 +2,8 @@
 
 A row is one variant (base or student) under one policy. `measure` computes it from responses, and
 `faithfulness.examine` adds figures that need more generation. Depths cover all tokens of a
-response, including the first: `mean_depth` is their mean, `layers_run` is that over full depth, and
-`max_depth`, the opaque serial depth, is the deepest token of a response, averaged over responses. A
-NaN is null in files and a dash with a reason in tables. The same seed gives the same figures.
+response, including the first. `max_depth`, the opaque serial depth, is the deepest token of a
+response, averaged over responses. A NaN is null in files and a dash with a reason in tables.
 """
 
 import contextlib
@@ -35,9 +34,8 @@ from nanoexit.training import progress
 
 def measure(subject: Subject, variant: str, responses: Sequence[Response]) -> dict:
     """One row of evaluation.json."""
-    model, config = subject.model, subject.config
-    rows, chunk = config.evaluate.batch_size, config.model.logits_chunk
-    kls, perplexity = against_base(model, responses, rows, chunk)
+    model = subject.model
+    kls, perplexity = against_base(model, responses, subject.config.evaluate.batch_size)
     lengths = [len(r.generation.tokens) for r in responses]
     depths = [d for r in responses for d in r.generation.depths]
     deepest = [max(r.generation.depths) for r in responses]
@@ -51,18 +49,18 @@ def measure(subject: Subject, variant: str, responses: Sequence[Response]) -> di
         "accuracy_interval": interval(accuracy(responses), len(checked)),
         "accuracy_by_group": means((r.prompt.group, r.verdict.correct) for r in checked),
         "lenient_accuracy": mean([r.verdict.lenient for r in checked]),
-        "mean_depth": float(np.mean(depths)),
-        "max_depth": float(np.mean(deepest)),
+        "mean_depth": mean(depths),
+        "max_depth": mean(deepest),
         "max_depth_p95": float(np.percentile(deepest, 95)),
         "max_depth_by_group": means((r.prompt.group, n) for r, n in zip(responses, deepest)),
         "full_depth": model.full_depth,
         "cap": model.cap,
-        "layers_run": float(np.mean(depths)) / model.full_depth,
-        "exit_rate": float(np.mean([d < model.deepest for d in depths])),
+        "layers_run": sum(depths) / len(depths) / model.full_depth,
+        "exit_rate": mean([d < model.deepest for d in depths]),
         "exit_histogram": {str(d): n / len(depths) for d, n in sorted(Counter(depths).items())},
         "kl": float(np.average(kls, weights=lengths)),
         "perplexity": perplexity,
-        "tokens": float(np.mean(lengths)),
+        "tokens": mean(lengths),
         "repetition": mean([repetition(r.generation.tokens) for r in responses]),
         "well_formed": mean([r.verdict.well_formed for r in responses]),
         "written": mean([v.written for v in verdicts]),

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoexit.config import LoRAConfig, UserError, nearest, show
-from nanoexit.lora import adapters_off, attach_lora, detach_lora
+from nanoexit.config import LoRAConfig, Rule, UserError, check_value, nearest, show
+from nanoexit.lora import adapters_off, attach_lora, linear_maps
 from nanoexit.model import Transformer
 
 FIRST_BIAS = -2.0  # a fresh head exits with chance sigmoid(-2) = 0.12
@@ -91,7 +91,8 @@ def attach(
 def detach(model: Transformer) -> None:
     """Remove heads, adapters and cap: the base model again, bit for bit."""
     model.exits = model.cap = None
-    detach_lora(model)
+    for _, linear in linear_maps(model):
+        linear.adapter = None
 
 
 def check_cap(model: Transformer, cap: int | None, key: str = "exits.cap") -> None:
@@ -142,7 +143,7 @@ def target_chance(kl: Tensor, strength: float) -> Tensor:
     return 2 * torch.sigmoid(-strength * kl)
 
 
-def sample_depths(chance: Tensor, u: Tensor, layers: Sequence[int], deepest: int) -> Tensor:
+def draw_depths(chance: Tensor, u: Tensor, layers: Sequence[int], deepest: int) -> Tensor:
     """Chances and uniform noise [..., E] -> depths [...]: the first head with u < chance."""
     options = torch.tensor([*layers, deepest], device=chance.device)
     leaves = F.pad(u < chance, (0, 1), value=True)
@@ -218,25 +219,18 @@ def parse_policy(text: str, model: Transformer | None = None, where: str = "") -
     """
     name, colon, argument = text.partition(":")
     if name == "head" and model is not None and model.exits is None:
-        raise UserError(
-            f"policy {text!r}: this model has no exit heads; load an adapter with heads"
-        )
+        raise UserError(f"policy {text!r}: the model has no exit heads; load an adapter with heads")
     if text in ("full", "head"):
         return Policy(text)
-    L = 10**6 if model is None else model.full_depth
-    bounds = {"head": (0, 1), "fixed": (1, L), "kl": (0, 1e6), "confidence": (0, 1)}
-    if name not in bounds or not colon:
+    share, L = Rule(float, 0, 1), math.inf if model is None else model.full_depth
+    rules = {"head": share, "confidence": share, "kl": Rule(float), "fixed": Rule(int, 1, L)}
+    if name not in rules or not colon:
         close = nearest(text, POLICIES)
         raise UserError(f"{where}policy {show(text)} is not one of {', '.join(POLICIES)}{close}")
-    low, high = bounds[name]
-    try:
-        value = float(argument)
-    except ValueError:
-        value = math.nan
-    kind = "a whole number" if name == "fixed" else "a number"
-    if not low <= value <= high or (name == "fixed" and value % 1):
-        expected = f"expected {kind} from {low} to {high} after the colon"
-        raise UserError(f"{where}policy {show(text)}: {expected}, found {show(argument)}")
+    value: Any = argument
+    with contextlib.suppress(ValueError):
+        value = rules[name].hint(argument)
+    check_value(value, rules[name], f"{where}policy {show(text)}, after the colon")
     return Policy(name, value)
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from nanoexit.config import Config
 from nanoexit.exits import capped
 from nanoexit.model import Transformer
-from nanoexit.score import align, score
+from nanoexit.score import Rows, align, score
 from nanoexit.tasks import Change, Prompt, Response, task_of
 from nanoexit.teacher import respond
 from nanoexit.tokenizer import Tokenizer
@@ -45,11 +45,7 @@ class Subject:
     bar: tqdm = field(default_factory=lambda: progress(0, ""))  # advances with each generation
 
     def respond(
-        self,
-        prompts: Sequence[Prompt],
-        use: str,
-        forced: Sequence[list[int]] = (),
-        greedy: str = "",
+        self, prompts: Sequence[Prompt], use: str, forced: Rows = (), greedy: str = ""
     ) -> list[Response]:
         """One response per prompt, greedy if `greedy` names a policy. `use` names the stream."""
         who = (self.model, self.tokenizer, prompts, self.config, greedy or self.policy)
@@ -75,11 +71,6 @@ def means(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
 def accuracy(responses: Sequence[Response]) -> float | None:
     """The share of right answers among the responses with a checker; None if there are none."""
     return mean([r.verdict.correct for r in responses if r.prompt.checker != "none"])
-
-
-def answer(response: Response) -> str | None:
-    """What a response concludes, in the task's canonical form."""
-    return task_of(response.prompt).answer(response.prompt, response.text)
 
 
 def reached(response: Response) -> str | None:
@@ -109,11 +100,8 @@ def examine(subject: Subject, responses: Sequence[Response]) -> dict:
                 found["same_answer_cap"] = cap
                 under = interventions(subject, again)
                 found |= {f"{key}_capped": value for key, value in under.items()}
-    return {
-        **found,
-        "steps_in_head": steps_in_head(subject, prompts),
-        "monitor": monitor(responses),
-    }
+    found |= {"steps_in_head": steps_in_head(subject, prompts), "monitor": monitor(responses)}
+    return found
 
 
 def interventions(subject: Subject, responses: Sequence[Response]) -> dict:
@@ -127,7 +115,7 @@ def reasoning_places(tokenizer: Tokenizer, response: Response) -> tuple[int, int
     """The tokens where reasoning starts and ends and its marker ends; None without an answer."""
     task = task_of(response.prompt)
     part = task.split(response.text)
-    if not part.marker or answer(response) is None:
+    if not part.marker or response.verdict.answer is None:
         return None
     ends = np.cumsum([len(piece) for piece in tokenizer.pieces(response.generation.tokens)])
     opened = len(task.opening) if part.reasoning.startswith(task.opening) else 0
@@ -151,7 +139,9 @@ def same_answer(subject: Subject, responses: Sequence[Response]) -> tuple[list, 
             tokens = r.generation.tokens
             forced.append(tokens[: start + keep] + tokens[end:after])
         again = subject.respond([r.prompt for r, _ in found], f"{x:.0%} kept", forced)
-        same[:, column] = [answer(new) == answer(old) for new, (old, _) in zip(again, found)]
+        same[:, column] = [
+            new.verdict.answer == r.verdict.answer for new, (r, _) in zip(again, found)
+        ]
     # Responses of equal length share their cuts, so a plain mean weights each length by its share.
     between = (same[:, 1:] + same[:, :-1]) / 2
     area = (1 - between) * np.diff(kept) / np.maximum(kept[:, -1:], 1)
@@ -176,7 +166,7 @@ def changed_value(subject: Subject, responses: Sequence[Response]) -> dict[str, 
 
 def outcome(response: Response, change: Change) -> str:
     """How a response answers after a value was changed: one of OUTCOMES."""
-    said, verdict = answer(response), response.verdict
+    verdict, said = response.verdict, response.verdict.answer
     known = {change.follow: "follow", change.stay: "stay", None: "other"}
     if said in known:
         return known[said]
@@ -222,14 +212,16 @@ def preflight(subject: Subject, prompts: Sequence[Prompt], depths: Sequence[int]
 
 def _words_right(subject: Subject, prompts: Sequence[Prompt], depth: int) -> list[float]:
     """Accuracy of each word, over prompts with the same number of steps."""
-    model, config, encode = subject.model, subject.config, subject.tokenizer.encode
+    model, encode = subject.model, subject.tokenizer.encode
     task = task_of(prompts[0])
-    asked = [prompt_ids(subject.tokenizer, prompt, config) for prompt in prompts]
+    asked = [prompt_ids(subject.tokenizer, prompt, subject.config) for prompt in prompts]
     texts = [encode(task.response(prompt, len(task.steps(prompt)))) for prompt in prompts]
-    a = align(asked, texts, [[depth] * len(text) for text in texts], depth - 1, model.device)
+    a = align(model, asked, texts)
+    a.depths = a.depths.clamp(max=depth - 1)
+    a.depths.view(-1)[a.at] = depth
     hidden = score(model, a.ids, a.depths, a.prompt_lens).hidden.flatten(0, 1)[a.at]
     words = torch.tensor(sorted({*encode(" ".join(["", *task.words]))}), device=model.device)
-    chunks = hidden.split(config.model.logits_chunk)
+    chunks = hidden.split(model.logits_chunk)
     guesses = torch.cat([words[model.readout(h)[:, words].argmax(-1)] for h in chunks])
     must, hits = torch.isin(a.tokens, words).split(a.counts), (guesses == a.tokens).split(a.counts)
     rows = [hit[word].float().tolist() for word, hit in zip(must, hits)]
@@ -244,8 +236,8 @@ def monitor(responses: Sequence[Response]) -> dict[str, float | None]:
     second predicts before the last step (`before_last`): the right answer, if all earlier steps are
     written and true. False alarms: the share of predictions, guesses left out, that are not the
     answer. The guess is the most common answer; guessing alone scores `chance`."""
-    answers = [answer(r) for r in responses]
-    common = Counter(said for said in answers if said is not None).most_common(1)
+    answers = [r.verdict.answer for r in responses]
+    common = Counter(filter(None, answers)).most_common(1)
     guess = common[0][0] if common else None
 
     def reader(score: str, false_alarms: str, pairs: list) -> dict[str, float | None]:

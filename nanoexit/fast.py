@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanoexit.cache import Cache
 from nanoexit.lora import LoRA
-from nanoexit.model import Block, Linear, RMSNorm, Run, Shape, Stop, Transformer, rope_frequencies
+from nanoexit.model import Block, Linear, Run, Stop, Transformer, rope_frequencies
 
 Product = Callable[[Tensor], Tensor]  # [n, in] -> [n, out]
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]  # see capture_cuda
@@ -82,14 +82,6 @@ def lay_out(layout: str, weights: Sequence[Tensor], biases: Sequence[Tensor | No
     return lambda x: F.linear(x, weight, bias)
 
 
-class Kept(NamedTuple):
-    """A product cached on the model, and what it was made from."""
-
-    state: list[object]
-    tensors: list[Tensor]  # held, so that their memory is not reused
-    product: Product
-
-
 def base_product(model: Transformer, layout: str, *maps: Any) -> Product:
     """Maps that share an input, without adapters -> one product with their outputs side by side.
 
@@ -100,13 +92,12 @@ def base_product(model: Transformer, layout: str, *maps: Any) -> Product:
     versions = [object() if x.is_inference() else x._version for x in made_of]
     state = [layout, *versions, *(x.data_ptr() for x in made_of)]
     kept = model.fast_products.get(maps)
-    if kept is None or kept.state != state:
-        tensors = [x.detach() for x in made_of]
-        product = lay_out(layout, [w.detach() for w in weights], biases)
-        kept = Kept(state, tensors, product)
+    if kept is None or kept[0] != state:
+        held = [x.detach() for x in made_of]  # so that their memory is not reused
+        kept = state, lay_out(layout, [w.detach() for w in weights], biases), held
         if model.device.type == "cpu":
             model.fast_products[maps] = kept
-    return kept.product
+    return kept[1]
 
 
 # --- one block, one step ----------------------------------------------------------------------
@@ -131,7 +122,7 @@ def joined(model: Transformer, layout: str, *maps: Linear) -> Product:
     return lambda x: base(x) + F.linear(F.linear(x, down), up)
 
 
-def fast_norm(norm: RMSNorm) -> Product:
+def fast_norm(norm: nn.RMSNorm) -> Product:
     """The norm; on a CPU, which has no fused kernel, in fewer steps than F.rms_norm takes."""
     weight, floor = norm.weight, torch.tensor(norm.eps)
     if not weight.is_cpu:
@@ -143,13 +134,6 @@ def fast_norm(norm: RMSNorm) -> Product:
         return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)  # rounds once
 
     return on_cpu
-
-
-def turn_frequencies(s: Shape, device: torch.device) -> Tensor:
-    """[H + 2 K, head_dim]: the angle per position of each entry of q, k and v; zero for v."""
-    freq = rope_frequencies(s, device)
-    turned = torch.cat((-freq, freq)).expand(s.heads + s.kv_heads, -1)
-    return torch.cat((turned, freq.new_zeros(s.kv_heads, s.head_dim)))
 
 
 class FastBlock:
@@ -250,11 +234,14 @@ class FastModel:
         self.blocks = [FastBlock(model, layout, b) for b in model.blocks[: model.deepest]]
         self._readout = base_product(model, layout, model.lm_head or model.model.embed_tokens)
         self._norm = fast_norm(model.model.norm)
-        self.frequencies = turn_frequencies(model.shape, model.device)
+        s, freq = model.shape, rope_frequencies(model.shape, model.device)
+        turned = torch.cat((-freq, freq)).expand(s.heads + s.kv_heads, -1)  # of q and k
+        still = freq.new_zeros(s.kv_heads, s.head_dim)  # of v
+        self.frequencies = torch.cat((turned, still))  # angles per position
         self.attention_call = ATTENTION_CALL
         if capture is None and model.device.type == "cuda":
             capture = capture_cuda
-        self.graphs = None if capture is None else Graphs(capture)
+        self.graphs = None if capture is None else Graphs(self, capture)
         self.debts: dict[int, list[Debt]] = defaultdict(list)  # by the first block that lacks them
         self.names = torch.empty(0)  # the rows' ids, as in the cache
 
@@ -268,12 +255,7 @@ class FastModel:
         return self._readout(self._norm(h))
 
     def run(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        cache: Cache,
-        stop: Stop | None = None,
-        alive: Tensor | None = None,
+        self, ids: Tensor, positions: Tensor, cache: Cache, stop: Stop | None, alive: Tensor | None
     ) -> Run:
         """ids, positions, alive [B, 1]; see Transformer.run.
 
@@ -285,10 +267,10 @@ class FastModel:
         going = None if alive is None else alive[:, 0].nonzero()[:, 0]  # host sync
         h = self.model.model.embed_tokens(ids[:, 0])  # [B, D]
         if self.graphs is None:
-            step = Step(self, at, cache.kv, cache.span, cache.start is not None)
+            step = Step(self, at, cache.kv, cache.span, cache.aligned)
             blocks = functools.partial(self.stretch, step)
         else:
-            blocks = functools.partial(self.graphs, self, cache, at)
+            blocks = functools.partial(self.graphs, cache, at)
         asked = set() if stop is None else {depth for depth in stop.layers if depth < D}
         bounds = sorted({*asked, *self.debts})
         for start, depth in zip([0, *bounds], [*bounds, D]):
@@ -371,22 +353,14 @@ class Graphs:
 
     SPAN, WARM = 256, 3
 
-    def __init__(self, capture: Capture):
-        self.capture = capture
+    def __init__(self, fast: FastModel, capture: Capture):
+        self.fast, self.capture = fast, capture
         self.kv: Tensor | None = None
         self.seen: Counter[tuple[int, ...]] = Counter()
         self.captured: dict[tuple[int, ...], tuple[Callable[[], object], Tensor, list[Tensor]]] = {}
 
     def __call__(
-        self,
-        fast: FastModel,
-        cache: Cache,
-        positions: Tensor,
-        start: int,
-        end: int,
-        h: Tensor,
-        going: Tensor | None,
-        due: Debt | None,
+        self, cache: Cache, positions: Tensor, start: int, end: int, h: Tensor, going: Any, due: Any
     ) -> Tensor:
         """See FastModel.stretch."""
         kv = cache.kv
@@ -400,8 +374,8 @@ class Graphs:
             given += [_pad(going)[: len(h)], *map(_pad, due or ())]
 
         def run(positions: Tensor, h: Tensor, going: Any = None, *due: Tensor) -> Tensor:
-            step = Step(fast, positions, kv, span, aligned=False)
-            return fast.stretch(step, start, end, h, going, Debt(*due) if due else None)
+            step = Step(self.fast, positions, kv, span, aligned=False)
+            return self.fast.stretch(step, start, end, h, going, Debt(*due) if due else None)
 
         key = (start, end, span, *map(len, given))
         self.seen[key] += 1

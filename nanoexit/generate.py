@@ -6,7 +6,6 @@ or in a batch of any size.
 
 Every readout chooses its depth, including the first. So prefill runs the prompt except for its last
 token, at full depth (or to the cap), and that last token is decoded like all later ones.
-`depths[i]` is the depth of the readout that produced `tokens[i]`; score.py says how to re-score.
 
 Decisions. Equal prompts in a batch are prefilled once. A token is drawn by inverting the cumulative
 distribution at one uniform number. Host syncs per step: those of `run`, plus one to read the
@@ -25,19 +24,11 @@ import torch
 from torch import Tensor
 
 from nanoexit.cache import Cache
-from nanoexit.config import UserError
-from nanoexit.exits import (
-    Ask,
-    Policy,
-    Prescribed,
-    Watch,
-    parse_policy,
-    sample_depths,
-    target_chance,
-)
+from nanoexit.config import Rule, UserError, check_values
+from nanoexit.exits import Ask, Policy, Prescribed, Watch, draw_depths, parse_policy, target_chance
 from nanoexit.fast import FastModel
 from nanoexit.model import Run, Transformer
-from nanoexit.score import divergence, pad, token_logprob
+from nanoexit.score import Rows, divergence, pad, token_logprob
 
 
 @dataclass
@@ -59,7 +50,7 @@ class Sampling:
     top_k: int = 0  # sample from the k likeliest tokens; 0 is off
     stop_ids: Collection[int] | None = None  # tokens that end a row; None: the model's own
     batch_size: int | None = None  # rows that decode together; None: all
-    forced: Sequence[Sequence[int]] = ()  # first tokens of each response, given instead of drawn
+    forced: Rows = ()  # first tokens of each response, given instead of drawn
     streams: Sequence[int] = ()  # the number of each row's noise; default 0, 1, ...
     on_finish: Callable[[int, Generation], object] | None = None  # called with row and result
     fast: bool = True  # decode with fast.py
@@ -89,7 +80,7 @@ class Row:
 @torch.inference_mode()
 def generate(
     model: Transformer,
-    prompts: Sequence[Sequence[int]],
+    prompts: Rows,
     policy: str | Policy = "full",
     max_new_tokens: int = 64,
     temperature: float = 1.0,
@@ -121,7 +112,7 @@ class _Decoder:
 
     model: Transformer
     policy: Policy
-    prompts: Sequence[Sequence[int]]
+    prompts: Rows
     max_new_tokens: int
     temperature: float
     seed: Sequence[int]
@@ -139,17 +130,9 @@ class _Decoder:
         self.engine = FastModel(self.model, size) if self.settings.fast else self.model
 
     def check_settings(self) -> None:
-        s = self.settings
-        size = 1 if s.batch_size is None else s.batch_size
-        wholes = {"max_new_tokens": self.max_new_tokens, "batch_size": size, "top_k": s.top_k}
-        for name, value in wholes.items():
-            low = 0 if name == "top_k" else 1
-            if type(value) is not int or value < low:
-                raise UserError(f"{name}: expected a whole number >= {low}, found {value!r}")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature: expected a number >= 0, found {self.temperature!r}")
-        if not 0 < s.top_p <= 1:
-            raise UserError(f"top_p: expected a number > 0 and <= 1, found {s.top_p!r}")
+        rules = {"max_new_tokens": Rule(int, 1), "batch_size": Rule(int | None, 1)}
+        rules |= {"temperature": Rule(float), "top_k": Rule(int), "top_p": Rule(float, 1e-9, 1)}
+        check_values({**vars(self.settings), **vars(self)}, rules, "generate")
 
     def check_prompts(self) -> None:
         most, vocab = self.model.shape.max_positions, self.model.shape.vocab
@@ -165,8 +148,6 @@ class _Decoder:
     @property
     def rows(self) -> list[Row]:
         return [row for row in self.slots if row is not None]
-
-    # --- rows come and go ---------------------------------------------------------------------
 
     def admit(self) -> None:
         """Fill free slots, several with one prefill; with nothing waiting, shrink the batch."""
@@ -191,8 +172,8 @@ class _Decoder:
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         model, s = self.model, self.model.shape
-        sizes = (model.deepest, rows, s.kv_heads, capacity, s.head_dim)
-        return Cache(*sizes, model.device, model.dtype)
+        size = (model.deepest, rows, 2, s.kv_heads, capacity, s.head_dim)
+        return Cache(torch.zeros(size, device=model.device, dtype=model.dtype))
 
     def prefill(self, slots: list[int]) -> None:
         """Run the prompts of these slots, except their last tokens, to the deepest depth."""
@@ -201,13 +182,10 @@ class _Decoder:
         distinct = list(dict.fromkeys(prompts))
         T = max(map(len, distinct))
         cache = self.new_cache(len(distinct), T)
-        cache.place(0, T)
         if T:
             model.run(pad(distinct, model.device), cache=cache)
         rows = [distinct.index(prompt) for prompt in prompts]
         self.cache.admit(torch.tensor(slots, device=model.device), cache, rows)
-
-    # --- one step -----------------------------------------------------------------------------
 
     def step(self) -> None:
         """One token for every row in progress."""
@@ -219,7 +197,7 @@ class _Decoder:
             taken = [slot for slot, row in enumerate(self.slots) if row is not None]
             alive = torch.tensor([[row is not None] for row in self.slots], device=device)
         starts = [row.position for row in batch]
-        self.cache.place(starts[0] if len(set(starts)) == 1 else None, max(starts) + 1)
+        self.cache.span, self.cache.aligned = max(starts) + 1, len(set(starts)) == 1
         read = torch.from_numpy(np.array([[row.last for row in batch], starts])).to(device)
         ids, positions = read[..., None].unbind()  # each [B, 1]
         noise = np.array([row.noise[len(row.out.tokens)] for row in batch])
@@ -250,7 +228,7 @@ class _Decoder:
         early = [divergence(final, self.engine.readout(watch.seen[depth])) for depth in layers]
         chance = torch.zeros_like(u)
         chance[taken] = target_chance(torch.stack(early, -1), self.policy.value)
-        return Prescribed(sample_depths(chance, u, layers, self.model.deepest))
+        return Prescribed(draw_depths(chance, u, layers, self.model.deepest))
 
     def note(self, row: Row, token: int, depth: int, logp: float, exit_logp: float) -> None:
         """Add a token to its row, and finish the row if it has ended."""

@@ -45,12 +45,6 @@ def attach_lora(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
             linear.adapter = LoRA(linear, config, generator)
 
 
-def detach_lora(model: Transformer) -> None:
-    """Remove every adapter."""
-    for _, linear in linear_maps(model):
-        linear.adapter = None
-
-
 def linear_maps(model: Transformer) -> Iterator[tuple[str, Linear]]:
     """(name, map) of every linear map that can hold an adapter, in order."""
     for name, module in model.named_modules():

@@ -84,16 +84,6 @@ class Run(NamedTuple):
     depths: Tensor  # [B, T] int64; 0 where the caller masked the token (padding)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 class Linear(nn.Linear):
     """A linear map with an optional adapter (lora.py)."""
 
@@ -121,84 +111,34 @@ def rope_frequencies(shape: Shape, device: torch.device) -> Tensor:
     return keep * freq + (1 - keep) * freq / factor
 
 
-def rotations(shape: Shape, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Positions [...] -> cos and sin [..., 1, head_dim / 2], the same for all heads."""
-    angles = positions[..., None, None].float() * rope_frequencies(shape, positions.device)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on x [..., heads, head_dim], the halves paired as in the checkpoints."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class Live(NamedTuple):
-    """The tokens still running. Each row's queries, and only queries, are padded to `width`."""
+class Places(NamedTuple):
+    """Where the tokens of one call are, what they see, and which of them still run."""
 
-    cos: Tensor  # [B, T, 1, head_dim / 2]; [n, 1, head_dim / 2] once some have exited
+    positions: Tensor  # [B, T] absolute
+    cos: Tensor  # [B, T, 1, head_dim / 2], the same for all heads
     sin: Tensor
-    mask: Tensor | None  # [B, 1, width, S] bool: what a query sees; None: itself and all before
-    width: int  # the most live tokens of any row
-    at: Tensor | None = None  # [n] indices into B*T; None: all tokens are live
-    slots: Tensor | None = None  # [n] indices into B*width
+    cache: Cache | None
+    mask: Tensor | None  # [B, 1, T, S] bool: what a query sees; None: itself and all before
+    at: Tensor | None  # [n] indices into B*T of the tokens that still run; None: all of them
+
+    @property
+    def ended(self) -> bool:
+        """Whether every token has exited."""
+        return self.at is not None and not len(self.at)
 
     def pick(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> the live tokens [n, ...], or x itself if all are live."""
+        """[B, T, ...] -> the running tokens [n, ...], or x itself if all run."""
         return x if self.at is None else x.flatten(0, 1)[self.at]
 
     def put(self, x: Tensor, h: Tensor) -> Tensor:
-        """Live tokens x -> h [B, T, D] with x in their places."""
+        """Running tokens x -> h [B, T, ...] with x in their places."""
         return x if self.at is None else h.flatten(0, 1).index_copy(0, self.at, x).view_as(h)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries of live tokens [..., H, d]; k, v [B, K, S, d] -> the output, shaped as q."""
-        if self.slots is None:
-            return attend(q, k, v, self.mask)
-        rows, (H, d) = len(k), q.shape[1:]
-        padded = q.new_zeros(rows * self.width, H, d).index_copy(0, self.slots, q)
-        y = attend(padded.view(rows, self.width, H, d), k, v, self.mask)
-        return y.flatten(0, 1)[self.slots]
-
-
-class Places(NamedTuple):
-    """Where the tokens of one call are, and the cache that they read and write."""
-
-    positions: Tensor  # [B, T] absolute
-    cos: Tensor  # [B, T, 1, head_dim / 2]
-    sin: Tensor
-    cache: Cache | None
-    span: int  # S
-    sees: Tensor | None = None  # [B, T, S] bool: what a query sees; None: itself and all before
-
-    def look_back(self, positions: Tensor) -> Tensor:
-        """Query positions [B, W] -> [B, 1, W, S] bool: a query sees no position after its own."""
-        return (torch.arange(self.span, device=positions.device) <= positions[..., None])[:, None]
-
-    def live(self, alive: Tensor | None) -> Live:
-        """The live tokens, given alive [B, T] bool; None: all of them.
-
-        If alive is [[1, 0, 1], [1, 1, 1]], the middle token of row 0 has exited (B = 2, T = 3):
-        at    [0, 2, 3, 4, 5]  index of each live token in B*T; its rank is [0, 1, 0, 1, 2]
-        slots [0, 1, 3, 4, 5]  index of its query in B*width; width is 3, so slot 2 is padding"""
-        B, T = self.positions.shape
-        if alive is None:
-            aligned = self.cache is None or self.cache.start is not None
-            mask = None if aligned and T in (1, self.span) else self.look_back(self.positions)
-            mask = mask if self.sees is None else self.sees[:, None]
-            return Live(self.cos, self.sin, mask, T)
-        index = alive.view(-1).nonzero().view(-1)
-        width = int(alive.sum(1).max())
-        rank = (alive.cumsum(1) - 1).view(-1)[index]  # of the token within its row
-        slots = index.div(T, rounding_mode="floor") * width + rank
-        here = self.positions.reshape(-1)[index]
-        queries = here.new_zeros(B * width).index_copy(0, slots, here)  # padding is at position 0
-        mask = self.look_back(queries.view(B, width))
-        if self.sees is not None:
-            seen = self.sees.flatten(0, 1)[index]
-            mask = mask.new_ones(B * width, self.span).index_copy(0, slots, seen).view_as(mask)
-        cos, sin = self.cos.flatten(0, 1)[index], self.sin.flatten(0, 1)[index]
-        return Live(cos, sin, mask, width, index, slots)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -221,8 +161,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(s.width, s.kv_heads * s.head_dim, bias=s.qkv_bias)
         self.v_proj = Linear(s.width, s.kv_heads * s.head_dim, bias=s.qkv_bias)
         self.o_proj = Linear(s.heads * s.head_dim, s.width, bias=s.o_bias)
-        self.q_norm = RMSNorm(s.head_dim, s.norm_eps) if s.qk_norm else None
-        self.k_norm = RMSNorm(s.head_dim, s.norm_eps) if s.qk_norm else None
+        self.q_norm = nn.RMSNorm(s.head_dim, s.norm_eps) if s.qk_norm else None
+        self.k_norm = nn.RMSNorm(s.head_dim, s.norm_eps) if s.qk_norm else None
 
     def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Normalized residuals [B, T, D] -> keys and values, each [B, K, T, head_dim]."""
@@ -231,12 +171,15 @@ class Attention(nn.Module):
         k = k if self.k_norm is None else self.k_norm(k)
         return rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, live: Live) -> Tensor:
-        """Normalized residuals x [..., D] of live tokens; k, v [B, K, S, head_dim] -> [..., D]."""
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
+        """Normalized residuals x [..., D] of running tokens; k, v [B, K, S, d] -> [..., D]."""
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         q = q if self.q_norm is None else self.q_norm(q)
-        y = live.attend(rotate(q, live.cos, live.sin), k, v)
-        return self.o_proj(y.flatten(-2))
+        q = rotate(q, places.pick(places.cos), places.pick(places.sin))
+        if places.at is not None:  # the queries of other tokens are zero
+            q = places.put(q, q.new_zeros(*places.positions.shape, self.heads, self.head_dim))
+        y = attend(q, k, v, places.mask)
+        return self.o_proj(places.pick(y).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -253,22 +196,22 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, s: Shape):
         super().__init__()
-        self.input_layernorm = RMSNorm(s.width, s.norm_eps)
+        self.input_layernorm = nn.RMSNorm(s.width, s.norm_eps)
         self.self_attn = Attention(s)
-        self.post_attention_layernorm = RMSNorm(s.width, s.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(s.width, s.norm_eps)
         self.mlp = MLP(s)
 
-    def forward(self, h: Tensor, layer: int, places: Places, live: Live) -> Tensor:
+    def forward(self, h: Tensor, layer: int, places: Places) -> Tensor:
         """Residuals h [B, T, D] -> after this block; tokens that exited only leave k and v."""
         x = self.input_layernorm(h)
         k, v = self.self_attn.keys_values(x, places.cos, places.sin)  # of this call's tokens
         if places.cache is not None:
             k, v = places.cache.write(layer, places.positions, k, v)  # all that they may attend to
-        if live.width == 0:  # every token has exited
+        if places.ended:
             return h
-        moving = live.pick(h) + self.self_attn(live.pick(x), k, v, live)
+        moving = places.pick(h) + self.self_attn(places.pick(x), k, v, places)
         moving = moving + self.mlp(self.post_attention_layernorm(moving))
-        return live.put(moving, h)
+        return places.put(moving, h)
 
 
 class Stack(nn.Module):
@@ -279,7 +222,7 @@ class Stack(nn.Module):
         embedding = torch.empty(s.vocab, s.width)  # not initialized: slow on "meta"
         self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(Block(s) for _ in range(s.blocks))
-        self.norm = RMSNorm(s.width, s.norm_eps)
+        self.norm = nn.RMSNorm(s.width, s.norm_eps)
 
 
 class Transformer(nn.Module):
@@ -292,6 +235,7 @@ class Transformer(nn.Module):
         self.lm_head = None if shape.tied else nn.Linear(shape.width, shape.vocab, bias=False)
         self.exits: nn.Module | None = None
         self.cap: int | None = None
+        self.logits_chunk = 1024  # tokens whose logits a loss holds in memory at once
         self.fast_products: dict[Any, Any] = {}  # weights laid out for decoding: fast.py
         self.stop_ids: frozenset[int] = frozenset()  # tokens that end a text
         self.name = self.revision = self.content = ""  # which weights: weights.load_model
@@ -341,26 +285,30 @@ class Transformer(nn.Module):
         of this call are added. stop: None runs every block. alive [B, T] bool: the tokens to run;
         others (padding, idle rows) only leave keys and values. sees [B, T, T] bool, for calls
         without a cache: what each token may look at; None: itself and all before it."""
+        T, device = ids.shape[1], ids.device
         if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        span = ids.shape[1] if cache is None else cache.span
-        cos, sin = rotations(self.shape, positions, self.dtype)
-        places = Places(positions, cos, sin, cache, span, sees)
-        depths = torch.full_like(ids, self.deepest)
+            positions = torch.arange(T, device=device).expand(ids.shape)
+        span, aligned = (T, True) if cache is None else (cache.span, cache.aligned)
+        if sees is None and not (aligned and T in (1, span)):
+            sees = torch.arange(span, device=device) <= positions[..., None]
+        mask = None if sees is None else sees[:, None]
+        angles = positions[..., None, None].float() * rope_frequencies(self.shape, device)
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        depths, at = torch.full_like(ids, self.deepest), None
         if alive is not None:
-            depths = depths.masked_fill(~alive, 0)
-        live = places.live(alive)
+            depths, at = depths.masked_fill(~alive, 0), alive.flatten().nonzero()[:, 0]  # host sync
+        places = Places(positions, cos, sin, cache, mask, at)
         h = self.model.embed_tokens(ids)
         for depth, block in enumerate(self.blocks[: self.deepest], start=1):
-            if cache is None and not live.width:
+            if cache is None and places.ended:
                 break  # no token is left to read what later blocks would store
-            h = block(h, depth - 1, places, live)
-            if stop is None or depth == self.deepest or depth not in stop.layers or not live.width:
+            h = block(h, depth - 1, places)
+            if stop is None or places.ended or depth == self.deepest or depth not in stop.layers:
                 continue
-            leaves = stop(depth, live.pick(h).flatten(0, -2), live.at)
+            leaves = stop(depth, places.pick(h).flatten(0, -2), places.at)
             if leaves is None or not leaves.any():  # host sync: the next shapes depend on it
                 continue
             # Until the loop ends, the depth of a token still running is `deepest`.
             depths[depths == self.deepest] = torch.where(leaves, depth, self.deepest)
-            live = places.live(depths == self.deepest)
+            places = places._replace(at=(depths == self.deepest).flatten().nonzero()[:, 0])
         return Run(h, depths)

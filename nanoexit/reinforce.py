@@ -52,33 +52,22 @@ class Rollout:
         return sum(self.parts.values())
 
 
-# --- pure functions ---------------------------------------------------------------------------
-
-
 def leave_one_out(rewards: Tensor) -> Tensor:
     """Rewards [groups, K] -> advantages: each reward minus the mean of the others in its group."""
     K = rewards.shape[1]
     return (rewards - rewards.mean(1, keepdim=True)) * (K / (K - 1))
 
 
-def depth_cost(depths: Sequence[int], penalty: str, full_depth: int) -> float:
-    """Depths of a response -> their max, mean or sum in units of L."""
-    costs = {"max": max(depths), "mean": sum(depths) / len(depths), "sum": sum(depths)}
-    return costs[penalty] / full_depth
-
-
 def reward_parts(response: Response, kl: float, rl: RLConfig, full_depth: int) -> dict[str, float]:
     """What each part adds to the reward. kl: mean nats per token."""
-    cost = depth_cost(response.generation.depths, rl.depth_penalty, full_depth)
+    depths = response.generation.depths
+    costs = {"max": max(depths), "mean": sum(depths) / len(depths), "sum": sum(depths)}
     return {
         "verify": float(response.verdict.correct),
         "kl": -rl.kl_weight * kl,
-        "depth": -rl.depth_weight * cost,
-        "length": -rl.length_weight * len(response.generation.tokens),
+        "depth": -rl.depth_weight * costs[rl.depth_penalty] / full_depth,  # in units of L
+        "length": -rl.length_weight * len(depths),
     }
-
-
-# --- a step -----------------------------------------------------------------------------------
 
 
 def collect(
@@ -96,7 +85,7 @@ def collect(
     )
     kls = [0.0] * len(responses)
     if rl.kl_weight:
-        kls, _ = against_base(model, responses, rl.micro_batch, config.model.logits_chunk)
+        kls, _ = against_base(model, responses, rl.micro_batch)
     parts = [reward_parts(r, kl, rl, model.full_depth) for r, kl in zip(responses, kls)]
     rewards = torch.tensor([sum(p.values()) for p in parts], dtype=torch.float64).view(-1, K)
     advantages = leave_one_out(rewards).flatten().tolist()
@@ -109,28 +98,23 @@ def accumulate(model: Transformer, rollouts: Sequence[Rollout], config: Config, 
     Short rollouts of a prompt share one row, so the prompt is computed once. Long rollouts do not:
     the cost of attention grows with the square of a row's length."""
     K = config.rl.rollouts
-    active = [r for group in by_prompt(rollouts, K) if not is_flat(group) for r in group]
+    active = [r for group in unequal(rollouts, K) for r in group]
     longest = max((len(r.response.generation.tokens) for r in active), default=0)
     together = K if K * longest <= LONGEST_ROW else 1
     size = max(1, config.rl.micro_batch // together) * together
     for start in range(0, len(active), size):
         batch = active[start : start + size]
         a, scored = rescore(model, [r.response for r in batch], together)
-        h = scored.hidden.flatten(0, 1)[a.at]
-        logp = readout_logprobs(model, h, a.tokens, config.model.logits_chunk)
+        logp = readout_logprobs(model, scored.hidden.flatten(0, 1)[a.at], a.tokens)
         logp = logp + scored.exit_logprobs.flatten()[a.at]  # [n]: of token and exit
         weight = torch.tensor([r.advantage for r in batch], device=model.device)[a.rows]
         (-(weight * logp).sum() / count).backward()
 
 
-def by_prompt(rollouts: Sequence[Rollout], K: int) -> list[Sequence[Rollout]]:
-    """The K adjacent rollouts of each prompt."""
-    return [rollouts[start : start + K] for start in range(0, len(rollouts), K)]
-
-
-def is_flat(group: Sequence[Rollout]) -> bool:
-    """Whether a prompt's rollouts all got the same reward, and so teach nothing."""
-    return max(abs(r.advantage) for r in group) < 1e-12
+def unequal(rollouts: Sequence[Rollout], K: int) -> list[Sequence[Rollout]]:
+    """The K adjacent rollouts of each prompt, without prompts whose rewards are all equal."""
+    groups = [rollouts[start : start + K] for start in range(0, len(rollouts), K)]
+    return [group for group in groups if max(abs(r.advantage) for r in group) >= 1e-12]
 
 
 def step_figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float]:
@@ -147,17 +131,16 @@ def step_figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float
             "tokens": len(depths),
         }
         rows.append(row | {f"reward_{name}": part for name, part in r.parts.items()})
-    flat = sum(is_flat(group) for group in by_prompt(rollouts, config.rl.rollouts))
+    K = config.rl.rollouts
+    flat = len(rollouts) // K - len(unequal(rollouts, K))
     sums = torch.tensor([[*row.values(), 1.0] for row in rows]).sum(0)
     *means, count, flat = training.total(torch.cat((sums, torch.tensor([flat])))).tolist()
     return {name: value / count for name, value in zip(rows[0], means)} | {"flat_groups": flat}
 
 
-# --- the loop ---------------------------------------------------------------------------------
-
-
-def train(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
-    """The loop: pick prompts, roll out, update, log, save. Continues from folder/checkpoint."""
+def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
+    """The whole job: pick prompts, roll out, update, log, save; save the adapter. Continues from
+    folder/checkpoint."""
     rl, seed = config.rl, config.run.seed
     prompts = load_prompts(config, "train")
     optimizer = training.make_optimizer(model, rl.lr)
@@ -173,23 +156,18 @@ def train(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path
             norm = training.clip_and_step(optimizer, rl.lr * training.cosine_share(step, rl.steps))
             metrics.write(step + 1, **row, grad_norm=norm)
             kept = rollouts[: rl.keep_samples] if training.is_main() else []
-            samples += [show_rollout(model, tokenizer, r, step + 1) for r in kept]
-            bar.set_postfix_str(
-                f"reward {row['reward']:.2f} right {row['accuracy']:.2f} depth "
-                f"{row['max_depth']:.2f} written {row['written']:.2f}",
-                refresh=False,
-            )
+            for r in kept:
+                line = show_response(model, tokenizer, r.response, "rollout") | {"step": step + 1}
+                samples.append({**line, "rewards": {**r.parts, "total": r.reward}})
+            shown = {n: f"{row[n]:.2f}" for n in ("reward", "accuracy", "max_depth", "written")}
+            bar.set_postfix(shown, refresh=False)
             bar.update()
             if training.is_main() and ((step + 1) % rl.save_every == 0 or step + 1 == rl.steps):
                 write_json_lines(folder / "samples.jsonl", samples)
                 training.save_checkpoint(folder, step + 1, model, optimizer)
-
-
-def show_rollout(model: Transformer, tokenizer: Tokenizer, rollout: Rollout, step: int) -> dict:
-    """A line of samples.jsonl with the step and the parts of the reward."""
-    rewards = {**rollout.parts, "total": rollout.reward}
-    shown = show_response(model, tokenizer, rollout.response, "rollout")
-    return {**shown, "step": step, "rewards": rewards}
+    if training.is_main():
+        save_adapter(model, folder / "adapter")
+    training.barrier()
 
 
 def kept_samples(folder: Path, done: int) -> list[dict]:
@@ -201,11 +179,3 @@ def kept_samples(folder: Path, done: int) -> list[dict]:
         return [row for _, row in read_json_lines(path) if row.get("step", done + 1) <= done]
     except (TypeError, UserError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to go on without") from None
-
-
-def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
-    """The whole job: train, and save the adapter."""
-    train(model, tokenizer, config, folder)
-    if training.is_main():
-        save_adapter(model, folder / "adapter")
-    training.barrier()

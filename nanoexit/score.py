@@ -21,6 +21,8 @@ from torch import Tensor
 from nanoexit.exits import Ask, Policy, Prescribed
 from nanoexit.model import Transformer
 
+Rows = Sequence[Sequence[int]]
+
 
 @dataclass
 class Aligned:
@@ -43,17 +45,13 @@ class Aligned:
 
 
 def align(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    depths: Sequence[Sequence[int]] | None,
-    full_depth: int,
-    device: torch.device,
-    together: int = 1,
+    model: Transformer, prompts: Rows, responses: Rows, depths: Rows = (), together: int = 1
 ) -> Aligned:
-    """Token ids of prompts and responses, a depth for each response token; None: full depth.
+    """Token ids of prompts and responses, a depth for each response token; (): full depth.
 
     together: how many adjacent responses to one prompt share a row. The row holds the prompt once,
     except for its last token, which each response repeats as its first readout."""
+    device, full_depth = model.device, model.full_depth
     counts = [len(tokens) for tokens in responses]
     chosen = depths or [[full_depth] * n for n in counts]
     starts = []
@@ -82,7 +80,7 @@ def align(
     return aligned
 
 
-def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def pad(rows: Rows, device: torch.device) -> Tensor:
     """Rows of ints -> [B, longest] int64, zeros on the right."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
@@ -111,26 +109,16 @@ def score(
     prompt_lens: Sequence[int] | Tensor,
     positions: Tensor | None = None,
     sees: Tensor | None = None,
-) -> Score:
-    """ids [B, T] right-padded; depths [B, T] of the input positions, 0 on padding; above the cap
-    they count as the cap. prompt_lens [B]: no exit is chosen before the last prompt position.
-    positions, sees: as in Aligned."""
-    policy, alive = Prescribed(depths), depths > 0
-    return run_and_score(model, ids, policy, alive, prompt_lens, None, positions, sees)
-
-
-def run_and_score(
-    model: Transformer,
-    ids: Tensor,
-    policy: Policy,
-    alive: Tensor,
-    prompt_lens: Sequence[int] | Tensor,
+    policy: Policy | None = None,
     noise: Tensor | None = None,
-    positions: Tensor | None = None,
-    sees: Tensor | None = None,
 ) -> Score:
-    """One forward in which `policy` decides the exits -> its Score. alive [B, T]: not padding."""
-    ask = Ask(model, policy, ids.numel(), noise)
+    """One forward over ids [B, T], right-padded, in which each token exits at its given depth.
+
+    depths [B, T]: of the input positions, 0 on padding; above the cap they count as the cap.
+    prompt_lens [B]: no exit is chosen before the last prompt position. positions, sees: as in
+    Aligned. policy: decides the exits instead, with this noise; depths then only mark padding."""
+    alive = depths > 0
+    ask = Ask(model, policy or Prescribed(depths), ids.numel(), noise)
     padding = not bool(alive.all())  # host sync
     run = model.run(ids, positions, None, ask, alive if padding else None, sees)
     z = ask.head_logits.unflatten(0, ids.shape)
@@ -138,9 +126,6 @@ def run_and_score(
     first = torch.as_tensor(prompt_lens, device=ids.device)[:, None] - 1
     chosen = alive & (torch.arange(ids.shape[1], device=ids.device) >= first)
     return Score(model, run.hidden, run.depths, z, logp.where(chosen, 0.0))
-
-
-# --- through the readout, a chunk at a time ---------------------------------------------------
 
 
 class _Chunked(torch.autograd.Function):
@@ -179,15 +164,15 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def readout_kl(model: Transformer, teacher: Tensor, student: Tensor, chunk: int) -> Tensor:
+def readout_kl(model: Transformer, teacher: Tensor, student: Tensor) -> Tensor:
     """Residuals [n, D] of both -> KL(teacher || student) [n], nats; gradient to the student's."""
-    read = model.readout
+    read, chunk = model.readout, model.logits_chunk
     return through_readout(student, lambda h, i: divergence(read(teacher[i]), read(h)), chunk)
 
 
-def readout_logprobs(model: Transformer, h: Tensor, tokens: Tensor, chunk: int) -> Tensor:
+def readout_logprobs(model: Transformer, h: Tensor, tokens: Tensor) -> Tensor:
     """Residuals [n, D] and the tokens [n] drawn from them -> log p(token) [n] float32."""
-    read = model.readout
+    read, chunk = model.readout, model.logits_chunk
     return through_readout(h, lambda x, i: token_logprob(read(x), tokens[i]), chunk)
 
 

@@ -35,8 +35,8 @@ from nanoexit.adapters import save_adapter
 from nanoexit.config import Config
 from nanoexit.exits import Asked, Policy, exit_depths, target_chance
 from nanoexit.model import Transformer
-from nanoexit.score import Aligned, readout_kl, run_and_score
-from nanoexit.teacher import Teacher, Trace, make_traces
+from nanoexit.score import Aligned, readout_kl, score
+from nanoexit.teacher import Teacher, make_traces
 from nanoexit.tokenizer import Tokenizer
 
 MOST_KL = 2.0
@@ -46,40 +46,31 @@ class Draw(Policy):
     """Draws exits while a training step runs, and keeps the KL that each exit would cost."""
 
     def __init__(
-        self,
-        model: Transformer,
-        a: Aligned,
-        uniform: Tensor,
-        chunk: int,
-        teacher: Tensor,
-        base_kl: Tensor | None = None,
+        self, model: Transformer, a: Aligned, uniform: Tensor, teacher: Tensor, *base_kl: Tensor
     ):
         """uniform [n]: readouts that ignore their heads. teacher [n, D]: residuals at a.at.
 
         base_kl [n, E]: use these divergences instead of the student's own."""
-        super().__init__("draw")
-        self.teacher, self.uniform, self.chunk, self.base_kl = teacher, uniform, chunk, base_kl
-        self.depths = exit_depths(model)
+        super().__init__("head")
+        self.teacher, self.uniform, self.base_kl = teacher, uniform, base_kl
         device, n = a.ids.device, len(a.at)
         self.slot = torch.full((a.ids.numel(),), -1, device=device)  # readout at each index
         self.slot[a.at] = torch.arange(n, device=device)
-        self.kl = torch.zeros(n, len(self.depths), device=device)
+        self.kl = torch.zeros(n, len(exit_depths(model)), device=device)
         self.reached = torch.zeros_like(self.kl, dtype=torch.bool)
 
-    def layers(self, model: Transformer) -> tuple[int, ...]:
-        return self.depths
-
     def exits(self, asked: Asked) -> Tensor:
-        column, slot = self.depths.index(asked.depth), self.slot[asked.at]
+        depths, slot = exit_depths(asked.model), self.slot[asked.at]
+        column = depths.index(asked.depth)
         response = slot >= 0  # prompt tokens before the first readout do not exit
         k = slot[response]
-        if self.base_kl is not None:
-            self.kl[k, column] = self.base_kl[k, column]
+        if self.base_kl:
+            self.kl[k, column] = self.base_kl[0][k, column]
         else:
             early = asked.h[response].detach()
-            self.kl[k, column] = readout_kl(asked.model, self.teacher[k], early, self.chunk)
+            self.kl[k, column] = readout_kl(asked.model, self.teacher[k], early)
         self.reached[k, column] = True
-        left = len(self.depths) + 1 - column  # depths still to choose from
+        left = len(depths) + 1 - column  # depths still to choose from
         chance = torch.where(self.uniform[slot], 1 / left, asked.z.detach().sigmoid())
         return response & (asked.u < chance)
 
@@ -97,9 +88,9 @@ def student_losses(
     """One forward with drawn exits -> its loss and figures, both sums over readouts.
 
     For each head [E]: how often it was reached, the target chances there, and its own chances."""
-    scored = run_and_score(model, a.ids, draw, a.depths > 0, a.prompt_lens, noise)
+    scored = score(model, a.ids, a.depths, a.prompt_lens, policy=draw, noise=noise)
     student, z = scored.hidden.flatten(0, 1)[a.at], scored.head_logits.flatten(0, 1)[a.at]
-    kl = readout_kl(model, draw.teacher, student, draw.chunk).sum()
+    kl = readout_kl(model, draw.teacher, student).sum()
     heads = (exit_loss(z, draw.kl, strength) * draw.reached).sum()
     return kl + heads, {
         "kl": kl.detach(),
@@ -138,7 +129,7 @@ def step_losses(
     for piece in training.my_batches(len(chosen), config.sft.micro_batch):
         a, (residuals, *base_kl) = teacher([chosen[i] for i in piece])
         noise, uniform = draw_noise(a, piece, exits, config, step)
-        draw = Draw(model, a, uniform, config.model.logits_chunk, residuals, *base_kl)
+        draw = Draw(model, a, uniform, residuals, *base_kl)
         training.seed_torch("dropout", config.run.seed, step, piece[0])
         loss, figures = student_losses(model, a, draw, noise, config.teacher.kl_strength)
         (loss / tokens).backward()
@@ -149,9 +140,10 @@ def step_losses(
     return {"loss": means["kl"] + means["exit_loss"], **means}
 
 
-def train(model: Transformer, traces: Sequence[Trace], config: Config, folder: Path) -> None:
-    """The loop: pick traces, get losses, step, log, save. Continues from folder/checkpoint."""
-    sft = config.sft
+def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
+    """The whole job: write the traces that are missing; pick some, get losses, step, log and save;
+    save the adapter. Continues from folder/checkpoint."""
+    sft, traces = config.sft, make_traces(model, tokenizer, config)
     teacher = Teacher(model, traces, config)
     optimizer = training.make_optimizer(model, sft.lr)
     done = training.load_checkpoint(folder, model, optimizer)
@@ -164,17 +156,12 @@ def train(model: Transformer, traces: Sequence[Trace], config: Config, folder: P
             lr = sft.lr * training.cosine_share(step, sft.steps)
             norm = training.clip_and_step(optimizer, lr)
             metrics.write(step + 1, **figures, grad_norm=norm, lr=lr)
-            depth = f"{figures['mean_depth']:.2f}/{model.full_depth}"
-            bar.set_postfix(kl=f"{figures['kl']:.3f}", depth=depth, refresh=False)
+            shown = {name: f"{figures[name]:.3f}" for name in ("kl", "mean_depth")}
+            bar.set_postfix(shown, refresh=False)
             bar.update()
             if training.is_main() and ((step + 1) % sft.save_every == 0 or step + 1 == sft.steps):
                 training.save_checkpoint(folder, step + 1, model, optimizer)
     model.eval()
-
-
-def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
-    """The whole job: write the traces that are missing, train, and save the adapter."""
-    train(model, make_traces(model, tokenizer, config), config, folder)
     if training.is_main():
         save_adapter(model, folder / "adapter")
     training.barrier()

@@ -53,6 +53,7 @@ class Verdict:
     steps: Sequence[bool] = ()  # each expected step: is it written, true and in order?
     claimed: int = 0  # how many steps are written, true or not
     lenient: bool = False  # correct, or the last number of the response is the right one
+    answer: str | None = None  # what the response concludes, in canonical form
 
     @property
     def written(self) -> float | None:
@@ -178,7 +179,7 @@ class Task:
         correct = target is not None and said == target
         lenient = correct or (target is not None and last == target)
         formed = said is not None and response.count(part.marker or "\0") == 1
-        return Verdict(correct, formed, steps, len(claims), lenient)
+        return Verdict(correct, formed, steps, len(claims), lenient, said)
 
     def claims(self, text: str) -> list[str]:
         """The steps written in a text, each in a standard spelling; [] if the task lists none."""

@@ -22,7 +22,7 @@ from nanoexit.config import Config, UserError, read_json_lines, write_json_lines
 from nanoexit.exits import Watch, as_base, exit_depths
 from nanoexit.generate import Generation, Sampling, generate
 from nanoexit.model import Transformer
-from nanoexit.score import Aligned, Score, align, divergence, readout_kl, score, token_logprob
+from nanoexit.score import Aligned, Rows, Score, align, readout_kl, readout_logprobs, score
 from nanoexit.tasks import Prompt, Response, load_prompts, task_of
 from nanoexit.tokenizer import Tokenizer
 from nanoexit.training import barrier, is_main, mine, progress, prompt_ids, remove_leftovers, stream
@@ -37,7 +37,7 @@ def respond(
     seed: Sequence[int],
     batch_size: int | None = None,
     temperature: float | None = None,
-    forced: Sequence[Sequence[int]] = (),
+    forced: Rows = (),
     streams: Sequence[int] = (),
     show: str = "",
 ) -> list[Response]:
@@ -74,7 +74,7 @@ def rescore(
     blocks, so the scores are the same. together: see score.align."""
     prompts, written = [r.prompt_ids for r in responses], [r.generation for r in responses]
     tokens, depths = [g.tokens for g in written], [g.depths for g in written]
-    a = align(prompts, tokens, depths, model.full_depth, model.device, together)
+    a = align(model, prompts, tokens, depths, together)
     deepest = torch.tensor([max(row) for row in depths], device=model.device)
     a.depths = a.depths.minimum(deepest.view(-1, together).amax(1, keepdim=True))
     return a, score(model, a.ids, a.depths, a.prompt_lens, a.positions, a.sees)
@@ -82,32 +82,26 @@ def rescore(
 
 @torch.no_grad()
 def against_base(
-    model: Transformer, responses: Sequence[Response], rows: int, chunk: int
+    model: Transformer, responses: Sequence[Response], rows: int
 ) -> tuple[list[float], float]:
     """-> KL(teacher || student) of each response, in nats per token; the base's perplexity on all.
-
-    rows: responses in one forward. chunk: tokens whose logits are in memory at once."""
+    `rows` responses are read in one forward."""
     kls: list[float] = []
     nll, count = 0.0, 0
     for start in range(0, len(responses), rows):
         a, scored = rescore(model, responses[start : start + rows])
-        student = scored.hidden.flatten(0, 1)
+        student = scored.hidden.flatten(0, 1)[a.at]
         with as_base(model):
-            teacher = model.run(a.ids).hidden.flatten(0, 1)
-        kl = []
-        for at, tokens in zip(a.at.split(chunk), a.tokens.split(chunk)):
-            logits = model.readout(teacher[at])
-            kl.append(divergence(logits, model.readout(student[at])))
-            nll -= token_logprob(logits, tokens).sum().item()
-        kls += [row.mean().item() for row in torch.cat(kl).split(a.counts)]
+            teacher = model.run(a.ids).hidden.flatten(0, 1)[a.at]
+        kl = readout_kl(model, teacher, student)
+        kls += [row.mean().item() for row in kl.split(a.counts)]
+        nll -= readout_logprobs(model, teacher, a.tokens).sum().item()
         count += len(a.tokens)
     return kls, math.exp(nll / count)
 
 
 @torch.no_grad()
-def show_response(
-    model: Transformer, tokenizer: Tokenizer, response: Response, variant: str
-) -> dict:
+def show_response(model: Transformer, tokenizer: Tokenizer, response: Response, name: str) -> dict:
     """One line of samples.jsonl: every token with its depth, exit chances and alternatives."""
     g, prompt, layers = response.generation, response.prompt, exit_depths(model)
     a, scored = rescore(model, [response])
@@ -126,7 +120,7 @@ def show_response(
         "id": prompt.id,
         "prompt": prompt.prompt,
         "answer": prompt.answer,
-        "variant": variant,
+        "variant": name,
         "text": response.text,
         "correct": None if prompt.checker == "none" else response.verdict.correct,
         "finish": g.finish,
@@ -224,38 +218,31 @@ class Teacher:
     """The base's residuals at the readouts of traces; kept if they fit into teacher.keep_mb."""
 
     def __init__(self, model: Transformer, traces: Sequence[Trace], config: Config):
-        self.model, self.traces, self.chunk = model, traces, config.model.logits_chunk
-        self.from_base, rows = config.sft.targets == "base", config.sft.micro_batch
-        self.kept: list[Sequence[Tensor]] = []  # results of `read`, by trace
-        tokens = sum(len(trace.tokens) for trace in traces)
-        size = tokens * model.shape.width * model.dtype.itemsize
-        if size <= config.teacher.keep_mb * 1e6:
-            places = range(len(traces))
-            with progress(len(traces), "teacher reads traces", "trace") as bar:
-                for piece in [places[i : i + rows] for i in range(0, len(places), rows)]:
-                    a = self.align(piece)
-                    self.kept += zip(*(x.split(a.counts) for x in self.read(a)))
-                    bar.update(len(piece))
-
-    def align(self, piece: Sequence[int]) -> Aligned:
-        """Some traces as one batch."""
-        batch = [self.traces[i] for i in piece]
-        prompts, responses = [t.prompt_ids for t in batch], [t.tokens for t in batch]
-        return align(prompts, responses, None, self.model.full_depth, self.model.device)
+        self.model, self.traces = model, traces
+        self.depths = exit_depths(model) if config.sft.targets == "base" else ()
+        self.kept: list[Sequence[Tensor]] = []  # by trace
+        tokens, rows = sum(len(trace.tokens) for trace in traces), config.sft.micro_batch
+        if tokens * model.shape.width * model.dtype.itemsize > config.teacher.keep_mb * 1e6:
+            return
+        kept: list[Sequence[Tensor]] = []
+        with progress(len(traces), "teacher reads traces", "trace") as bar:
+            for start in range(0, len(traces), rows):
+                a, known = self(range(len(traces))[start : start + rows])
+                kept += zip(*(x.split(a.counts) for x in known))
+                bar.update(len(a.counts))
+        self.kept = kept
 
     @torch.no_grad()
-    def read(self, a: Aligned) -> list[Tensor]:
-        """-> the residuals at the readouts [n, D]; with sft.targets=base, base_kl [n, E] too."""
-        depths = exit_depths(self.model) if self.from_base else ()
-        watch = Watch(depths)
+    def __call__(self, piece: Sequence[int]) -> tuple[Aligned, list[Tensor]]:
+        """-> some traces as one batch; the residuals at their readouts [n, D] and, with
+        sft.targets=base, the divergences of the base's early readouts [n, E]."""
+        batch = [self.traces[i] for i in piece]
+        a = align(self.model, [t.prompt_ids for t in batch], [t.tokens for t in batch])
+        if self.kept:
+            return a, [torch.cat(parts) for parts in zip(*(self.kept[i] for i in piece))]
+        watch = Watch(self.depths)
         with as_base(self.model):
             teacher = self.model.run(a.ids, stop=watch).hidden.flatten(0, 1)[a.at]
-        kl = [readout_kl(self.model, teacher, watch.seen[d][a.at], self.chunk) for d in depths]
-        return [teacher, torch.stack(kl, -1)] if kl else [teacher]
-
-    def __call__(self, piece: Sequence[int]) -> tuple[Aligned, list[Tensor]]:
-        """Some traces as one batch, and the results of `read` for them."""
-        a = self.align(piece)
-        if not self.kept:
-            return a, self.read(a)
-        return a, [torch.cat(parts) for parts in zip(*(self.kept[i] for i in piece))]
+        seen = [watch.seen[depth][a.at] for depth in self.depths]
+        kl = [readout_kl(self.model, teacher, early) for early in seen]
+        return a, [teacher, torch.stack(kl, -1)] if kl else [teacher]

@@ -91,6 +91,7 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     if init and m.revision is None and adapter_base(init)[0] == m.name:
         m.revision = adapter_base(init)[1]
     model = load_model(m.name, "cpu" if config.run.shard else m.device, m.dtype, m.revision)
+    model.logits_chunk = m.logits_chunk
     tokenizer = load_tokenizer(m.name, m.revision)
     attach(model, exits.layers, exits.head, config.lora, exits.cap, config.run.seed)
     if init:

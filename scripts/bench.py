@@ -190,7 +190,7 @@ def train(args: argparse.Namespace) -> None:
 
     def loss(depths: Tensor) -> Tensor:
         hidden = score(model, ids, depths, [1] * args.batch).hidden.flatten(0, 1)
-        return readout_kl(model, teacher, hidden, args.chunk).mean()
+        return readout_kl(model, teacher, hidden).mean()
 
     full = torch.full_like(ids, L)
     variants = {
@@ -218,9 +218,9 @@ def update(args: argparse.Namespace) -> None:
 
     def rescore(name: str, together: int) -> None:
         tokens, depths = [g.tokens for g in written[name]], [g.depths for g in written[name]]
-        a = align(ids[name], tokens, depths, model.full_depth, model.device, together)
+        a = align(model, ids[name], tokens, depths, together)
         h = score(model, a.ids, a.depths, a.prompt_lens, a.positions, a.sees).hidden
-        readout_logprobs(model, h.flatten(0, 1)[a.at], a.tokens, args.chunk).mean().backward()
+        readout_logprobs(model, h.flatten(0, 1)[a.at], a.tokens).mean().backward()
 
     variants: dict[str, Callable[[], object]] = {}
     for name, together in (("shared", K), ("apart", 1)):
@@ -245,7 +245,7 @@ def lora_step(args: argparse.Namespace, model: Transformer, ids: Tensor) -> None
 
     def loss() -> Tensor:
         h = model.run(ids).hidden[:, :-1].flatten(0, 1)
-        return -readout_logprobs(model, h, targets, args.chunk).mean()
+        return -readout_logprobs(model, h, targets).mean()
 
     variants = {
         "nanoexit": stepper(model, loss),

@@ -55,13 +55,14 @@ def memory_alone(args: argparse.Namespace, vocab: int = 151936, tokens: int = 16
     with tempfile.TemporaryDirectory() as folder:
         snapshot(Path(folder), "tiny", DTYPES[args.dtype], num_hidden_layers=1, **sizes)
         model = load_model(folder, "cpu", args.dtype)
+        model.logits_chunk = args.chunk
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(2, tokens, 896, generator=generator).to(model.dtype)
         teacher, student = drawn[0], drawn[1].requires_grad_()
 
         def kl(n: int) -> None:
             if args.way == "chunked":
-                value = readout_kl(model, teacher[:n], student[:n], args.chunk)
+                value = readout_kl(model, teacher[:n], student[:n])
             else:
                 value = divergence(model.readout(teacher[:n]), model.readout(student[:n]))
             value.mean().backward()
@@ -146,7 +147,7 @@ def growing(args: argparse.Namespace) -> tuple[Callable, Callable]:
 
     def student(n: int) -> None:
         hidden = score(model, row[:, :n], depths[:, :n], [1]).hidden[0]
-        readout_kl(model, teacher[:n], hidden, args.chunk).mean().backward()
+        readout_kl(model, teacher[:n], hidden).mean().backward()
 
     return lambda n, new: write(model, row[:, :n].tolist(), "full", new), student
 

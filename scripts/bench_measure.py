@@ -153,7 +153,9 @@ def prompts(rows: int, length: int, vocab: int) -> list[list[int]]:
 
 
 def load(args: argparse.Namespace) -> Transformer:
-    return load_model(args.model, str(args.device), args.dtype)
+    model = load_model(args.model, str(args.device), args.dtype)
+    model.logits_chunk = args.chunk
+    return model
 
 
 def peer(name: str) -> ModuleType:

@@ -180,7 +180,7 @@ def forward(
 ) -> tuple[Aligned, Tensor, list[Tensor]]:
     """-> the alignment, the final residuals [B*T, D], and those of readouts [n, D] at `early`."""
     prompts, responses = [row.prompt for row in rows], [row.response for row in rows]
-    a = align(prompts, responses, None, model.full_depth, model.device)
+    a = align(model, prompts, responses)
     watch = Watch(early)
     hidden = model.run(a.ids, stop=watch).hidden.flatten(0, 1)
     return a, hidden, [h[a.at] for h in watch.seen.values()]

@@ -6,7 +6,7 @@ from nanoexit.cache import Cache
 
 
 def cache_of(rows: int, capacity: int = 6) -> Cache:
-    return Cache(4, rows, 2, capacity, 5, torch.device("cpu"), torch.float32)
+    return Cache(torch.zeros(4, rows, 2, 2, capacity, 5))
 
 
 def test_rows_at_one_position_and_at_many_are_stored_alike():
@@ -14,7 +14,7 @@ def test_rows_at_one_position_and_at_many_are_stored_alike():
     k, v = torch.randn(2, 3, 2, 1, 5, generator=torch.Generator().manual_seed(0))
     for positions in ([2, 2, 2], [4, 0, 2]):
         cache, at = cache_of(3), torch.tensor(positions)
-        cache.place(2 if positions == [2, 2, 2] else None, 5)
+        cache.span = 5
         keys, values = cache.write(1, at[:, None], k, v)
         assert keys.shape == values.shape == (3, 2, 5, 5)
         for row, position in enumerate(positions):
@@ -29,7 +29,6 @@ def test_rows_move_and_are_replaced():
     cache, new = cache_of(4), cache_of(2, capacity=3)
     cache.kv += torch.arange(4.0).view(4, 1, 1, 1, 1)  # entries that say whose they are
     new.kv += torch.tensor([8.0, 9.0]).view(2, 1, 1, 1, 1)
-    new.place(0, 3)
     before = cache.names
     cache.admit(torch.tensor([0, 2]), new, [1, 1])
     assert (

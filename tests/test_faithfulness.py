@@ -9,7 +9,7 @@ import torch
 from conftest import random_model
 
 from nanoexit.config import Config
-from nanoexit.exits import Prescribed, capped
+from nanoexit.exits import capped
 from nanoexit.faithfulness import (
     Subject,
     changed_value,
@@ -21,7 +21,7 @@ from nanoexit.faithfulness import (
     steps_in_head,
 )
 from nanoexit.generate import Generation
-from nanoexit.score import run_and_score
+from nanoexit.score import score
 from nanoexit.tasks import Change, Prompt, Response, task_of
 
 CHAIN = "5 *9 +7"  # 5, then 2
@@ -226,7 +226,7 @@ def test_preflight_reads_the_right_places_at_the_right_depths():
             text = subject.tokenizer.encode(task.response(prompt, 2))
             ids = torch.tensor([asked + text[:-1]])
             depths = torch.tensor([[d - 1] * (len(asked) - 1) + [d] * len(text)])
-            h = run_and_score(model, ids, Prescribed(depths), depths > 0, [1]).hidden
+            h = score(model, ids, depths, [1]).hidden
             guess = torch.tensor(words)[model.readout(h)[0, :, words].argmax(-1)].tolist()
             right = [g == t for g, t in zip(guess[len(asked) - 1 :], text)]
             hits[row] = right[1:6] + right[7:]  # without <think> and </think>

@@ -46,10 +46,10 @@ def step_by_step(model, engine, prompts: list[int], seed: int, steps: int = 30) 
     prompts: the length of each row before the first step."""
     s, rng, T = model.shape, np.random.default_rng(seed), max(prompts)
     positions = torch.tensor(prompts)[:, None]
-    sizes = (s.blocks, len(prompts), s.kv_heads, T + steps + 1, s.head_dim)
-    caches = [Cache(*sizes, model.device, model.dtype) for _ in range(2)]
+    size = (s.blocks, len(prompts), 2, s.kv_heads, T + steps + 1, s.head_dim)
+    caches = [Cache(torch.zeros(size)) for _ in range(2)]
     for cache in caches:
-        cache.place(0, T)
+        cache.span = T
         model.run(torch.arange(len(prompts) * T).view(-1, T) % s.vocab, cache=cache)
     last = kept = torch.zeros(0)
     for step in range(steps):
@@ -63,10 +63,9 @@ def step_by_step(model, engine, prompts: list[int], seed: int, steps: int = 30) 
         depths = torch.from_numpy(rng.choice([1, 2, 3, 5], size=B, p=[0.4, 0.2, 0.2, 0.2]))
         alive = torch.from_numpy(rng.random((B, 1)) < 0.7) if step % 3 == 2 else ids >= 0
         alive[0] = True
-        start = int(positions[0]) if len(positions.unique()) == 1 else None
         runs, stops = [], [Keeps(model, depths), Keeps(model, depths)]
         for way, cache, stop in zip((model, engine), caches, stops):
-            cache.place(start, int(positions.max()) + 1)
+            cache.span, cache.aligned = int(positions.max()) + 1, len(positions.unique()) == 1
             runs.append(way.run(ids, positions, cache, stop, None if alive.all() else alive))
         plain, fused = runs
         assert torch.equal(last, kept), "a result that the caller kept was written over"
@@ -79,8 +78,8 @@ def step_by_step(model, engine, prompts: list[int], seed: int, steps: int = 30) 
         assert torch.allclose(*logits, atol=1e-3), step
         positions = positions + alive.long()
     for way, cache in zip((model, engine), caches):  # at full depth: all debts are paid
-        cache.place(None, int(positions.max()) + 1)
-        way.run(ids, positions, cache)
+        cache.span, cache.aligned = int(positions.max()) + 1, False
+        way.run(ids, positions, cache, None, None)
     assert not engine.debts and torch.allclose(caches[0].kv, caches[1].kv, atol=1e-4)
 
 

@@ -29,7 +29,7 @@ CAPS = [None, 1, 3, 4]  # with heads at 1, 2 and 4: no head below it, some, all 
 
 def rescored(model: Transformer, prompts, gens) -> Score:
     tokens, depths = [g.tokens for g in gens], [g.depths for g in gens]
-    a = align(prompts, tokens, depths, model.full_depth, model.device)
+    a = align(model, prompts, tokens, depths)
     return score(model, a.ids, a.depths, a.prompt_lens)
 
 
@@ -130,7 +130,7 @@ def test_rescoring_cheaply_gives_the_same(family, policy):
     prompts = [PROMPTS[1]] * 3 + [PROMPTS[0]] * 3 + [PROMPTS[2][:1]] * 3
     gens = generate(model, prompts, policy, 6, 1.0, 0)
     tokens, depths = [g.tokens for g in gens], [g.depths for g in gens]
-    a = align(prompts, tokens, depths, model.full_depth, model.device)
+    a = align(model, prompts, tokens, depths)
     responses = [Response(None, prompt, g, "", None) for prompt, g in zip(prompts, gens)]
     found = [(a, score(model, a.ids, a.depths, a.prompt_lens))]
     found += [rescore(model, responses), rescore(model, responses, 3)]

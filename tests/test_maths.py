@@ -1,13 +1,14 @@
 """The mathematics, on numbers worked by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import random_model
 
-from nanoexit.exits import Asked, Policy, path_logprob, sample_depths, target_chance
-from nanoexit.reinforce import depth_cost, leave_one_out
+from nanoexit.exits import Asked, Policy, draw_depths, path_logprob, target_chance
+from nanoexit.reinforce import leave_one_out
 from nanoexit.score import align, divergence, pad, readout_kl, through_readout, token_logprob
 from nanoexit.training import batch_at, cosine_share
 
@@ -41,7 +42,7 @@ def test_depths_are_drawn_head_by_head():
     """Catches: taking the last head that fires, or a head whose chance only equals its noise."""
     chance = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.0, 1.0]])
     u = torch.tensor([[0.4, 0.1], [0.6, 0.4], [0.5, 0.9], [0.0, 0.99]])
-    assert sample_depths(chance, u, [2, 5], 8).tolist() == [2, 5, 8, 5]
+    assert draw_depths(chance, u, [2, 5], 8).tolist() == [2, 5, 8, 5]
 
 
 def test_divergence_has_a_direction_and_no_epsilon():
@@ -59,7 +60,8 @@ def test_the_teacher_is_the_first_argument_of_the_kl():
     model = random_model("qwen2")
     teacher, student = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
     expected = divergence(model.readout(teacher), model.readout(student))
-    assert torch.allclose(readout_kl(model, teacher, student, 2), expected, atol=1e-5)
+    model.logits_chunk = 2
+    assert torch.allclose(readout_kl(model, teacher, student), expected, atol=1e-5)
 
 
 def test_confidence_is_that_of_the_early_readout():
@@ -86,13 +88,14 @@ def test_a_chunked_readout_has_the_gradient_of_a_whole_one(chunk):
 
 def test_a_response_is_aligned_with_the_readouts_that_wrote_it():
     """Catches: an alignment off by one; a first readout at full depth; padding with a depth."""
-    a = align([[1, 2, 3], [4]], [[5, 6], [7, 8, 9]], [[2, 8], [1, 2, 3]], 8, CPU)
+    model = SimpleNamespace(full_depth=8, device=CPU)
+    a = align(model, [[1, 2, 3], [4]], [[5, 6], [7, 8, 9]], [[2, 8], [1, 2, 3]])
     assert a.ids.tolist() == [[1, 2, 3, 5], [4, 7, 8, 0]]
     assert a.depths.tolist() == [[8, 8, 2, 8], [1, 2, 3, 0]]
     assert a.at.tolist() == [2, 3, 4, 5, 6] and a.tokens.tolist() == [5, 6, 7, 8, 9]
     assert a.rows.tolist() == [0, 0, 1, 1, 1]
     assert (a.prompt_lens, a.counts) == ([3, 1], [2, 3])
-    full = align([[1, 2, 3], [4]], [[5, 6], [7, 8, 9]], None, 8, CPU)
+    full = align(model, [[1, 2, 3], [4]], [[5, 6], [7, 8, 9]])
     assert full.depths.tolist() == [[8] * 4, [8, 8, 8, 0]]
     assert pad([[1], [], [2, 3]], CPU).tolist() == [[1, 0], [0, 0], [2, 3]]
 
@@ -101,12 +104,6 @@ def test_an_advantage_leaves_its_own_reward_out():
     """Catches: the plain group mean, whose gradient is too small. 6 - (0 + 3) / 2 = 4.5."""
     advantages = leave_one_out(torch.tensor([[6.0, 0.0, 3.0], [1.0, 1.0, 1.0]]))
     assert advantages.tolist() == [[4.5, -4.5, 0.0], [0.0, 0.0, 0.0]]
-
-
-def test_depth_is_charged_in_units_of_full_depth():
-    """Catches: a penalty that depends on the model's size, or `max` that is a mean."""
-    costs = [depth_cost([2, 4, 6], penalty, 8) for penalty in ("mean", "max", "sum")]
-    assert costs == [0.5, 0.75, 1.5]
 
 
 def test_every_item_is_seen_once_an_epoch():

@@ -311,7 +311,7 @@ def fail_at_4(folder: Path, step: int, *rest) -> None:
 def reinforce_run(config, resume: bool) -> dict[str, torch.Tensor]:
     model, tokenizer = load_student(config)
     with run_directory(config, resume) as folder:
-        reinforce.train(model, tokenizer, config, folder)
+        reinforce.run_reinforce(model, tokenizer, config, folder)
     return trained(model)
 
 
@@ -325,7 +325,7 @@ def test_a_number_that_is_not_finite_ends_the_run(tmp_path):
         clip_and_step(make_optimizer(model, 1e-3), 1e-3)
     p.data.fill_(float("nan"))
     with run_directory(config, False) as folder, pytest.raises(UserError, match="not finite"):
-        reinforce.train(model, tokenizer, config, folder)
+        reinforce.run_reinforce(model, tokenizer, config, folder)
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
@@ -354,13 +354,14 @@ def drawn(tmp_path, *overrides: str):
     teacher = sft.Teacher(model, make_traces(model, tokenizer, config), config)
     a, known = teacher(range(10))
     noise, uniform = sft.draw_noise(a, range(10), 7, config, 0)
-    return teacher, a, sft.Draw(model, a, uniform, 64, *known), noise
+    return teacher, a, sft.Draw(model, a, uniform, *known), noise
 
 
 def test_exits_are_drawn_at_readouts_only(tmp_path):
     """Catches: prompt tokens that exit while training; a first readout that may not exit."""
     teacher, a, draw, noise = drawn(tmp_path, "sft.broad=1")
-    scored = sft.run_and_score(teacher.model, a.ids, draw, a.depths > 0, a.prompt_lens, noise)
+    who = (teacher.model, a.ids, a.depths, a.prompt_lens)
+    scored = sft.score(*who, policy=draw, noise=noise)
     depths = scored.depths.flatten()
     before = (draw.slot < 0) & (a.depths.flatten() > 0)
     assert set(depths[before].tolist()) == {8}
@@ -370,7 +371,7 @@ def test_exits_are_drawn_at_readouts_only(tmp_path):
     assert torch.equal(draw.reached, depths[a.at][:, None] >= layers)
     assert (draw.kl[~draw.reached] == 0).all() and draw.kl.max() > 0.5
     exited = depths[a.at] < 8  # by the readouts that they had
-    kl = sft.readout_kl(teacher.model, draw.teacher, scored.hidden.flatten(0, 1)[a.at], 64)
+    kl = sft.readout_kl(teacher.model, draw.teacher, scored.hidden.flatten(0, 1)[a.at])
     lost = draw.kl[exited].gather(1, depths[a.at][exited, None] - 1)[:, 0]
     assert len(lost) and torch.allclose(lost, kl[exited], atol=1e-4)
     losses = sft.exit_loss(scored.head_logits.flatten(0, 1)[a.at], draw.kl, 4.0)
@@ -384,8 +385,8 @@ def test_the_base_rule_looks_at_the_base(tmp_path):
     for name, p in trained(teacher.model).items():
         if "lora_B" in name:
             p.data.normal_()
-    assert draw.base_kl is not None and draw.base_kl.shape == (len(a.at), 7)
-    assert torch.equal(teacher(range(10))[1][1], draw.base_kl)
+    assert draw.base_kl[0].shape == (len(a.at), 7)
+    assert torch.equal(teacher(range(10))[1][1], draw.base_kl[0])
 
 
 def test_a_kept_teacher_says_the_same(tmp_path):
@@ -396,7 +397,7 @@ def test_a_kept_teacher_says_the_same(tmp_path):
     places = [torch.isin(a.rows, torch.tensor([row])) for row in (7, 2)]
     teacher.kept = []
     again = teacher([7, 2])[1]  # recomputed
-    for found, new, whole in zip(known, again, (draw.teacher, draw.base_kl)):
+    for found, new, whole in zip(known, again, (draw.teacher, *draw.base_kl)):
         assert torch.allclose(found, new, atol=1e-4)
         assert torch.equal(found, torch.cat([whole[at] for at in places]))
 
