@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import _path  # noqa: F401
-from experiment import Arm
+from experiment import CHARGED, Arm
 
 from nanoexit.config import ROOT, read_json, run_script
 from nanoexit.report import read_run, write_page
@@ -38,7 +38,7 @@ def main() -> None:
     base, about = ("words", REAL) if args.real else ("shipped", TINY)
     folder = Path(args.runs or ("runs/real" if args.real else "runs/experiment"))
     runs = []
-    for weight in (None, 0.0, 3.0):
+    for weight in (None, 0.0, CHARGED.weight):
         arm = Arm(weight, base=base)
         run = read_run(arm.folder(folder, args.seed))
         run.name = arm.name

@@ -15,9 +15,9 @@ designed one (padded prompts, early readouts trained). Exit targets from the bas
 alone, with both kinds of targets at four strengths, first seed only.
 Arms of --real: lambda 0, 1 and 2, and a control that was not taught to write at a shallow depth.
 
-Lambda must be small enough for a right answer to pay: a written route of d blocks beats a guess at
-the shallowest exit e only if lambda (d - e) / L < 1. On the second base d is 5, and lambda 3 makes
-the model give up on most chains."""
+Lambda must be small enough for a right answer to pay: a written route of d blocks earns more than a
+guess at the shallowest exit e only if lambda (d - e) / L < 1. On the second base d is 5 and e is 2,
+so lambda 3 is too much."""
 
 import argparse
 import json
@@ -167,7 +167,7 @@ FULL = [
 
 def arm_config(arm: Arm, seed: int, runs: Path, overrides: Sequence[str]) -> Config:
     """The study's config with the overrides, then the arm's own settings."""
-    keys = ["evaluate.samples=8", *overrides, f"run.seed={seed}"]
+    keys = ["evaluate.samples=20", *overrides, f"run.seed={seed}"]
     config = load_config(arm.study.config, keys)
     config.data.prompts = BASES[arm.base].task
     if arm.base != "shipped":
