@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -33,7 +34,6 @@ CONFIGS = {
     "qwen2-untied": QWEN2 | {"rope_theta": 1e4, "sliding_window": 16} | UNTIED,
     "qwen3": QWEN3 | UNTIED,
 }
-TOKENS = 64
 
 
 def weights(shapes: dict, seed: int) -> dict[str, np.ndarray]:
@@ -44,35 +44,34 @@ def weights(shapes: dict, seed: int) -> dict[str, np.ndarray]:
 
 
 def token_ids() -> np.ndarray:
-    return np.random.default_rng(7).integers(0, SMALL["vocab_size"], size=TOKENS)
+    return np.random.default_rng(7).integers(0, SMALL["vocab_size"], size=64)
+
+
+def fill(parameters: dict, seed: int) -> dict[str, list[int]]:
+    """Give parameters the weights above, by their names -> the shape of each."""
+    values = weights({n: tuple(p.shape) for n, p in parameters.items()}, seed)
+    for name, p in parameters.items():
+        p.data = torch.from_numpy(values[name])
+    return {name: list(value.shape) for name, value in values.items()}
 
 
 def transformers_model(config: dict, seed: int):
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**SMALL, **config)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    state = dict(model.named_parameters())
-    values = weights({n: tuple(p.shape) for n, p in state.items()}, seed)
-    for name, p in state.items():
-        p.data = torch.from_numpy(values[name])
-    return model
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL, **config))
+    fill(dict(model.named_parameters()), seed)
+    return model.float().eval()
 
 
 def transformers_logits(config: dict, seed: int) -> np.ndarray:
-    """[TOKENS, V] float32 from AutoModelForCausalLM with the weights above."""
+    """[64, V] float32 from AutoModelForCausalLM with the weights above."""
     return logits_of(transformers_model(config, seed))
 
 
 def logits_of(model) -> np.ndarray:
-    import torch
-
     with torch.no_grad():
         return model(torch.from_numpy(token_ids())[None]).logits[0].numpy()
 
-
-# --- tokenizers -------------------------------------------------------------------------------
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "<pad>"]
 CHATML = (
@@ -137,13 +136,6 @@ def finished(made: Tokenizer, special, bos: bool) -> Tokenizer:
     return made
 
 
-def cut_and_padded() -> Tokenizer:
-    made = byte_level()
-    made.enable_truncation(max_length=4)
-    made.enable_padding(length=40, pad_id=0)
-    return made
-
-
 def layout(made: Tokenizer, config: dict, **files) -> tuple[Tokenizer, dict]:
     return made, {"tokenizer_config": config, **files}
 
@@ -160,14 +152,16 @@ EXTRA = PLAIN | {"extra_special_tokens": {"think_token": "<think>"}, "sep_token"
 EXTRA["chat_template"] = "{{ think_token }}{{ messages[-1].content | tojson }}{{ sep_token }}"
 MAP = PLAIN | {"additional_special_tokens": SPECIAL[2:5]}
 LESS = PLAIN | {"additional_special_tokens": ["<|im_end|>"]}
-FEW = byte_level(SPECIAL[:2])
+FEW, CUT = byte_level(SPECIAL[:2]), byte_level()
+CUT.enable_truncation(max_length=4)
+CUT.enable_padding(length=40, pad_id=0)
 LAYOUTS = {  # name -> tokenizer.json, and the other files of the folder
     "all in tokenizer.json": layout(byte_level(bos=True), TURNS),
     "added_tokens_decoder alone": layout(FEW, TURNS | {"added_tokens_decoder": DECLARED}),
     "map alone": layout(byte_level([]), {"chat_template": LLAMA3_CHAT}, special_tokens_map=MAP),
     "objects and named templates": layout(byte_level(), OBJECTS | {"chat_template": NAMED}),
     "template in a file": layout(FEW, LESS, chat_template=CHATML),
-    "truncation and padding": layout(cut_and_padded(), TURNS),
+    "truncation and padding": layout(CUT, TURNS),
     "byte fallback": layout(byte_fallback(bos=True), PLAIN | {"add_bos_token": False}),
     "unigram": layout(unigram(), PLAIN | {"unk_token": "<unk>"}),
     "extra tokens by name": layout(FEW, EXTRA),
@@ -182,8 +176,8 @@ def write_tokenizer(folder: Path, made: Tokenizer, files: dict) -> Path:
     made.save(str(folder / "tokenizer.json"))
     for name, content in {"config": {"model_type": "llama"}, **files}.items():
         jinja = isinstance(content, str)
-        path = folder / f"{name}.{'jinja' if jinja else 'json'}"
-        path.write_text(content if jinja else json.dumps(content), encoding="utf-8")
+        ending, text = ("jinja", content) if jinja else ("json", json.dumps(content))
+        (folder / f"{name}.{ending}").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -214,27 +208,23 @@ def transformers_tokenizers() -> dict:
     return {"layouts": found, "bos": bos}
 
 
-# --- adapters ---------------------------------------------------------------------------------
-
 Q, V = "model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.v_proj"
+ONE = {"target_modules": ["q_proj"]}
 ADAPTERS = {  # options of peft.LoraConfig
     "plain": {"target_modules": ["q_proj", "v_proj"]},
     "all-linear": {"target_modules": "all-linear"},
     "regex": {"target_modules": r".*\.(q|v)_proj"},
     "full names": {"target_modules": [Q, V]},
     "endings": {"target_modules": ["self_attn.q_proj", "mlp.up_proj"]},
-    "layers": {"target_modules": ["q_proj"], "layers_to_transform": [1, 2]},
-    "layer 0": {"target_modules": ["q_proj"], "layers_to_transform": 0},
-    "exclude": {"target_modules": ["q_proj"], "exclude_modules": [Q]},
-    "exclude by regex": {"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"},
-    "rslora": {"target_modules": ["q_proj"], "use_rslora": True},
+    "layers": ONE | {"layers_to_transform": [1, 2]},
+    "layer 0": ONE | {"layers_to_transform": 0},
+    "exclude": ONE | {"exclude_modules": [Q]},
+    "exclude by regex": ONE | {"exclude_modules": r".*\.0\..*"},
+    "rslora": ONE | {"use_rslora": True},
     "ranks": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2, Q: 3}},
-    "alphas": {
-        "target_modules": ["q_proj"],
-        "alpha_pattern": {"^model.layers.1.*": 1, "q_proj": 3},
-    },
-    "dropout": {"target_modules": ["q_proj"], "lora_dropout": 0.3, "lora_alpha": 7.5},
-    "orthogonal": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+    "alphas": ONE | {"alpha_pattern": {"^model.layers.1.*": 1, "q_proj": 3}},
+    "dropout": ONE | {"lora_dropout": 0.3, "lora_alpha": 7.5},
+    "orthogonal": ONE | {"init_lora_weights": "orthogonal"},
 }
 KEPT = ("peft_type", "r", "lora_alpha", "bias", "target_modules")
 
@@ -242,16 +232,13 @@ KEPT = ("peft_type", "r", "lora_alpha", "bias", "target_modules")
 def peft_adapter(options: dict, folder: Path):
     """An adapter whose tensors have values by name, saved by peft; and the model with it."""
     import peft
-    import torch
 
     base = transformers_model(CONFIGS["qwen2-tied"], 3)
     model = peft.get_peft_model(base, peft.LoraConfig(**{"r": 4, "lora_alpha": 16} | options))
-    lora = {n: p for n, p in model.named_parameters() if "lora_" in n}
-    values = weights({n.replace(".default", ""): tuple(p.shape) for n, p in lora.items()}, 1)
-    for name, p in lora.items():
-        p.data = torch.from_numpy(values[name.replace(".default", "")])
+    lora = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
+    shapes = fill(lora, 1)
     model.eval().save_pretrained(folder)
-    return model, {name: list(value.shape) for name, value in values.items()}
+    return model, shapes
 
 
 def write_adapter(folder: Path, golden: dict) -> Path:
