@@ -8,20 +8,8 @@ import time
 
 import pytest
 
-from nanoexit.config import (
-    ROOT,
-    Config,
-    UserError,
-    command_line,
-    load_config,
-    parse_json,
-    printable,
-    read_text,
-    replace,
-    rounded,
-    to_yaml,
-    write_text,
-)
+from nanoexit import config as c
+from nanoexit.config import ROOT, Config, UserError, load_config, to_yaml
 from nanoexit.training import check, load_student
 
 
@@ -31,7 +19,7 @@ def written(tmp_path, text: str) -> str:
     return str(path)
 
 
-MISTAKES = [
+@pytest.mark.parametrize("text, says", [
     ("sft:\n  stepz: 3\n", ["c.yaml", "sft.stepz", "did you mean 'steps'"]),
     ("sfT:\n  steps: 3\n", ["c.yaml", "'sfT'", "did you mean 'sft'"]),
     ("sft:\n  steps: many\n", ["c.yaml", "sft.steps", "'many'", "a whole number"]),
@@ -56,10 +44,7 @@ MISTAKES = [
     ('run:\n  dir: "a\\0"\n', ["run.dir", "text without NUL or surrogate"]),
     ("data:\n  template: {x: [1]}\n", ["data.template.x", "[1]"]),
     ("data:\n  template: {1: 2}\n", ["data.template: a name", "1"]),
-]
-
-
-@pytest.mark.parametrize("text, says", MISTAKES)
+])  # fmt: skip
 def test_a_mistake_is_named(tmp_path, text, says):
     """Catches: an error without file, key, value or remedy; a loader that executes (law 7)."""
     with pytest.raises(UserError) as error:
@@ -68,28 +53,14 @@ def test_a_mistake_is_named(tmp_path, text, says):
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
-def test_numbers_that_yaml_reads_as_text(tmp_path):
-    """Catches: 1e-5, a string in YAML 1.1, refused or kept as text; an int where a float fits."""
-    overrides = ["rl.lr=3e-4", "exits.layers=[2, 3]", "model.revision=abc", "exits.cap=null"]
+def test_what_is_given_is_read_and_what_is_written_reads_back_the_same(tmp_path):
+    """Catches: 1e-5, a string in YAML 1.1, refused or kept as text; an int where a float fits; a
+    default shared by two configs; a value that load_config refuses."""
+    overrides = ["rl.lr=3e-7", "exits.layers=[2, 3]", "model.revision=abc", "exits.cap=null"]
+    overrides.append("data.template={enable_thinking: false}")
     config = load_config(written(tmp_path, "sft:\n  lr: 1e-5\nlora:\n  alpha: 1\n"), overrides)
-    assert (config.sft.lr, config.rl.lr, config.exits.layers) == (1e-5, 3e-4, [2, 3])
+    assert (config.sft.lr, config.rl.lr, config.exits.layers) == (1e-5, 3e-7, [2, 3])
     assert isinstance(config.lora.alpha, float) and config.model.revision == "abc"
-
-
-BROKEN = ["sft.steps", "=3", "sft.steps=x", "sft.step=3", "sft.steps=["]
-
-
-@pytest.mark.parametrize("override", BROKEN)
-def test_a_broken_override_is_named(tmp_path, override):
-    """Catches: an override that is silently ignored."""
-    with pytest.raises(UserError, match="override"):
-        load_config(written(tmp_path, "{}"), [override])
-
-
-def test_what_is_written_reads_back_the_same(tmp_path):
-    """Catches: a default shared by two configs; a value that load_config refuses."""
-    overrides = ["exits.layers=[3]", "sft.lr=1e-7", "data.template={enable_thinking: false}"]
-    config = load_config(written(tmp_path, ""), overrides)
     assert load_config(written(tmp_path, to_yaml(config))) == config
     assert Config().exits.layers == [1] and Config().data.template == {}
 
@@ -99,44 +70,46 @@ def test_every_shipped_config_loads_and_every_knob_is_documented():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         if not re.search("^(pretrain|finetune):", path.read_text(), re.MULTILINE):
             load_config(path)
-    assert "exits.cap = null\n      largest depth of any token" in command_line("").format_help()
+    assert "exits.cap = null\n      largest depth of any token" in c.command_line("").format_help()
 
 
 TINY, TINY_RL = ROOT / "configs" / "tiny.yaml", ROOT / "configs" / "tiny_rl.yaml"
-REFUSED = [
-    ("exits.layers=[3, 9]", "exits.layers: expected different depths from 1 to 7"),
+FILE = "data.prompts=data/reasoning.jsonl"
+BROKEN = ["sft.steps", "=3", "sft.steps=x", "sft.step=3", "sft.steps=["]
+
+
+@pytest.mark.parametrize("overrides, says", [
+    *[(broken, "override") for broken in BROKEN],
+    ("exits.layers=[3,9]", "exits.layers: expected different depths from 1 to 7"),
     ("exits.cap=9", "exits.cap: expected a depth from 1 to 8"),
     ("model.name=no/such/folder", "no/such/folder"),
-    ("data.prompts=nothing.jsonl", "nothing.jsonl"),
+    ("data.prompts=nothing.jsonl", "nothing.jsonl: no such file"),
     ("data.prompts=~nobody-here/x.jsonl", "~nobody-here/x.jsonl: no such file"),
-    ("data.checker=clok", "clok"),
+    ("data.checker=exact", "data.checker: expected auto or clock, found 'exact'"),
+    (f"{FILE} data.checker=clok", ":1: checker 'clok': expected one of"),
     ("data.held_out=0", "data.held_out = 0.0: no held_out prompts in clock"),
+    (f"{FILE} data.held_out=0", "no held_out prompts"),
     ("evaluate.policies=[haed]", "evaluate.policies: policy"),
     ("judge.kind=api", "judge.base_url"),
     ("run.wandb=true", "wandb is not installed"),
     ("generation.top_p=0.9", "generation.top_p: REINFORCE expects 1.0, found 0.9"),
-]
-
-
-@pytest.mark.parametrize("override, says", REFUSED)
-def test_a_mistake_that_only_the_model_or_the_files_show_is_named(tmp_path, override, says):
-    """Catches: a mistake that is found after hours of work, or not at all."""
-    config = load_config(TINY, [override, f"run.dir={tmp_path}/run"])
+])  # fmt: skip
+def test_a_mistake_on_the_command_line_is_named(tmp_path, overrides, says):
+    """Catches: an override that is ignored; an endless search for held-out chains; a mistake that
+    is found after hours of work, or not at all."""
     with pytest.raises(UserError, match=re.escape(says)):
+        config = load_config(TINY, [*overrides.split(), f"run.dir={tmp_path}/run"])
         check(config, reinforce=True)
         load_student(config)
 
 
-SCRIPTS = [
+@pytest.mark.parametrize("script, arguments, says", [
     ("train_sft", ["configs/none.yaml"], "configs/none.yaml: no such file"),
     ("train_sft", [TINY, "--resume"], "holds no run"),
     ("train_rl", [TINY_RL, "run.init=null"], "run.init: name the SFT run"),
     ("train_rl", [TINY_RL, "run.init=run"], "run.init: run is also run.dir"),
     ("evaluate", [TINY], "no such folder"),
-]
-
-
-@pytest.mark.parametrize("script, arguments, says", SCRIPTS)
+])  # fmt: skip
 def test_a_mistake_ends_in_one_line_and_code_2_before_any_work(tmp_path, script, arguments, says):
     """Catches: a traceback shown to a user, a wrong exit code, work before the check."""
     path = ROOT / "scripts" / f"{script}.py"
@@ -148,61 +121,34 @@ def test_a_mistake_ends_in_one_line_and_code_2_before_any_work(tmp_path, script,
     assert not list(tmp_path.iterdir())
 
 
-# --- files ------------------------------------------------------------------------------------
-
-
-def test_text_files_in_the_encodings_people_save(tmp_path):
-    """Catches: a BOM read as a character; UTF-16 rejected as garbage."""
-    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
-        (tmp_path / encoding).write_bytes("é\n7".encode(encoding))
-        assert read_text(tmp_path / encoding) == "é\n7"
-
-
-def test_latin_1_is_named_with_line_and_byte(tmp_path):
-    """Catches: text read in the wrong encoding, or an error that does not say where."""
-    path = tmp_path / "a.csv"
-    path.write_bytes(b"prompt\ncaf\xe9\n")
-    with pytest.raises(UserError, match=r"a\.csv:2: not UTF-8: byte 0xe9 at offset 10"):
-        read_text(path)
-
-
 def test_a_file_is_whole_or_not_there(tmp_path):
     """Catches: half a file after an error; a temporary file left; a symlink or device replaced."""
     path, link = tmp_path / "a.txt", tmp_path / "link"
-    write_text(path, "old")
+    c.write_text(path, "old")
     link.symlink_to(path)
     with pytest.raises(ZeroDivisionError):
-        replace(path, lambda beside: beside.write_text("half") and 1 / 0)
-    write_text(link, "new")
+        c.replace(path, lambda beside: beside.write_text("half") and 1 / 0)
+    c.write_text(link, "new")
     assert path.read_text() == "new" and link.is_symlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "link"]
     for target in (tmp_path, "/dev/null", path / "below"):
         with pytest.raises(UserError, match="file"):
-            write_text(tmp_path / target, "x")
+            c.write_text(tmp_path / target, "x")
 
 
-def test_json_is_bounded_and_numbers_that_are_none_become_null():
-    """Catches: unbounded recursion; NaN written as if it were a number (law 9)."""
+def test_foreign_json_numbers_and_text_are_tame():
+    """Catches: unbounded recursion; NaN written as if it were a number (law 9); model text that
+    moves the cursor or changes the colours of an error line."""
     for text in ("[" * 100000, "1" * 5000, "{", "nul"):
         with pytest.raises(UserError, match="here"):
-            parse_json(text, "here")
-    assert rounded({"a": [float("nan"), 1 / 3, float("inf")]}) == {"a": [None, 0.333333, None]}
+            c.parse_json(text, "here")
+    assert c.rounded({"a": [float("nan"), 1 / 3, float("inf")]}) == {"a": [None, 0.333333, None]}
+    assert c.printable("a\x1b[2J\tb\n\x9b\x7fé") == "a\\x1b[2J\tb\n\\x9b\\x7fé"
 
 
-def test_no_control_character_reaches_a_terminal():
-    """Catches: model text that moves the cursor or changes the colours of an error line."""
-    assert printable("a\x1b[2J\tb\n\x9b\x7fé") == "a\\x1b[2J\tb\n\\x9b\\x7fé"
-
-
-ENDLESS = """
-import _path, time
-from nanoexit.config import run_script
-def main():
-    print("ready", flush=True)
-    time.sleep(60)
-run_script(main)
-"""
 IMPORTS = "import _path, time; print('ready', flush=True); time.sleep(60)"
+ENDLESS = """import _path, time; from nanoexit.config import run_script
+run_script(lambda: (print('ready', flush=True), time.sleep(60)))"""
 
 
 @pytest.mark.parametrize("script", [ENDLESS, IMPORTS])
