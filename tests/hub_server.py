@@ -8,9 +8,10 @@ revision, the list of files, HEAD and GET of each file.
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+
+from judge_server import Loopback
 
 COMMIT, V1 = "0123456789abcdef0123456789abcdef01234567", "1" * 40
 REQUEST = re.compile(
@@ -18,49 +19,37 @@ REQUEST = re.compile(
 )
 
 
-class Hub:
+class Hub(Loopback):
     """with Hub(folder) as hub: hub.url, hub.asked (requests), hub.gated (ids), hub.dropped
     (transfers of files with this in their name break off halfway)."""
 
     def __init__(self, folder: Path):
+        super().__init__(Handler)
         self.folder, self.asked, self.gated, self.dropped = folder, [], set(), None
-        handler = type("Handler", (Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self) -> "Hub":
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.server.shutdown()
-        self.server.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    hub: Hub
+    server: Hub
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        self.hub.asked.append(f"{self.command} {path}")
+        hub, path = self.server, self.path.partition("?")[0]
+        hub.asked.append(f"{self.command} {path}")
         name, what, revision, file = REQUEST.fullmatch(path).groups()
         early = revision in ("v1", V1)
-        folder = self.hub.folder / (f"{name}@v1" if early else name)
-        if not (self.hub.folder / name).is_dir():
+        folder = hub.folder / (f"{name}@v1" if early else name)
+        if not (hub.folder / name).is_dir():
             return self.answer(401, {"error": "not found"}, "RepoNotFound")
         if not folder.is_dir() or revision not in (None, "main", COMMIT, "v1", V1):
             return self.answer(404, {"error": "no such revision"}, "RevisionNotFound")
-        if name in self.hub.gated and what in ("tree", "resolve"):  # its files may not be read
+        if name in hub.gated and what in ("tree", "resolve"):  # its files may not be read
             return self.answer(403, {"error": "restricted"}, "GatedRepo")
         if what == "resolve":
             return self.send_file(folder / file, V1 if early else COMMIT)
         files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
         if what == "tree":
-            kind = {"type": "file"}
-            sizes = {n: {"path": n, "size": p.stat().st_size} for n, p in files.items()}
-            return self.answer(200, [sizes[n] | kind | {"oid": digest(files[n])} for n in files])
+            sizes = {n: {"size": p.stat().st_size, "oid": digest(p)} for n, p in files.items()}
+            return self.answer(200, [{"type": "file", "path": n} | sizes[n] for n in sizes])
         info = {"_id": "0", "id": name, "sha": V1 if early else COMMIT, "private": False}
         info |= {"siblings": [{"rfilename": n} for n in files], "gated": False, "tags": []}
         return self.answer(200, info | {"downloads": 0, "likes": 0})
@@ -71,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             return self.answer(404, {}, "EntryNotFound")
         body, known = path.read_bytes(), {"ETag": f'"{digest(path)}"', "X-Repo-Commit": commit}
-        broken = self.hub.dropped and self.hub.dropped in path.name
+        broken = self.server.dropped and self.server.dropped in path.name
         self.send(200, body, known, len(body) // 2 if broken else None)
         self.close_connection = bool(broken)
 

@@ -34,16 +34,14 @@ BODIES = {  # faults that are 200, but no chat completion
 }
 
 
-class JudgeServer(ThreadingHTTPServer):
-    """`served` counts faults and good replies by name, `asked` has the chats."""
+class Loopback(ThreadingHTTPServer):
+    """with Loopback(handler, ...) as server: it serves at server.url, in a thread."""
 
     daemon_threads, request_queue_size = True, 128
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.hang, self.lock = 2.0, threading.Lock()  # seconds of "timeout" and "trickle"
-        self.served, self.left, self.asked = Counter(), {}, []
+    def __init__(self, handler: type, path: str = ""):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_port}{path}"
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -52,6 +50,15 @@ class JudgeServer(ThreadingHTTPServer):
     def __exit__(self, *_):
         self.shutdown()
         self.server_close()
+
+
+class JudgeServer(Loopback):
+    """`served` counts faults and good replies by name, `asked` has the chats."""
+
+    def __init__(self):
+        super().__init__(Handler, "/v1")
+        self.hang, self.lock = 2.0, threading.Lock()  # seconds of "timeout" and "trickle"
+        self.served, self.left, self.asked = Counter(), {}, []
 
     def handle_error(self, *_):  # a client that gave up
         pass

@@ -11,7 +11,7 @@ from make_golden import PLAIN, byte_level, write_tokenizer
 from test_weights import EMBEDDING, load, old_config, tensors_of, write
 
 from nanoexit.adapters import save_adapter
-from nanoexit.config import ROOT
+from nanoexit.config import ROOT, write_text
 
 DRIVER = """
 import sys
@@ -38,8 +38,7 @@ for asked in sys.argv[1:]:
 
 
 def fill(root) -> None:
-    """Repositories me/plain (another at v1), me/sharded, me/gated, me/adapter, a dataset, and
-    files beside them that need not be downloaded."""
+    """Repositories (me/plain has another at v1), a dataset, and files that need no download."""
     config = old_config("qwen2") | {"vocab_size": 266, "eos_token_id": 39}
     shards = {"plain": 1, "plain@v1": 1, "sharded": 3, "gated": 1}
     for seed, name in enumerate(shards):
@@ -47,15 +46,12 @@ def fill(root) -> None:
         tensors[EMBEDDING] = tensors[EMBEDDING].repeat(7, 1)[:266]
         folder = write(root / "me" / name, config, tensors, shards[name])
         write_tokenizer(folder, byte_level(), {"config": config, "tokenizer_config": PLAIN})
-        (folder / "pytorch_model.bin").write_bytes(b"pickle")
-        (folder / "original").mkdir()
-        (folder / "original" / "consolidated.safetensors").write_bytes(b"another copy")
+        write_text(folder / "pytorch_model.bin", "pickle")
+        write_text(folder / "original" / "consolidated.safetensors", "another copy")
     model = with_exits(load(root / "me" / "plain@v1"))
     model.name, model.revision = "me/plain", V1
     save_adapter(model, root / "me" / "adapter")
-    data = root / "datasets" / "me" / "sums" / "main"
-    data.mkdir(parents=True)
-    (data / "train.jsonl").write_text("1 + 1")
+    write_text(root / "datasets" / "me" / "sums" / "main" / "train.jsonl", "1 + 1")
 
 
 def ask(hub: Hub, *names: str, **env: str) -> list[str]:
