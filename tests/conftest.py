@@ -1,6 +1,4 @@
-"""Small random models of the three families, with heads and adapters that are not zero: most tests
-use them.
-"""
+"""Small random models of the three families, with heads and adapters that are not zero."""
 
 from pathlib import Path
 
@@ -33,8 +31,7 @@ SHAPES = {
 
 
 def random_model(family: str, seed: int = 0) -> Transformer:
-    """Every tensor is random, including biases and norms, so that no forgotten term can hide behind
-    a zero or a one."""
+    """Every tensor is random, even biases and norms: no 0 or 1 can hide a forgotten term."""
     model = Transformer(SHAPES[family])
     scramble(model.named_parameters(), seed)
     return model.requires_grad_(False)
@@ -43,10 +40,8 @@ def random_model(family: str, seed: int = 0) -> Transformer:
 def with_exits(model, layers=(1, 2, 4), head="linear", cap=None, seed=1) -> Transformer:
     """Attach exit heads, and adapters on every map, none of them zero."""
     attach(model, layers, head, LoRAConfig(r=3, alpha=6, targets=TARGETS), cap, seed)
-    scramble(
-        ((n, p) for n, p in model.named_parameters() if "lora_B" in n or n.startswith("exits")),
-        seed,
-    )
+    named = model.named_parameters()
+    scramble(((n, p) for n, p in named if "lora_B" in n or n.startswith("exits")), seed)
     return model
 
 

@@ -1,8 +1,6 @@
-"""The obvious implementation: one token at a time, one head at a time, everything recomputed,
-nothing batched or cached.
+"""The obvious implementation: token by token, head by head, nothing batched, nothing cached.
 
-It is slow, but a glance should show that it is right. The fast path in nanoexit/ must equal it
-(laws 2 and 3).
+It is slow, but a glance should show that it is right. Laws 2 and 3: the fast path must equal it.
 """
 
 import math
@@ -17,8 +15,7 @@ def norm(x, weight, eps):
 
 
 def turn(x, position, frequencies):
-    """RoPE of one head's vector x [head_dim], written as complex numbers: pair (i, i + head_dim /
-    2) turns by its angle."""
+    """RoPE of one head's vector x, as complex numbers: pair (i, i + half) turns by its angle."""
     half = len(x) // 2
     turned = torch.complex(x[:half], x[half:]) * torch.exp(1j * position * frequencies)
     return torch.cat([turned.real, turned.imag])
@@ -61,17 +58,13 @@ def hidden_states(model, ids, depths):
                 group = i // (s.heads // s.kv_heads)
                 head = norm(head, attention.q_norm.weight, s.norm_eps) if s.qk_norm else head
                 head = turn(head, t, frequencies)
-                scores = torch.stack([head @ past[group] for past in keys[l]]) / math.sqrt(
-                    s.head_dim
-                )
-                weights = torch.softmax(scores, 0)
+                scores = torch.stack([head @ past[group] for past in keys[l]])
+                weights = torch.softmax(scores / math.sqrt(s.head_dim), 0)
                 outputs.append(sum(w * past[group] for w, past in zip(weights, values[l])))
             h = h + linear(attention.o_proj, torch.cat(outputs))
             x = norm(h, block.post_attention_layernorm.weight, s.norm_eps)
-            gate = linear(block.mlp.gate_proj, x)
-            h = h + linear(
-                block.mlp.down_proj, gate * torch.sigmoid(gate) * linear(block.mlp.up_proj, x)
-            )
+            gate, up = linear(block.mlp.gate_proj, x), linear(block.mlp.up_proj, x)
+            h = h + linear(block.mlp.down_proj, gate * torch.sigmoid(gate) * up)
         ends.append(h)
     return torch.stack(ends)
 
@@ -79,9 +72,8 @@ def hidden_states(model, ids, depths):
 def logits_of(model, h):
     """[..., D] -> [..., V]."""
     head = model.model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
-    return torch.stack(
-        [head @ norm(row, model.model.norm.weight, model.shape.norm_eps) for row in h]
-    )
+    last, eps = model.model.norm.weight, model.shape.norm_eps
+    return torch.stack([head @ norm(row, last, eps) for row in h])
 
 
 def exit_logprob(model, ids, depths, t):

@@ -10,7 +10,7 @@ from conftest import random_model, scramble, with_exits
 from judge_server import KEY, JudgeServer
 from test_faithfulness import Scripted, Words, chain, in_head, on_paper, said
 
-from nanoexit.config import ROOT, Config, JudgeConfig, UserError, load_config
+from nanoexit.config import ROOT, Config, JudgeConfig, UserError, load_config, write_text
 from nanoexit.evaluate import cell, evaluate_run, judged, measure, repetition, table
 from nanoexit.faithfulness import Subject, examine
 from nanoexit.judge import Judge
@@ -53,9 +53,6 @@ def written(depths: list[int], text: str, prompt: Prompt | None = None, words=No
     return response
 
 
-# --- figures ----------------------------------------------------------------------------------
-
-
 def test_depths_are_over_all_tokens():
     """Catches: the first readout left out; a maximum over the batch; a mean of means."""
     words = Words()
@@ -80,9 +77,8 @@ def test_divergence_is_a_mean_over_tokens_and_shows_its_nan():
     short = written([5], "2", words=words)
     long = written([5, 5, 5], "<think> </think> 2", words=words)
     subject = Subject(with_exits(random_model("qwen2"), (1, 2)), words, Config(), "full")
-    one, three, both = (
-        measure(subject, "student", rows)["kl"] for rows in ([short], [long], [short, long])
-    )
+    rows = [measure(subject, "student", some) for some in ([short], [long], [short, long])]
+    one, three, both = (row["kl"] for row in rows)
     assert both == pytest.approx((one + 3 * three) / 4) and one > 0.01
     subject.model.blocks[0].mlp.down_proj.adapter.lora_B.data.fill_(math.nan)
     row = measure(subject, "student", [short])
@@ -104,9 +100,6 @@ def test_what_no_task_can_verify_has_no_accuracy():
     assert "– steps written: the task lists no steps" in text
     mixed = measure(subject, "student", [open_end, written([1, 1], "</think> 2", words=words)])
     assert mixed["accuracy"] == 1.0
-
-
-# --- what takes more generation ---------------------------------------------------------------
 
 
 def test_necessity_is_measured_free_and_capped(tmp_path):
@@ -149,18 +142,11 @@ def test_without_a_good_cap(tmp_path):
     assert "– smallest good cap: no cap in evaluate.caps keeps 0.95 of the accuracy" in table([row])
 
 
-# --- tables -----------------------------------------------------------------------------------
-
-
-def test_cells():
-    """Catches: NaN, infinity or None as a number; a zero with a sign."""
-    values = (None, math.nan, math.inf, -1e-9, -0.25, 0)
-    assert [cell(v, "{:.2f}") for v in values] == ["–", "–", "–", "0.00", "-0.25", "0.00"]
-
-
 def test_tables_of_one_kind_of_row():
-    """Catches: columns that do not line up; a group of one row lost; details in a short table."""
-    words = Words()
+    """Catches: NaN, infinity or None as a number; a zero with a sign; columns that do not line up;
+    a group of one row lost; details in a short table."""
+    values, words = (None, math.nan, math.inf, -1e-9, -0.25, 0), Words()
+    assert [cell(v, "{:.2f}") for v in values] == ["–", "–", "–", "0.00", "-0.25", "0.00"]
     subject = Subject(with_exits(random_model("qwen2"), (1, 2), cap=4), words, Config(), "head")
     rows = [
         measure(subject, variant, [written([2] * 4, "<think> 5 </think> 2", prompt, words)])
@@ -171,17 +157,11 @@ def test_tables_of_one_kind_of_row():
     assert {len(line) for line in lines if not line.startswith("–")} == {len(lines[0])}
     assert [line.split()[-2:] for line in lines[2:4]] == [["1.000", "–"], ["–", "0.000"]]
     assert "perplexity" not in table(rows)
-    rows[0] |= {
-        "monitor": {"score": 0.5},
-        "capped_accuracy": {"3": 0.25},
-        "same_answer": [[0.5, 1]],
-    }
+    rows[0] |= {"monitor": {"score": 0.5}, "capped_accuracy": {"3": 0.25}}
+    rows[0] |= {"same_answer": [[0.5, 1]]}
     text = re.sub(" +", " ", table(rows))
     for line in ("perplexity under", "accuracy, cap 3 0.250 –", "same answer, 50% kept 100.0% –"):
         assert f"\n{line}" in text
-
-
-# --- a run ------------------------------------------------------------------------------------
 
 
 def test_the_files_of_an_evaluation(name, tmp_path):
@@ -189,8 +169,7 @@ def test_the_files_of_an_evaluation(name, tmp_path):
     of the frontier measured as `head`; a base under the student's adapters or cap."""
     folders = tmp_path / "a", tmp_path / "b"
     for folder in folders:
-        folder.mkdir()
-        (folder / "samples.jsonl").write_text('{"step": 3}\n{"variant": "base (full)"}\n')
+        write_text(folder / "samples.jsonl", '{"step": 3}\n{"variant": "base (full)"}\n')
     rows = evaluated(name, folders[0], "exits.cap=3")
     assert rows == evaluated(name, folders[1], "exits.cap=3")
     found = json.loads((folders[0] / "evaluation.json").read_text())
@@ -201,11 +180,8 @@ def test_the_files_of_an_evaluation(name, tmp_path):
     assert [(r["cap"], r["mean_depth"] > 3) for r in rows] == [(None, True), (3, False)]
     assert set(rows[1]["capped_accuracy"]) == {"2", "4"} and rows[1]["kl"] > 1e-3
     lines = [json.loads(line) for line in (folders[0] / "samples.jsonl").open()]
-    assert [line.get("variant") for line in lines] == [
-        None,
-        *["base (full)"] * 2,
-        *["student (head)"] * 2,
-    ]
+    expected = [None, "base (full)", "base (full)", "student (head)", "student (head)"]
+    assert [line.get("variant") for line in lines] == expected
     summary = json.loads((folders[0] / "summary.json").read_text())
     assert summary["max_depth"] == pytest.approx(rows[1]["max_depth"], rel=1e-5)
     assert summary["teacher"]["max_depth"] == 4.0 and summary["evaluation_seconds"] > 0
@@ -215,20 +191,12 @@ def test_the_files_of_an_evaluation(name, tmp_path):
 
 def test_a_known_base_is_not_measured_again(name, tmp_path):
     """Catches: a base row that is lost, or measured twice."""
-    rows = evaluated(name, tmp_path, thorough=False, base={**ROW, "full_depth": 4})
+    base = {"variant": "base", "policy": "full", "cap": None, "full_depth": 4, "kl": 0.0}
+    base |= {"accuracy": 0.125, "accuracy_by_group": {}, "tokens": 1.0}
+    base |= {"mean_depth": 4.0, "max_depth": 4.0, "layers_run": 1.0}
+    rows = evaluated(name, tmp_path, thorough=False, base=base)
     assert [row["variant"] for row in rows] == ["base", "student"]
     assert rows[0]["accuracy"] == 0.125 and "monitor" not in rows[1]
-
-
-ROW = {
-    "variant": "base",
-    "policy": "full",
-    "cap": None,
-    "accuracy": 0.125,
-    "kl": 0.0,
-    "tokens": 1.0,
-}
-ROW |= {"accuracy_by_group": {}, "mean_depth": 4.0, "max_depth": 4.0, "layers_run": 1.0}
 
 
 def test_a_model_without_heads_is_evaluated_in_full(name, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_evaluate import random_reasoner
 
-from nanoexit.config import ROOT
+from nanoexit.config import ROOT, write_text
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import experiment as script
@@ -116,21 +116,16 @@ def test_side_by_side(tmp_path):
 def test_what_is_shown_of_runs_in_progress(tmp_path):
     """Catches: a bar that stands still while arms and bases train."""
     for name, lines in (("SFT-seed0", 3), ("lambda-0-seed0", 2), ("SFT-seed1.before-1", 9)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("{}\n" * lines)
-    (tmp_path / "SFT-seed0" / "result.json").write_text("{}")
-    (tmp_path / "bases").mkdir()
-    (tmp_path / "bases" / "values.log").write_text("pretrain: 1\rpretrain: 20")
+        write_text(tmp_path / name / "metrics.jsonl", "{}\n" * lines)
+    write_text(tmp_path / "SFT-seed0" / "result.json", "{}")
+    write_text(tmp_path / "bases" / "values.log", "pretrain: 1\rpretrain: 20")
     assert script.status(tmp_path) == "lambda-0-seed0 step 2 | values pretrain: 20"
 
 
 def test_a_line_of_the_table_and_a_line_of_a_figure():
     """Catches: seeds mixed up, a missing figure counted as 0, chains of 6 sorted as text."""
-    rows = [
-        {"a": 0.5, "b": {"2 steps": 1, "1 step": 3}},
-        {"a": 0.7, "b": {"2 steps": 2}},
-        {"a": None},
-    ]
+    rows = [{"a": 0.5, "b": {"2 steps": 1, "1 step": 3}}, {"a": 0.7, "b": {"2 steps": 2}}]
+    rows.append({"a": None})
     assert script.over_seeds(rows, "a", "{:.2f}") == "0.60 (0.50–0.70)"
     assert script.over_seeds(rows[:1], "b.2 steps", "{:.1f}") == "1.0"
     assert script.over_seeds(rows, "b.3 steps", "{:.1f}") == "–"

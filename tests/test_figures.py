@@ -56,9 +56,8 @@ def test_paint(monkeypatch):
     monkeypatch.setenv("TERM", COLOURS["TERM"])
     painted = paint(["a", "b", "c"], [1, 1, 2], 2, Terminal())
     assert painted == "\x1b[38;5;160mab\x1b[0m\x1b[38;5;26mc\x1b[0m", "red is early, blue is late"
-    assert paint(["a"], [1], 1, Terminal()) == "\x1b[38;5;26ma\x1b[0m", (
-        "the only block is full depth"
-    )
+    only = paint(["a"], [1], 1, Terminal())
+    assert only == "\x1b[38;5;26ma\x1b[0m", "the only block is full depth"
     assert len({paint(["a"], [depth], 8, Terminal()) for depth in range(1, 9)}) == 8
     assert legend([1], 2, Terminal()) == "depth\x1b[38;5;160m  ■ 1\x1b[0m\x1b[38;5;26m  ■ 2\x1b[0m"
     assert legend([1], 2, io.StringIO()) == ""
@@ -76,9 +75,6 @@ def test_a_response_cannot_drive_or_stop_the_terminal(encoding):
     expected = "日本 😀? a" if encoding == "utf-8" else "?? ?? a"
     expected += "\\x1b]0;owned\\x07\\x9b2J\tx\\x0d"
     assert stream.buffer.getvalue().decode(encoding) == expected
-
-
-# --- figures ------------------------------------------------------------------------------------
 
 
 def test_axes_do_not_dramatize():

@@ -50,9 +50,6 @@ def close(a, b) -> None:
     assert (a.detach() - torch.as_tensor(b)).abs().max() < 1e-4
 
 
-# --- peft ->  us ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_of_every_form_compute_what_peft_computes(tmp_path, small, name):
     """Catches: a form of target, rank, alpha or layer that is passed over or misread, dropout that
@@ -136,9 +133,6 @@ def test_names_of_tensors(plain, small):
         load_adapter(small, plain)
 
 
-# --- us -> us, and what belongs to what -------------------------------------------------------
-
-
 @pytest.mark.parametrize("head, opened", [("linear", "."), ("mlp", "adapter")])
 def test_adapter_round_trip(tmp_path, family, head, opened):
     """Catches: an adapter, a scale, a head or the cap lost between save and load."""
@@ -180,9 +174,6 @@ def test_an_edited_nanoexit_json(tmp_path, small, key, value):
     save_adapter(with_exits(small, (1,)), tmp_path / "run")
     with pytest.raises(UserError):
         load_adapter(small, edited(tmp_path / "run", "nanoexit.json", **{key: value}))
-
-
-# --- us -> them -------------------------------------------------------------------------------
 
 
 def test_merged_export_opens_in_transformers(tmp_path, tiny):

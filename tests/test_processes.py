@@ -145,21 +145,14 @@ def test_a_lost_process_ends_the_others(how):
     assert codes == [7, -9 if how == "killed" else None] and time.monotonic() - started < 12
 
 
-def torchrun(script: str, *args: str) -> list[str]:
-    launch = [sys.executable, str(ROOT / "scripts" / "torchrun.py"), "--nproc-per-node", "2"]
-    return [*launch, "--master-port", "29517", str(ROOT / "scripts" / script), *args]
-
-
-def test_the_exit_code_is_that_of_the_process_that_failed():
-    """Catches: a user's error that ends as a signal, since torchrun ended the other process."""
+def test_torchrun_reports_an_error_once_and_with_its_code(tmp_path):
+    """Catches: a mistake reported by every process, or an exit code 1 in place of 2; a user's error
+    that ends as a signal, since torchrun ended the other process."""
     assert launcher.exit_code([-15, 2]) == launcher.exit_code([2, 143]) == 2
     assert launcher.exit_code([-9, -15]) == 128 + 9
-
-
-def test_torchrun_reports_an_error_once(tmp_path):
-    """Catches: a mistake reported by every process, or an exit code 1 in place of 2."""
-    config = str(ROOT / "configs" / "tiny_rl.yaml")
-    command = torchrun("train_rl.py", config, "rl.prompts=1", f"run.dir={tmp_path}/run")
+    scripts, launch = ROOT / "scripts", ["--nproc-per-node=2", "--master-port=29517"]
+    command = [sys.executable, scripts / "torchrun.py", *launch, scripts / "train_rl.py"]
+    command += [ROOT / "configs" / "tiny_rl.yaml", "rl.prompts=1", f"run.dir={tmp_path}/run"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # torchrun warns where it is not set
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 2

@@ -78,18 +78,14 @@ def data_of(path: Path) -> dict:
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"JavaScript has no {name}"))
 
 
-# --- the file -----------------------------------------------------------------------------------
-
-
 def test_two_hundred_responses_under_three_megabytes(tmp_path):
-    """Catches: a page that browsers choke on, responses needlessly left out, rounded away, or out
-    of order: results come before rollouts."""
+    """Catches: a page too big for browsers; responses left out, rounded away, or out of order."""
     samples = [response(f"prompt {i}", "student", i, (STORY * 20)[:400]) for i in range(200)]
     samples[0]["step"] = 1
     write_page(tmp_path / "r.html", [Run("", samples)], "Big")
     assert (tmp_path / "r.html").stat().st_size < 3_000_000
     data = data_of(tmp_path / "r.html")
-    assert data["samples"] == [*samples[1:], samples[0]]
+    assert data["samples"] == [*samples[1:], samples[0]], "results come before rollouts"
 
 
 def test_no_text_of_a_model_is_markup(tmp_path):
@@ -105,8 +101,7 @@ def test_no_text_of_a_model_is_markup(tmp_path):
 
 
 def test_a_base_of_three_runs_is_shown_once(tmp_path):
-    """Catches: the same base three times, another base left out, runs that become one line, a run
-    in two colours."""
+    """Catches: a base shown three times or left out; runs made one line; a run in two colours."""
     runs = [example(name) for name in ("first", "second", "third")]
     runs[2].rows[0]["perplexity"] = 2.5
     write_page(tmp_path / "r.html", runs)
@@ -169,7 +164,6 @@ def test_the_script(tmp_path):
 
 
 # --- the page in a browser ----------------------------------------------------------------------
-
 
 HELPERS = """
 const find = (selector) => document.querySelector(selector);
