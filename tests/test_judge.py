@@ -7,13 +7,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from judge_server import BEST, BODIES, GOOD, KEY, REPLIES, JudgeServer
 
 from nanoexit import judge as j
-from nanoexit.config import JudgeConfig, UserError
+from nanoexit.config import ROOT, JudgeConfig, UserError
 from nanoexit.judge import Item, Judge, parse_scores
 
 SCORES = {"coherence": 7, "completeness": 6, "clarity": 8, "no_repetition": 9, "overall": 30}
@@ -138,8 +137,7 @@ run_script(lambda: Judge(config, Path(sys.argv[2])).score(items))"""
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_stopped_in_the_middle_it_goes_on(server, tmp_path, number, code):
     """Catches verdicts kept in memory, a Ctrl-C that waits for replies, a hub that is offline."""
-    server.hang, root = 60, str(Path(__file__).resolve().parents[1])
-    settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
+    server.hang, settings = 60, {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", RUN, server.url, str(tmp_path / "judge.jsonl")]
     run = subprocess.Popen(command, env=os.environ | settings, stderr=subprocess.PIPE, text=True)
     while len(server.asked) < 4 and run.poll() is None:

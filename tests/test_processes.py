@@ -29,9 +29,8 @@ WORK = {"sft": sft.run_sft, "stopped": sft.run_sft, "rl": reinforce.run_reinforc
 
 
 def fork(work, *args, others: float = 20) -> list[int | None]:
-    """work(*args) in two processes, as torchrun would start them -> their exit codes.
-
-    others: seconds that process 1 may take longer than process 0."""
+    """work(*args) in two processes, as torchrun would start them -> their exit codes. Process 1
+    may end up to `others` seconds after process 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
