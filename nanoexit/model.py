@@ -176,7 +176,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         q = q if self.q_norm is None else self.q_norm(q)
         q = rotate(q, places.pick(places.cos), places.pick(places.sin))
-        if places.at is not None:  # the queries of other tokens are zero
+        if places.at is not None:  # other tokens get a zero query, whose output is not used
             q = places.put(q, q.new_zeros(*places.positions.shape, self.heads, self.head_dim))
         y = attend(q, k, v, places.mask)
         return self.o_proj(places.pick(y).flatten(-2))
