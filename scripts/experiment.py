@@ -494,7 +494,7 @@ def write(results: Sequence[dict], out: Path, command: str) -> None:
     lines = [["", *arms]]
     for title, (key, form) in table_rows(Arm(base=results[0]["base"]).study).items():
         lines.append([title, *(over_seeds(rows, key, form) for rows in arms.values())])
-    write_text(out / "results.json", json.dumps(list(results)) + "\n")
+    write_text(out / "results.json", json.dumps(list(results), separators=(",", ":")) + "\n")
     write_text(out / "table.md", f"`{command}`\n\n{markdown_table(lines)}\n\n{LEGEND}\n")
     for name, figure in figures.items():
         write_text(out / f"{name}.svg", figure.svg())
