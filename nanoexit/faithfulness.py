@@ -237,7 +237,7 @@ def monitor(responses: Sequence[Response]) -> dict[str, float | None]:
     written and true. False alarms: the share of predictions, guesses left out, that are not the
     answer. The guess is the most common answer; guessing alone scores `chance`."""
     answers = [r.verdict.answer for r in responses]
-    common = Counter(filter(None, answers)).most_common(1)
+    common = Counter(said for said in answers if said is not None).most_common(1)
     guess = common[0][0] if common else None
 
     def reader(score: str, false_alarms: str, pairs: list) -> dict[str, float | None]:

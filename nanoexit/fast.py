@@ -360,7 +360,14 @@ class Graphs:
         self.captured: dict[tuple[int, ...], tuple[Callable[[], object], Tensor, list[Tensor]]] = {}
 
     def __call__(
-        self, cache: Cache, positions: Tensor, start: int, end: int, h: Tensor, going: Any, due: Any
+        self,
+        cache: Cache,
+        positions: Tensor,
+        start: int,
+        end: int,
+        h: Tensor,
+        going: Tensor | None,
+        due: Debt | None,
     ) -> Tensor:
         """See FastModel.stretch."""
         kv = cache.kv

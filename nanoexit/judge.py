@@ -38,6 +38,8 @@ Reply with one JSON object and nothing else:
 # A flat JSON object. A backslash outside quotes ends the match, which keeps the search linear.
 OBJECT = r'\{[^{}"\\]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^{}"\\]*)*\}'
 URL = r'https?://(\[[\da-fA-F:.]+\]|[A-Za-z\d.-]+)(:\d{1,5})?(/[!"$->@-~]*)?'
+MOST_LOST = 16  # responses in a row without a verdict, after which the judge is not asked again
+NOT_ASKED = f"not asked, after no verdict on {MOST_LOST} responses in a row"
 Outcome = tuple[dict[str, float], str]  # as Item.scores and Item.why
 
 
@@ -50,7 +52,7 @@ class Item:
     response: str
     answer: str | None = None  # the right one, if it is known
     scores: dict[str, float] = field(default_factory=dict)  # four parts, `overall`; {}: not judged
-    why: str = "not asked, after no verdict on 16 responses in a row"  # or the judge's sentence
+    why: str = NOT_ASKED  # then the judge's sentence, or the reason why there are no scores
 
 
 def judge_messages(item: Item) -> list[dict[str, str]]:
@@ -100,13 +102,15 @@ def check_judge(config: JudgeConfig) -> str:
     if config.kind != "api":
         return ""
     if not re.fullmatch(URL, config.base_url or ""):
-        raise UserError("judge.base_url: expected a URL like http://host:8000/v1, with no password")
+        found = printable(re.sub("//.*@", "//***@", config.base_url or "null"))
+        raise UserError(f"judge.base_url: expected a URL like http://host:8000/v1, found {found}")
     if not config.model:
         raise UserError("judge.model: expected the model's name at the endpoint, found null")
     key = os.environ.get(config.api_key_env, "").strip()
     if not re.fullmatch("[!-~]+", key):
-        expected = "a key in printable ASCII, or any word if the endpoint needs none"
-        raise UserError(f"judge.api_key_env: expected ${config.api_key_env} to hold {expected}")
+        found = "another character" if key else "nothing (without a key, any word works)"
+        expected = f"expected a key of printable ASCII in ${config.api_key_env}"
+        raise UserError(f"judge.api_key_env: {expected}, found {found}")
     return key
 
 
@@ -132,7 +136,7 @@ class Judge:
             batch = waiting[start : start + size]
             self._judge(batch)
             lost = 0 if any(item.scores for item in batch) else lost + len(batch)
-            if lost >= 16:
+            if lost >= MOST_LOST:
                 break
         if waiting and not any(item.scores for item in scored):
             raise UserError(f"judge.base_url {self._url}: {waiting[0].why}")

@@ -51,7 +51,7 @@ class Draw(Policy):
         """uniform [n]: readouts that ignore their heads. teacher [n, D]: residuals at a.at.
 
         base_kl [n, E]: use these divergences instead of the student's own."""
-        super().__init__("head")
+        super().__init__("head")  # it decides at the depths of the heads
         self.teacher, self.uniform, self.base_kl = teacher, uniform, base_kl
         device, n = a.ids.device, len(a.at)
         self.slot = torch.full((a.ids.numel(),), -1, device=device)  # readout at each index

@@ -27,13 +27,13 @@ from nanoexit.config import ROOT, Rule, UserError, check_value, read_json, read_
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-AWAY = "cannot be reached (or HF_HUB_OFFLINE is set), and this machine has no complete copy"
-HUB_PROBLEMS = {  # class of an error -> what the hub does
+HUB_PROBLEMS = {  # class of an error -> what the hub does; AWAY is why it cannot be asked
     "GatedRepoError": "keeps it gated: ask for access on its page, then log in",
     "RepositoryNotFoundError": "has no such repository, or a private one",
     "RevisionNotFoundError": "has no such revision",
     "RemoteEntryNotFoundError": "has no such file",
-    **dict.fromkeys(["LocalEntryNotFoundError", "IncompleteSnapshotError"], AWAY),
+    "LocalEntryNotFoundError": "AWAY",
+    "IncompleteSnapshotError": "AWAY, and the copy on this machine is incomplete",
 }
 
 
@@ -59,8 +59,11 @@ def fetch(what: str, download: Callable[..., str], *names: str, **options: Any) 
     try:
         return Path(download(*names, **options))
     except Exception as error:  # some are the HTTP library's
-        other = f"stopped: {error!r}; run again to continue the download"
-        problem = HUB_PROBLEMS.get(type(error).__name__, other)
+        kind, away = type(error).__name__, f"cannot be reached ({error.__cause__})"
+        if constants.HF_HUB_OFFLINE:
+            away = "is switched off (HF_HUB_OFFLINE)"
+        other = f"stopped: {kind}: {error}; run again to continue the download"
+        problem = HUB_PROBLEMS.get(kind, other).replace("AWAY", away)
         raise UserError(f"{what} the hub ({constants.ENDPOINT}) {problem}") from None
 
 

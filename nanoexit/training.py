@@ -67,7 +67,8 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
         _check_writable(Path(config.data.traces), "data.traces")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if config.run.shard and (ranks == 1 or reinforce):
-        raise UserError("run.shard: expected SFT, in several processes of torchrun")
+        what = "REINFORCE" if reinforce else "one"
+        raise UserError(f"run.shard: expected SFT in several processes of torchrun, found {what}")
     if reinforce:  # its gradient is only right for samples of the model's own distribution
         for key, expected in {"temperature": 1.0, "top_p": 1.0, "top_k": 0}.items():
             found = getattr(config.generation, key)

@@ -15,9 +15,9 @@ designed one (padded prompts, early readouts trained). Exit targets from the bas
 alone, with both kinds of targets at four strengths, first seed only.
 Arms of --real: lambda 0, 1 and 2, and a control that was not taught to write at a shallow depth.
 
-Lambda must be small enough for a right answer to pay: a written route of d blocks earns more than a
-guess at the shallowest exit e only if lambda (d - e) / L < 1. On the second base d is 5 and e is 2,
-so lambda 3 is too much."""
+Lambda must be small enough for a right answer to pay: a written route d blocks deep earns more than
+a wrong response e blocks deep only if lambda (d - e) / L < 1. On the second base d is 5, and wrong
+responses 2 blocks deep are easy, so lambda 3 is too much."""
 
 import argparse
 import json

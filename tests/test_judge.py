@@ -98,7 +98,8 @@ def test_what_stays_unreadable_has_a_reason_and_no_number(server, tmp_path):
     items = items_with(*(f"{fault} {fault}" for fault in UNREADABLE), "escape")
     *results, odd = judge_at(server, tmp_path / "judge.jsonl", retries=1).score(items)
     assert all(r.scores == {} and r.why.startswith("UserError: ") for r in results)
-    assert "clarity: expected" in results[-1].why and odd.why == "\\x1b[31m red ?"
+    assert "clarity: expected a number from 1 to 10, found 0" in results[-1].why
+    assert odd.why == "\\x1b[31m red ?"
     again = judge_at(server, tmp_path / "judge.jsonl").score(items)
     assert len(server.asked) == 3 * len(results) + 1 and all(r.scores == SCORES for r in again)
 
