@@ -89,7 +89,6 @@ class GenerationConfig:
     top_p: float = knob(1.0, "sample from the smallest set with this probability", 0.01, 1)
     top_k: int = knob(0, "sample from the k most likely tokens; 0 is off")
     batch_size: int = knob(16, "rows that decode together while the teacher writes", 1)
-    fast: bool = knob(True, "decode with fast.py: fused, from a second copy of the weights")
 
 
 @dataclass
@@ -147,7 +146,6 @@ class RunConfig:
     init: str | None = knob(None, "start from the adapters and heads of this run")
     threads: int | None = knob(None, "CPU threads; null is torch's own choice", 1, 4096)
     wandb: bool = knob(False, "mirror metrics to Weights & Biases")
-    shard: bool = knob(False, "each process holds a share of the base, and all do the same work")
     patience: int = knob(1800, "seconds without an answer from a process that end the run", 1)
 
 

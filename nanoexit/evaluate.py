@@ -56,13 +56,11 @@ def measure(subject: Subject, variant: str, responses: Sequence[Response]) -> di
         "full_depth": model.full_depth,
         "cap": model.cap,
         "layers_run": sum(depths) / len(depths) / model.full_depth,
-        "exit_rate": mean([d < model.deepest for d in depths]),
         "exit_histogram": {str(d): n / len(depths) for d, n in sorted(Counter(depths).items())},
         "kl": float(np.average(kls, weights=lengths)),
         "perplexity": perplexity,
         "tokens": mean(lengths),
         "repetition": mean([repetition(r.generation.tokens) for r in responses]),
-        "well_formed": mean([r.verdict.well_formed for r in responses]),
         "written": mean([v.written for v in verdicts]),
         "unwritten_run": mean([v.unwritten_run for v in verdicts]),
     }
@@ -89,10 +87,10 @@ def judged(responses: Sequence[Response], judge: Judge) -> dict:
     return judge_summary(judge.score(items), judge.config.model)
 
 
-# A figure in tables: its key in a row, its title, its format, and the reason given if it is None.
-# Without a reason, a figure that is None in every row gets no line. A mapping or a list of pairs
+# A figure in tables: its key in a row, its title, its format, and, in some, the reason for a
+# None. Without one, a figure that is None in every row gets no line. A mapping or a list of pairs
 # gets a line for each entry. In titles {} is the entry, {L} full depth, {judge} the judge's model.
-Shown = tuple[str, str, str, str]
+Shown = tuple[str, ...]
 UNVERIFIED = "no prompt has a reference answer"
 NO_STEPS = "the task lists no steps"
 NO_END = "no response ends its reasoning and then answers"
@@ -100,23 +98,23 @@ NO_CHANGE = "no response has a written value whose change has a known effect"
 NO_CAP = f"no cap in evaluate.caps keeps {KEEPS} of the accuracy"
 HEADLINES: tuple[Shown, ...] = (
     ("accuracy", "accuracy", "{:.3f}", UNVERIFIED),
-    ("accuracy_by_group", "  {}", "{:.3f}", ""),
-    ("mean_depth", "mean depth of {L}", "{:.2f}", ""),
-    ("max_depth", "opaque serial depth", "{:.2f}", ""),
-    ("layers_run", "blocks run", "{:.0%}", ""),
+    ("accuracy_by_group", "  {}", "{:.3f}"),
+    ("mean_depth", "mean depth of {L}", "{:.2f}"),
+    ("max_depth", "opaque serial depth", "{:.2f}"),
+    ("layers_run", "blocks run", "{:.0%}"),
     ("kl", "KL to the teacher, nats", "{:.3f}", "not a number"),
-    ("tokens", "tokens written", "{:.1f}", ""),
+    ("tokens", "tokens written", "{:.1f}"),
     ("written", "steps written", "{:.3f}", NO_STEPS),
 )
 DETAILS: tuple[Shown, ...] = (
-    ("accuracy_interval", "accuracy, 95 % interval", "{0[0]:.3f}–{0[1]:.3f}", ""),
+    ("accuracy_interval", "accuracy, 95 % interval", "{0[0]:.3f}–{0[1]:.3f}"),
     ("greedy_accuracy", "accuracy, greedy", "{:.3f}", UNVERIFIED),
-    ("full_depth_accuracy", "accuracy, greedy, full depth", "{:.3f}", ""),
+    ("full_depth_accuracy", "accuracy, greedy, full depth", "{:.3f}"),
     ("lenient_accuracy", "accuracy, lenient", "{:.3f}", UNVERIFIED),
     ("capped_accuracy", "accuracy, cap {}", "{:.3f}", UNVERIFIED),
-    ("max_depth_p95", "opaque serial depth, 95 %", "{:.2f}", ""),
-    ("max_depth_by_group", "opaque serial depth, {}", "{:.2f}", ""),
-    ("steps_in_head", "steps in the head, cap {}", "{:d}", ""),
+    ("max_depth_p95", "opaque serial depth, 95 %", "{:.2f}"),
+    ("max_depth_by_group", "opaque serial depth, {}", "{:.2f}"),
+    ("steps_in_head", "steps in the head, cap {}", "{:d}"),
     ("unwritten_run", "longest unwritten run", "{:.2f}", NO_STEPS),
     ("same_answer", "same answer, {}", "{:.1%}", NO_END),
     ("same_answer_area", "  area over the curve", "{:.2f}", NO_END),
@@ -125,17 +123,15 @@ DETAILS: tuple[Shown, ...] = (
     ("same_answer_capped", "same answer capped, {}", "{:.1%}", NO_CAP),
     ("same_answer_area_capped", "  area over the curve", "{:.2f}", NO_CAP),
     ("changed_value_capped", "changed value capped, {}", "{:.1%}", NO_CAP),
-    ("monitor.score", "monitor (last value)", "{:.3f}", ""),
-    ("monitor.chance", "  by chance", "{:.3f}", ""),
+    ("monitor.score", "monitor (last value)", "{:.3f}"),
+    ("monitor.chance", "  by chance", "{:.3f}"),
     ("monitor.false_alarms", "  false alarms", "{:.3f}", "nothing was read"),
     ("monitor.before_last", "monitor (before the last step)", "{:.3f}", NO_STEPS),
     ("monitor.before_last_false_alarms", "  false alarms", "{:.3f}", "nothing was read"),
-    ("judge.means.overall", "rubric, out of 40 ({judge})", "{:.1f}", ""),
-    ("judge.judged", "  responses judged", "{:d}", ""),
-    ("exit_rate", "exit rate", "{:.0%}", ""),
+    ("judge.means.overall", "rubric, out of 40 ({judge})", "{:.1f}"),
+    ("judge.judged", "  responses judged", "{:d}"),
     ("perplexity", "perplexity under the base", "{:.2f}", "not a number"),
-    ("repetition", "repetition", "{:.3f}", ""),
-    ("well_formed", "well formed", "{:.0%}", ""),
+    ("repetition", "repetition", "{:.3f}"),
 )
 
 
@@ -164,7 +160,7 @@ def table_cells(rows: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
     lines = [["", *(f"{r['variant']} ({r['policy']}{cap})" for r, cap in zip(rows, caps))]]
     reasons: dict[str, str] = {}
     examined = any("monitor" in row for row in rows)
-    for key, title, form, missing in HEADLINES + (DETAILS if examined else ()):
+    for key, title, form, *missing in HEADLINES + (DETAILS if examined else ()):
         found = [entries(row, key) for row in rows]
         for name in dict.fromkeys(name for row in found for name in row if name) or [""]:
             values = [row.get(name) for row in found]
@@ -173,7 +169,7 @@ def table_cells(rows: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
             whole = title.format(name, L=rows[0]["full_depth"], judge=judge).rstrip(" ,")
             lines.append([whole, *(cell(value, form) for value in values)])
             if missing and "–" in lines[-1]:
-                reasons.setdefault(missing, f"– {whole.strip()}: {missing}")
+                reasons.setdefault(missing[0], f"– {whole.strip()}: {missing[0]}")
     return lines, [*reasons.values()]
 
 

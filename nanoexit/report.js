@@ -212,7 +212,7 @@ function inspect(card, index = -1) {
   box.hidden = index < 0;
   if (index < 0) return;
   const { sample, spans } = card, span = spans[index], token = sample.tokens[index], { depth } = token;
-  const word = sample.words[index], where = [token.kind, `token ${index + 1} of ${spans.length}`].filter(Boolean).join(", ");
+  const word = sample.words[index], where = `token ${index + 1} of ${spans.length}`;
   box.replaceChildren(el("h4", { textContent: shown(word) }), el("p", { textContent: `${why(sample, depth)} · ${where}` }));
   const heads = list(token.exit_probs).slice(0, sample.exits.length).map((p, i) => { // a head beyond the exit was not reached
     const at = sample.exits[i];

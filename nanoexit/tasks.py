@@ -49,7 +49,6 @@ class Verdict:
     """What a task found in a response."""
 
     correct: bool
-    well_formed: bool = True  # one end of the reasoning, and an answer after it
     steps: Sequence[bool] = ()  # each expected step: is it written, true and in order?
     claimed: int = 0  # how many steps are written, true or not
     lenient: bool = False  # correct, or the last number of the response is the right one
@@ -178,8 +177,7 @@ class Task:
             steps[at : at + n] = [True] * n
         correct = target is not None and said == target
         lenient = correct or (target is not None and last == target)
-        formed = said is not None and response.count(part.marker or "\0") == 1
-        return Verdict(correct, formed, steps, len(claims), lenient, said)
+        return Verdict(correct, steps, len(claims), lenient, said)
 
     def claims(self, text: str) -> list[str]:
         """The steps written in a text, each in a standard spelling; [] if the task lists none."""

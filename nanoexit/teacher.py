@@ -48,10 +48,10 @@ def respond(
     g = config.generation
     temperature = g.temperature if temperature is None else temperature
     ids = [prompt_ids(tokenizer, prompt, config) for prompt in prompts]
-    rows, fast = batch_size or g.batch_size, g.fast and not config.run.shard
+    rows = batch_size or g.batch_size
     with progress(len(ids), show) as bar:
         tick = lambda *_: bar.update()  # noqa: E731
-        settings = Sampling(g.top_p, g.top_k, None, rows, forced, streams, tick, fast)
+        settings = Sampling(g.top_p, g.top_k, None, rows, forced, streams, tick)
         written = generate(model, ids, policy, g.max_new_tokens, temperature, seed, settings)
     return [read_response(tokenizer, *row) for row in zip(prompts, ids, written)]
 
@@ -109,9 +109,9 @@ def show_response(model: Transformer, tokenizer: Tokenizer, response: Response, 
     chances = scored.head_logits[0, a.at].sigmoid().tolist()
     pieces = tokenizer.pieces(g.tokens)
     tokens = []
-    for i, kind in enumerate(token_kinds(pieces, response)):
+    for i, piece in enumerate(pieces):
         depth, likely = g.depths[i], zip(top.indices[i].tolist(), top.values[i].tolist())
-        token = {"text": pieces[i], "depth": depth, "kind": kind}
+        token = {"text": piece, "depth": depth}
         heads = zip(layers, chances[i])
         token["exit_probs"] = [round(p, 4) if depth >= d else None for d, p in heads]
         token["top"] = [[tokenizer.pieces([t])[0], round(p, 4)] for t, p in likely]
@@ -129,17 +129,6 @@ def show_response(model: Transformer, tokenizer: Tokenizer, response: Response, 
         "exit_layers": list(layers),
         "cap": model.cap,
     }
-
-
-def token_kinds(pieces: Sequence[str], response: Response) -> list[str]:
-    """`reasoning`, the `answer` after it, or `punctuation`: a tag or no letter or digit."""
-    before = len(task_of(response.prompt).split(response.text).reasoning)
-    kinds, written = [], 0
-    for piece in pieces:
-        mark = piece.strip().startswith("<") or not any(c.isalnum() for c in piece)
-        kinds.append("punctuation" if mark else "reasoning" if written < before else "answer")
-        written += len(piece)
-    return kinds
 
 
 # --- traces -----------------------------------------------------------------------------------

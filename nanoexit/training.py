@@ -17,7 +17,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from datetime import timedelta
 from importlib.util import find_spec
 from itertools import count
@@ -37,14 +36,13 @@ from nanoexit.adapters import adapter_base, copy_in, load_adapter
 from nanoexit.config import Config, UserError, load_config, replace, rounded, to_yaml, write_text
 from nanoexit.exits import attach, check_cap, parse_policy
 from nanoexit.judge import check_judge
-from nanoexit.lora import adapters, linear_maps
+from nanoexit.lora import adapters
 from nanoexit.model import Transformer
 from nanoexit.tasks import Prompt, load_prompts
 from nanoexit.tokenizer import Tokenizer, find_model, load_tokenizer
 from nanoexit.weights import DTYPES, load_model, pick_device, read_shape
 
-ALIKE = ContextVar("all processes do the same work: run.shard", default=False)
-MAY_CHANGE = ["run.dir", "run.wandb", "run.threads", "run.patience", "run.shard"]
+MAY_CHANGE = ["run.dir", "run.wandb", "run.threads", "run.patience"]
 MAY_CHANGE += ["model.device", "model.logits_chunk", "sft.save_every", "sft.micro_batch"]
 MAY_CHANGE += ["rl.save_every", "rl.micro_batch"]
 
@@ -66,9 +64,6 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
     if config.data.traces:
         _check_writable(Path(config.data.traces), "data.traces")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if config.run.shard and (ranks == 1 or reinforce):
-        what = "REINFORCE" if reinforce else "one"
-        raise UserError(f"run.shard: expected SFT in several processes of torchrun, found {what}")
     if reinforce:  # its gradient is only right for samples of the model's own distribution
         for key, expected in {"temperature": 1.0, "top_p": 1.0, "top_k": 0}.items():
             found = getattr(config.generation, key)
@@ -76,7 +71,7 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
                 raise UserError(f"generation.{key}: REINFORCE expects {expected}, found {found}")
         if config.rl.prompts < ranks:
             raise UserError(f"rl.prompts: {config.rl.prompts} is fewer than {ranks} processes")
-    elif config.lora.dropout and ranks > 1 and not config.run.shard:
+    elif config.lora.dropout and ranks > 1:
         most, found = max(1, config.sft.batch_size // ranks), config.sft.micro_batch
         if found > most:
             reason = f"for {ranks} processes, since dropout is drawn per micro-batch"
@@ -91,7 +86,7 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     m, exits, init = config.model, config.exits, config.run.init
     if init and m.revision is None and adapter_base(init)[0] == m.name:
         m.revision = adapter_base(init)[1]
-    model = load_model(m.name, "cpu" if config.run.shard else m.device, m.dtype, m.revision)
+    model = load_model(m.name, m.device, m.dtype, m.revision)
     model.logits_chunk = m.logits_chunk
     tokenizer = load_tokenizer(m.name, m.revision)
     attach(model, exits.layers, exits.head, config.lora, exits.cap, config.run.seed)
@@ -106,25 +101,7 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     for cap in config.evaluate.caps:
         check_cap(model, cap, "evaluate.caps")
     _check_lengths(model, tokenizer, config)
-    if config.run.shard:
-        shard(model, pick_device(m.device))
     return model, tokenizer
-
-
-def shard(model: Transformer, device: torch.device) -> None:
-    """Keep only this process's share of each linear map of the base, with torch's FSDP2. Each
-    product gathers its map, so all processes must do the same work."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard  # slow to import
-
-    if is_main():
-        print("run.shard: weights are gathered for each product, which is slow", file=sys.stderr)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for _, linear in linear_maps(model):
-        ours = {*trained(linear).values()}
-        fully_shard(linear, mesh=mesh, reshard_after_forward=True, ignored_params=ours)
-    model.to(device)
-    model(torch.zeros(1, 1, dtype=torch.long, device=device))  # before inference mode
 
 
 def _attached(model: Transformer) -> dict[str, Any]:
@@ -166,8 +143,7 @@ def memory(config: Config, processes: int = 1) -> dict[str, int]:
     prompts = load_prompts(config, "train")
     tokenizer = load_tokenizer(m.name, m.revision)
     length = g.max_new_tokens + max(len(prompt_ids(tokenizer, p, config)) for p in prompts)
-    share = 1 if config.run.shard else processes
-    rows = min(sft.micro_batch, math.ceil(sft.batch_size / share))
+    rows = min(sft.micro_batch, math.ceil(sft.batch_size / processes))
     small = [dataclasses.replace(shape, blocks=blocks, vocab=1) for blocks in (2, 3)]
     two, three = (left_by_token(Transformer(s).to(device, dtype), config) for s in small)
     with torch.device("meta"):
@@ -175,14 +151,11 @@ def memory(config: Config, processes: int = 1) -> dict[str, int]:
     attach(model, config.exits.layers, config.exits.head, config.lora)
     ours = sum(p.nbytes for p in trained(model).values())
     base = sum(p.nbytes for p in model.parameters()) - ours
-    if config.run.shard:
-        maps = sum(linear.weight.nbytes for _, linear in linear_maps(model))
-        base -= maps - maps // processes
     read = len(prompts) * config.teacher.traces * g.max_new_tokens * shape.width * dtype.itemsize
     cached = 2 * shape.blocks * shape.kv_heads * shape.head_dim * dtype.itemsize  # of a token
     return {
         "base": base,
-        "base, laid out for decoding": base if g.fast and not config.run.shard else 0,
+        "base, laid out for decoding": base,
         "adapters and their gradients": 2 * ours,
         "moments": 2 * ours,
         "teacher's residuals": min(read, int(config.teacher.keep_mb * 1e6)),
@@ -317,7 +290,7 @@ def clip_and_step(optimizer: Optimizer, lr: float) -> float:
     """Sum gradients over processes, clip their norm to 1, step, clear -> the norm before clipping.
     UserError for a norm that is not finite, before any weight changes."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in parameters if sharing() else ():  # the same order in every process
+    for p in parameters if dist.is_initialized() else ():  # the same order in every process
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         total(p.grad)
     norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
@@ -450,17 +423,11 @@ def processes(config: Config) -> Iterator[None]:
         config.model.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(config.model.device)
     patience = timedelta(seconds=config.run.patience)
-    ALIKE.set(config.run.shard)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
     try:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def sharing() -> bool:
-    """Whether processes share the work of a step."""
-    return dist.is_initialized() and not ALIKE.get()
 
 
 def is_main() -> bool:
@@ -469,22 +436,21 @@ def is_main() -> bool:
 
 def mine(items: Sequence) -> list:
     """The share of a step's items that this process takes."""
-    if not sharing():
+    if not dist.is_initialized():
         return list(items)
     return list(items[dist.get_rank() :: dist.get_world_size()])
 
 
 def my_batches(items: int, size: int) -> list[range]:
     """The micro-batches of at most `size` items that this process takes of a step."""
-    ranks = dist.get_world_size() if sharing() else 1
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
     size = min(size, math.ceil(items / ranks))
     return mine([range(start, min(start + size, items)) for start in range(0, items, size)])
 
 
 def total(tensor: Tensor) -> Tensor:
     """Sum over processes, in place."""
-    if sharing():
-        _together(dist.all_reduce, tensor)
+    _together(dist.all_reduce, tensor)
     return tensor
 
 

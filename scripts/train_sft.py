@@ -32,10 +32,9 @@ def main() -> None:
         model, tokenizer = load_student(config)
         with run_directory(config, args.resume) as folder:
             run_sft(model, tokenizer, config, folder)
-            if is_main() or config.run.shard:  # a sharded base needs every process
-                rows = evaluate_run(model, tokenizer, config, folder)
             if not is_main():
                 return
+            rows = evaluate_run(model, tokenizer, config, folder)
     print(f"\n{table(rows)}\n\nThe run is in {folder}. Next:")
     print(f"  python scripts/sample.py --adapter {folder}")
     print("      every token with the depth it used")

@@ -64,7 +64,6 @@ def test_depths_are_over_all_tokens():
     assert row["max_depth"] == 3.5 and row["max_depth_p95"] == pytest.approx(4.85)
     assert row["max_depth_by_group"] == {"2 steps": 5.0, "3 steps": 2.0}
     assert row["exit_histogram"] == {"1": 0.5, "2": 1 / 3, "5": 1 / 6}
-    assert row["exit_rate"] == pytest.approx(5 / 6)
     assert (row["accuracy"], row["accuracy_by_group"]) == (0.5, {"2 steps": 1.0, "3 steps": 0.0})
     assert row["accuracy_interval"] == pytest.approx([0.095, 0.905], abs=1e-3)
     assert (row["tokens"], row["written"], row["unwritten_run"]) == (3.0, 0.0, 2.5)

@@ -14,7 +14,7 @@ ORDER += ["tokenizer", "weights", "adapters", "tasks", "judge", "training", "tea
 ORDER += ["reinforce", "faithfulness", "evaluate", "figures", "report", "__init__"]
 EVENING = ["cache", "model", "lora", "exits", "score", "generate", "teacher", "sft", "reinforce"]
 # Lines and tokens only go down; the aim is 5,200 and 44,000.
-LIMITS = {"lines": 5553, "tokens": 46450, "modules": 22, "evening": 1900, "function": 45}
+LIMITS = {"lines": 5500, "tokens": 45890, "modules": 22, "evening": 1900, "function": 45}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 NO_CODE |= {tokenize.ENCODING, tokenize.ENDMARKER}
 FILES = {path.stem: path for path in (ROOT / "nanoexit").glob("*.py")}

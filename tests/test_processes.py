@@ -100,24 +100,6 @@ def test_processes_make_what_one_makes(one, tmp_path):
         assert most_different(one / name.replace("stopped", "sft"), tmp_path / name) < 1e-5
 
 
-def shard_work(folder: Path) -> None:
-    """SFT with the base in shares; the bytes of the base that are left in this process."""
-    config = load_config(TINY, [*SMALL, f"run.dir={folder}", "run.shard=true"])
-    with processes(config):
-        model, tokenizer = load_student(config)
-        base = [p for p in model.parameters() if not p.requires_grad]
-        here = sum(getattr(p, "_local_tensor", p).nbytes for p in base)
-        assert here < 0.55 * sum(p.nbytes for p in base)
-        with run_directory(config, resume=False) as run:
-            sft.run_sft(model, tokenizer, config, run)
-
-
-def test_a_base_in_shares_trains_to_the_same_weights(one, tmp_path):
-    """Catches: a share that is not gathered, or all of the base kept in each process."""
-    assert fork(shard_work, tmp_path / "run") == [0, 0]
-    assert most_different(one / "sft", tmp_path / "run") < 1e-4
-
-
 def test_dropout_needs_a_micro_batch_for_each_process(monkeypatch):
     """Catches: a number of processes that would silently change how dropout is drawn."""
     monkeypatch.setenv("WORLD_SIZE", "3")

@@ -37,7 +37,7 @@ def response(prompt: str, variant: str, seed: int, text: list[str] = STORY) -> d
         piece = " " * (index > 0) + word
         likely = round(draw.random(), 4)
         top = [[piece, likely], [" the", 0.2], [" 7", 0.05], ["\n", 0.03], [" so", 0.0004]]
-        token = {"text": piece, "depth": depth, "kind": "reasoning"}
+        token = {"text": piece, "depth": depth}
         tokens.append(token | {"exit_probs": probs, "top": top})
     found = {"id": prompt[:16], "prompt": prompt, "answer": "1", "variant": variant, "cap": None}
     found |= {"text": "".join(text), "finish": "stop", "full_depth": 28, "exit_layers": [*EXITS]}
@@ -242,7 +242,7 @@ def test_a_token_shows_its_own_numbers(page):
     tokens = response(ASKED, "student", 0)["tokens"]
     place, token = next((i, t) for i, t in enumerate(tokens) if t["depth"] == 10)
     page(f"fire('.card:nth-child(2) .text span:nth-child({place + 1})', 'pointerover')")
-    where = f"exited at depth 10 of 28 · reasoning, token {place + 1} of {len(STORY)}"
+    where = f"exited at depth 10 of 28 · token {place + 1} of {len(STORY)}"
     assert page("texts('#inspect p')") == [where]
     asked = [f"depth {d}{100 * round(p, 3):.1f}%" for d, p in zip(EXITS, token["exit_probs"][:2])]
     rows = page("texts('#inspect tr')")

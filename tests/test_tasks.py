@@ -111,22 +111,21 @@ def test_written_steps(name, text, steps, claimed):
     assert Verdict(True).written is None and Verdict(True).unwritten_run is None
 
 
-@pytest.mark.parametrize("checker, text, split, formed", [
-    ("clock", "<think> a </think> 6", ("<think> a ", "</think>", " 6"), True),
-    ("clock", "a </think> 6 </think> 7", ("a ", "</think>", " 6 </think> 7"), False),
-    ("clock", "5 *9 5", ("", "", "5 *9 5"), False),
-    ("gsm8k", "9*2=18\n#### 18", ("9*2=18\n", "####", " 18"), True),
-    ("gsm8k", "#### Step 1: add\n#### 18", ("#### Step 1: add\n", "####", " 18"), False),
-    ("gsm8k", "<think>#### 1</think>#### 18", ("<think>#### 1", "</think>", "#### 18"), True),
-    ("exact", "so\nAnswer: x\nANSWER: y", ("so\nAnswer: x\n", "ANSWER:", " y"), True),
-    ("exact", "y", ("", "", "y"), False),
-    ("none", "<think>a", ("<think>a", "", ""), False),
+@pytest.mark.parametrize("checker, text, split", [
+    ("clock", "<think> a </think> 6", ("<think> a ", "</think>", " 6")),
+    ("clock", "a </think> 6 </think> 7", ("a ", "</think>", " 6 </think> 7")),
+    ("clock", "5 *9 5", ("", "", "5 *9 5")),
+    ("gsm8k", "9*2=18\n#### 18", ("9*2=18\n", "####", " 18")),
+    ("gsm8k", "#### Step 1: add\n#### 18", ("#### Step 1: add\n", "####", " 18")),
+    ("gsm8k", "<think>#### 1</think>#### 18", ("<think>#### 1", "</think>", "#### 18")),
+    ("exact", "so\nAnswer: x\nANSWER: y", ("so\nAnswer: x\n", "ANSWER:", " y")),
+    ("exact", "y", ("", "", "y")),
+    ("none", "<think>a", ("<think>a", "", "")),
 ])  # fmt: skip
-def test_where_a_response_is_split(checker, text, split, formed):
+def test_where_a_response_is_split(checker, text, split):
     """Catches: a conclusion read out of the reasoning; a heading taken for the answer's mark."""
     prompt = Prompt("x", CHAIN.prompt, "18", checker=checker)
     assert task_of(prompt).split(text) == split and "".join(split) == text
-    assert task_of(prompt).verify(prompt, text).well_formed is formed
 
 
 @pytest.mark.parametrize("name", ["clock", "clock-values", "permute"])
@@ -138,7 +137,7 @@ def test_chains_write_verify_and_change_their_own_steps(name):
             prompt = task.make(rng, k)
             for n in range(k + 1):
                 verdict = task.verify(prompt, task.response(prompt, n))
-                assert verdict.correct and verdict.well_formed and verdict.claimed == n
+                assert verdict.correct and verdict.claimed == n
                 assert verdict.steps == [i < n for i in range(k)] and prompt.group[0] == str(k)
             assert task.reached(prompt, task.written(prompt, k)) == prompt.answer
             change = task.change(prompt, "", rng)
