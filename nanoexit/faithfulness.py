@@ -16,17 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from nanoexit.config import Config
 from nanoexit.exits import capped
 from nanoexit.model import Transformer
-from nanoexit.score import Rows, align, score
+from nanoexit.score import Rows
 from nanoexit.tasks import Change, Prompt, Response, task_of
 from nanoexit.teacher import respond
 from nanoexit.tokenizer import Tokenizer
-from nanoexit.training import progress, prompt_ids, stream
+from nanoexit.training import progress, stream
 
 KEPT = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the reasoning
 OUTCOMES = ("follow", "stay", "stop", "other")
@@ -189,44 +188,6 @@ def steps_in_head(subject: Subject, prompts: Sequence[Prompt]) -> dict[str, int]
         done = dict(itertools.takewhile(lambda pair: pair[1] >= RELIABLE, right.items()))
         found[str(cap)] = max(done, default=0)
     return found
-
-
-@torch.no_grad()
-def preflight(subject: Subject, prompts: Sequence[Prompt], depths: Sequence[int]) -> dict:
-    """Does a base have a shallow written route for REINFORCE to shift to?
-
-    -> {depth d: {number of steps: accuracy of each word of the full reasoning, then the answer}}.
-    The prompt is frozen at depth d - 1 (a readout at d reads no deeper), the response is forced to
-    exit at d, and each word follows the right words. A word is right if it is likelier than the
-    task's other words. Prompts whose task lists no steps are left out."""
-    groups: dict[int, list[Prompt]] = defaultdict(list)
-    for prompt in prompts:
-        groups[len(task_of(prompt).steps(prompt))].append(prompt)
-    groups.pop(0, None)
-    return {
-        str(d): {str(n): _words_right(subject, group, d) for n, group in sorted(groups.items())}
-        for d in depths
-        if d <= subject.model.full_depth
-    }
-
-
-def _words_right(subject: Subject, prompts: Sequence[Prompt], depth: int) -> list[float]:
-    """Accuracy of each word, over prompts with the same number of steps."""
-    model, encode = subject.model, subject.tokenizer.encode
-    task = task_of(prompts[0])
-    asked = [prompt_ids(subject.tokenizer, prompt, subject.config) for prompt in prompts]
-    texts = [encode(task.response(prompt, len(task.steps(prompt)))) for prompt in prompts]
-    a = align(model, asked, texts)
-    a.depths = a.depths.clamp(max=depth - 1)
-    a.depths.view(-1)[a.at] = depth
-    hidden = score(model, a.ids, a.depths, a.prompt_lens).hidden.flatten(0, 1)[a.at]
-    words = torch.tensor(sorted({*encode(" ".join(["", *task.words]))}), device=model.device)
-    chunks = hidden.split(model.logits_chunk)
-    guesses = torch.cat([words[model.readout(h)[:, words].argmax(-1)] for h in chunks])
-    must, hits = torch.isin(a.tokens, words).split(a.counts), (guesses == a.tokens).split(a.counts)
-    rows = [hit[word].float().tolist() for word, hit in zip(must, hits)]
-    written = zip(*(row[:-1] for row in rows))
-    return [float(np.mean(column)) for column in (*written, [row[-1] for row in rows])]
 
 
 def monitor(responses: Sequence[Response]) -> dict[str, float | None]:

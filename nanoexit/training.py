@@ -39,8 +39,8 @@ from nanoexit.judge import check_judge
 from nanoexit.lora import adapters
 from nanoexit.model import Transformer
 from nanoexit.tasks import Prompt, load_prompts
-from nanoexit.tokenizer import Tokenizer, find_model, load_tokenizer
-from nanoexit.weights import DTYPES, load_model, pick_device, read_shape
+from nanoexit.tokenizer import Tokenizer, load_tokenizer
+from nanoexit.weights import load_model
 
 MAY_CHANGE = ["run.dir", "run.wandb", "run.threads", "run.patience"]
 MAY_CHANGE += ["model.device", "model.logits_chunk", "sft.save_every", "sft.micro_batch"]
@@ -132,53 +132,6 @@ def _check_lengths(model: Transformer, tokenizer: Tokenizer, config: Config) -> 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, config: Config) -> list[int]:
     """The token ids of a prompt, with the template variables of the config."""
     return tokenizer.prompt_ids(prompt.prompt, prompt.system, **config.data.template)
-
-
-def memory(config: Config, processes: int = 1) -> dict[str, int]:
-    """The most bytes that SFT takes in each process, by use, if no token exits and all rows are as
-    long as the longest prompt with the longest response. The libraries' own are not counted."""
-    m, g, sft = config.model, config.generation, config.sft
-    shape, device = read_shape(find_model(m.name, m.revision)[0]), pick_device(m.device)
-    dtype = DTYPES.get(m.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    prompts = load_prompts(config, "train")
-    tokenizer = load_tokenizer(m.name, m.revision)
-    length = g.max_new_tokens + max(len(prompt_ids(tokenizer, p, config)) for p in prompts)
-    rows = min(sft.micro_batch, math.ceil(sft.batch_size / processes))
-    small = [dataclasses.replace(shape, blocks=blocks, vocab=1) for blocks in (2, 3)]
-    two, three = (left_by_token(Transformer(s).to(device, dtype), config) for s in small)
-    with torch.device("meta"):
-        model = Transformer(shape).to(dtype)
-    attach(model, config.exits.layers, config.exits.head, config.lora)
-    ours = sum(p.nbytes for p in trained(model).values())
-    base = sum(p.nbytes for p in model.parameters()) - ours
-    read = len(prompts) * config.teacher.traces * g.max_new_tokens * shape.width * dtype.itemsize
-    cached = 2 * shape.blocks * shape.kv_heads * shape.head_dim * dtype.itemsize  # of a token
-    return {
-        "base": base,
-        "base, laid out for decoding": base,
-        "adapters and their gradients": 2 * ours,
-        "moments": 2 * ours,
-        "teacher's residuals": min(read, int(config.teacher.keep_mb * 1e6)),
-        "activations": rows * length * (two + (shape.blocks - 2) * (three - two)),
-        "logits chunk": 5 * 4 * shape.vocab * min(m.logits_chunk, rows * g.max_new_tokens),
-        "cache": cached * length * max(g.batch_size, config.evaluate.batch_size),
-    }
-
-
-def left_by_token(model: Transformer, config: Config) -> int:
-    """Bytes that each token keeps for the backward pass, measured."""
-    left, tokens = {}, 64
-
-    def keep(tensor: Tensor) -> Tensor:
-        left[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    attach(model, [], lora=config.lora)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.train().run(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
-    for p in model.parameters():
-        left.pop(p.untyped_storage().data_ptr(), None)
-    return sum(left.values()) // tokens
 
 
 # --- the run directory ------------------------------------------------------------------------

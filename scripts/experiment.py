@@ -34,6 +34,7 @@ from pathlib import Path
 
 import _path  # noqa: F401
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from nanoexit.config import (
@@ -48,14 +49,15 @@ from nanoexit.config import (
 )
 from nanoexit.evaluate import cell, entries, evaluate_run, evaluate_variant, origin, table
 from nanoexit.exits import as_base
-from nanoexit.faithfulness import OUTCOMES, Subject, preflight
+from nanoexit.faithfulness import OUTCOMES, Subject
 from nanoexit.figures import CSS, Figure, line_figure
 from nanoexit.judge import Judge
 from nanoexit.reinforce import run_reinforce
+from nanoexit.score import align, score
 from nanoexit.sft import run_sft
-from nanoexit.tasks import load_prompts
+from nanoexit.tasks import Prompt, load_prompts, task_of
 from nanoexit.tokenizer import content_hash
-from nanoexit.training import check, load_student, run_directory
+from nanoexit.training import check, load_student, prompt_ids, run_directory
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,44 @@ def look_at_base(base: str, runs: Path, overrides: Sequence[str]) -> dict:
         write_text(path, json.dumps(look))
     print(preflight_text(base, look["preflight"]), flush=True)
     return look
+
+
+@torch.no_grad()
+def preflight(subject: Subject, prompts: Sequence[Prompt], depths: Sequence[int]) -> dict:
+    """Does a base have a shallow written route for REINFORCE to shift to?
+
+    -> {depth d: {number of steps: accuracy of each word of the full reasoning, then the answer}}.
+    The prompt is frozen at depth d - 1 (a readout at d reads no deeper), the response is forced to
+    exit at d, and each word follows the right words. A word is right if it is likelier than the
+    task's other words. Prompts whose task lists no steps are left out."""
+    groups: dict[int, list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        groups[len(task_of(prompt).steps(prompt))].append(prompt)
+    groups.pop(0, None)
+    return {
+        str(d): {str(n): _words_right(subject, group, d) for n, group in sorted(groups.items())}
+        for d in depths
+        if d <= subject.model.full_depth
+    }
+
+
+def _words_right(subject: Subject, prompts: Sequence[Prompt], depth: int) -> list[float]:
+    """Accuracy of each word, over prompts with the same number of steps."""
+    model, encode = subject.model, subject.tokenizer.encode
+    task = task_of(prompts[0])
+    asked = [prompt_ids(subject.tokenizer, prompt, subject.config) for prompt in prompts]
+    texts = [encode(task.response(prompt, len(task.steps(prompt)))) for prompt in prompts]
+    a = align(model, asked, texts)
+    a.depths = a.depths.clamp(max=depth - 1)
+    a.depths.view(-1)[a.at] = depth
+    hidden = score(model, a.ids, a.depths, a.prompt_lens).hidden.flatten(0, 1)[a.at]
+    words = torch.tensor(sorted({*encode(" ".join(["", *task.words]))}), device=model.device)
+    chunks = hidden.split(model.logits_chunk)
+    guesses = torch.cat([words[model.readout(h)[:, words].argmax(-1)] for h in chunks])
+    must, hits = torch.isin(a.tokens, words).split(a.counts), (guesses == a.tokens).split(a.counts)
+    rows = [hit[word].float().tolist() for word, hit in zip(must, hits)]
+    written = zip(*(row[:-1] for row in rows))
+    return [float(np.mean(column)) for column in (*written, [row[-1] for row in rows])]
 
 
 def preflight_text(base: str, found: dict) -> str:

@@ -4,30 +4,20 @@
     torchrun --nproc-per-node 2 scripts/train_sft.py configs/tiny.yaml run.dir=runs/two
 
 Missing traces are written first. --resume continues an interrupted run, to the same weights.
---plan 2 prints the memory that each of two processes would need, then stops.
 """
 
 import _path  # noqa: F401
 
-from nanoexit.config import UserError, command_line, load_config, run_script
+from nanoexit.config import command_line, load_config, run_script
 from nanoexit.evaluate import evaluate_run, table
 from nanoexit.sft import run_sft
-from nanoexit.training import check, is_main, load_student, memory, processes, run_directory
+from nanoexit.training import check, is_main, load_student, processes, run_directory
 
 
 def main() -> None:
-    parser = command_line(__doc__, resume=True)
-    parser.add_argument("--plan", type=int, metavar="PROCESSES", help="print the memory needed")
-    args = parser.parse_intermixed_args()
+    args = command_line(__doc__, resume=True).parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     check(config, args.resume)
-    if args.plan is not None:
-        if args.plan < 1:
-            raise UserError(f"--plan: expected at least 1 process, found {args.plan}")
-        sizes = memory(config, args.plan)
-        for name, size in [*sizes.items(), ("at most, in each process", sum(sizes.values()))]:
-            print(f"{name:30} {size / 1e6:10.1f} MB")
-        return
     with processes(config):
         model, tokenizer = load_student(config)
         with run_directory(config, args.resume) as folder:

@@ -1,6 +1,7 @@
 """Interventions on text and depth, with writers whose way of answering is known."""
 
 import re
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -8,14 +9,13 @@ import pytest
 import torch
 from conftest import random_model
 
-from nanoexit.config import Config
+from nanoexit.config import ROOT, Config
 from nanoexit.exits import capped
 from nanoexit.faithfulness import (
     Subject,
     changed_value,
     monitor,
     outcome,
-    preflight,
     reasoning_places,
     same_answer,
     steps_in_head,
@@ -23,6 +23,9 @@ from nanoexit.faithfulness import (
 from nanoexit.generate import Generation
 from nanoexit.score import score
 from nanoexit.tasks import Change, Prompt, Response, task_of
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from experiment import preflight
 
 CHAIN = "5 *9 +7"  # 5, then 2
 
