@@ -89,7 +89,7 @@ def _peft_config(model: Transformer) -> dict[str, Any]:
     config |= {"r": ranks[first], "lora_alpha": alphas[first]}
     config["rank_pattern"] = {name: r for name, r in ranks.items() if r != ranks[first]}
     config["alpha_pattern"] = {name: a for name, a in alphas.items() if a != alphas[first]}
-    config |= {"lora_dropout": attached[first].dropout, "target_modules": list(attached)}
+    config |= {"lora_dropout": 0.0, "target_modules": list(attached)}
     return config
 
 
@@ -238,12 +238,12 @@ def _matches(names: str | list, name: str) -> bool:
 
 
 def _settings(config: dict[str, Any], name: str, where: Path) -> LoRAConfig:
-    """Rank, alpha and dropout of one map."""
-    chosen = {key: config.get(key, 0.0) for key in ("r", "lora_alpha", "lora_dropout")}
+    """Rank and alpha of one map."""
+    chosen = {key: config[key] for key in ("r", "lora_alpha")}
     for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         for pattern, value in reversed((config.get(patterns) or {}).items()):
             if _matches(rf"(.*\.)?({pattern})", name):
                 chosen[key] = value
     check_values(chosen, PEFT, where)
-    r, alpha, dropout = chosen.values()
-    return LoRAConfig(r, alpha * (r**0.5 if config.get("use_rslora") else 1.0), dropout)
+    r, alpha = chosen.values()
+    return LoRAConfig(r, alpha * (r**0.5 if config.get("use_rslora") else 1.0))

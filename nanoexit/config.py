@@ -59,7 +59,6 @@ class ExitsConfig:
 class LoRAConfig:
     r: int = knob(8, "rank", 1, 65536)
     alpha: float = knob(16.0, "the update B A x is scaled by alpha / r")
-    dropout: float = knob(0.0, "dropout on the input of A while training", high=0.99)
     targets: list[str] = knob(TARGETS[:4], "linear maps that get an adapter", choices=TARGETS)
 
 
@@ -113,7 +112,6 @@ class RLConfig:
     depth_weight: float = knob(1.0, "lambda: cost of depth, in units of L")
     depth_penalty: str = knob("max", "which depth is charged", choices=["max", "mean", "sum"])
     length_weight: float = knob(0.005, "eta: cost of each token written")
-    keep_samples: int = knob(2, "rollouts of each step kept in samples.jsonl")
     save_every: int = knob(20, "steps between checkpoints", 1)
 
 

@@ -1,6 +1,6 @@
 """LoRA by hand (Hu et al. 2021): attach, switch off, merge.
 
-y = W x + (alpha / r) B A dropout(x), with A [r, in] drawn as in the paper's code and B [out, r]
+y = W x + (alpha / r) B A x, with A [r, in] drawn as in the paper's code and B [out, r]
 zero at first, so that a new adapter changes no bit of the output. Adapters are float32 and are cast
 for the product, so small updates are not lost in bfloat16. The base weights are never modified.
 """
@@ -27,13 +27,13 @@ class LoRA(nn.Module):
         a = torch.empty(config.r, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(a.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.r, device=device))
-        self.scale, self.dropout = config.alpha / config.r, config.dropout
+        self.scale = config.alpha / config.r
         self.enabled = True
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], to be added to the base's output."""
-        x = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+        x = F.linear(x, self.lora_A.to(x.dtype))
         return F.linear(x, self.lora_B.to(x.dtype)) * self.scale
 
 

@@ -37,6 +37,7 @@ from nanoexit.teacher import against_base, rescore, respond, show_response
 from nanoexit.tokenizer import Tokenizer
 
 LONGEST_ROW = 1024  # the most tokens of a prompt's rollouts that share a row
+SHOWN = 2  # rollouts of each step that samples.jsonl keeps
 
 
 @dataclass
@@ -155,8 +156,7 @@ def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, fold
             row = step_figures(rollouts, config)
             norm = training.clip_and_step(optimizer, rl.lr * training.cosine_share(step, rl.steps))
             metrics.write(step + 1, **row, grad_norm=norm)
-            kept = rollouts[: rl.keep_samples] if training.is_main() else []
-            for r in kept:
+            for r in rollouts[:SHOWN] if training.is_main() else ():
                 line = show_response(model, tokenizer, r.response, "rollout") | {"step": step + 1}
                 samples.append({**line, "rewards": {**r.parts, "total": r.reward}})
             shown = {n: f"{row[n]:.2f}" for n in ("reward", "accuracy", "max_depth", "written")}

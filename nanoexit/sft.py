@@ -130,7 +130,6 @@ def step_losses(
         a, (residuals, *base_kl) = teacher([chosen[i] for i in piece])
         noise, uniform = draw_noise(a, piece, exits, config, step)
         draw = Draw(model, a, uniform, residuals, *base_kl)
-        training.seed_torch("dropout", config.run.seed, step, piece[0])
         loss, figures = student_losses(model, a, draw, noise, config.teacher.kl_strength)
         (loss / tokens).backward()
         sums = {name: value + figures[name] for name, value in sums.items()}

@@ -71,11 +71,6 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
                 raise UserError(f"generation.{key}: REINFORCE expects {expected}, found {found}")
         if config.rl.prompts < ranks:
             raise UserError(f"rl.prompts: {config.rl.prompts} is fewer than {ranks} processes")
-    elif config.lora.dropout and ranks > 1:
-        most, found = max(1, config.sft.batch_size // ranks), config.sft.micro_batch
-        if found > most:
-            reason = f"for {ranks} processes, since dropout is drawn per micro-batch"
-            raise UserError(f"sft.micro_batch is {found}, expected at most {most} {reason}")
 
 
 def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
@@ -309,11 +304,6 @@ def metrics_until(folder: Path, step: int) -> bytes:
 def stream(name: str, seed: int, *numbers: int) -> list[int]:
     """The seed of one named use of randomness: no two names share a stream."""
     return [zlib.crc32(name.encode()), seed, *numbers]
-
-
-def seed_torch(name: str, seed: int, *numbers: int) -> None:
-    """Seed torch's global generator (dropout) with a named stream."""
-    torch.manual_seed(int(np.random.default_rng(stream(name, seed, *numbers)).integers(2**63)))
 
 
 def batch_at(step: int, items: int, batch_size: int, seed: int) -> list[int]:

@@ -184,7 +184,7 @@ def train(args: argparse.Namespace) -> None:
         lora_step(args, model, ids)
     L, size = model.full_depth, (ids.numel(), model.shape.width)
     teacher = torch.randn(size, device=args.device, dtype=model.dtype)
-    attach(model, quarters(L), lora=LoRAConfig(dropout=0.0))
+    attach(model, quarters(L), lora=LoRAConfig())
     choices = torch.tensor([*quarters(L), L])
     drawn = choices[torch.randint(len(choices), ids.shape, generator=generator)].to(args.device)
 
@@ -211,7 +211,7 @@ def update(args: argparse.Namespace) -> None:
     """
     K, rows = 8, args.batch
     model = load(args)
-    attach(model, quarters(model.full_depth), lora=LoRAConfig(dropout=0.0))
+    attach(model, quarters(model.full_depth), lora=LoRAConfig())
     apart = prompts(rows, args.prompt, model.shape.vocab)
     ids = {"shared": [row for row in apart[: rows // K] for _ in range(K)], "apart": apart}
     written = {name: write(model, ids[name], "head", args.new, 1.0) for name in ids}
@@ -240,7 +240,7 @@ def lora_step(args: argparse.Namespace, model: Transformer, ids: Tensor) -> None
     hf = peer("hf")
     theirs = hf.load(args.model, DTYPES[args.dtype], args.device)
     theirs = hf.with_lora(theirs, LoRAConfig().targets)
-    attach_lora(model.requires_grad_(False), LoRAConfig(dropout=0.0))
+    attach_lora(model.requires_grad_(False), LoRAConfig())
     targets = ids[:, 1:].reshape(-1)
 
     def loss() -> Tensor:

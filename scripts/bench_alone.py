@@ -139,7 +139,7 @@ def growing(args: argparse.Namespace) -> tuple[Callable, Callable]:
     """-> write_after(n, new): write after n tokens of prefill; student(n): a step on a row of n."""
     model = load(args)
     half = model.full_depth // 2
-    attach(model, [half], lora=LoRAConfig(dropout=0.0))
+    attach(model, [half], lora=LoRAConfig())
     row = torch.tensor(prompts(1, args.longest, model.shape.vocab), device=args.device)
     depths = torch.full_like(row, model.full_depth)
     depths[:, ::2] = half

@@ -262,7 +262,6 @@ def train(model: Transformer, tokenizer: Tokenizer, config: Recipe, folder: Path
     with training.progress(f.steps, "finetune", "step", done) as bar:
         for step in range(done, f.steps):
             full, shallow = rows_of_step(config, tokenizer, kept, step)
-            training.seed_torch("dropout", config.run.seed, step)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=f.autocast):
                 figures = step_losses(model, full, shallow, f, step)
             norm = training.clip_and_step(optimizer, f.lr * training.cosine_share(step, f.steps))

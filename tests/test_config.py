@@ -26,7 +26,7 @@ def written(tmp_path, text: str) -> str:
     ("sft:\n  steps: 0\n", ["sft.steps", "0", "at least 1"]),
     ("sft:\n  steps: true\n", ["sft.steps", "True", "a whole number"]),
     ("sft:\n  steps: 3\n  steps: 4\n", ["c.yaml", "'steps' is given twice"]),
-    ("lora:\n  dropout: 1.5\n", ["lora.dropout", "1.5", "from 0 to 0.99"]),
+    ("data:\n  held_out: 1.5\n", ["data.held_out", "1.5", "from 0 to 0.9"]),
     ("exits:\n  layers: 5\n", ["exits.layers", "5", "a list"]),
     ("exits:\n  layers: [1, x]\n", ["exits.layers", "'x'"]),
     ("exits:\n  head: liner\n", ["exits.head", "linear, mlp", "did you mean 'linear'"]),

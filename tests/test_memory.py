@@ -25,10 +25,10 @@ def peak(work) -> int:
     return top
 
 
-@pytest.mark.parametrize("chunk, dropout", [(16, 0.0), (512, 0.1)])
-def test_a_plan_is_within_15_percent_of_the_peak(chunk, dropout):
+@pytest.mark.parametrize("chunk", [16, 512])
+def test_a_plan_is_within_15_percent_of_the_peak(chunk):
     """Catches: a plan that omits a part that takes memory, or counts one twice."""
-    overrides = [f"model.logits_chunk={chunk}", f"lora.dropout={dropout}", "data.count=8"]
+    overrides = [f"model.logits_chunk={chunk}", "data.count=8"]
     overrides += ["sft.micro_batch=64", "sft.batch_size=128", "teacher.keep_mb=0"]
     config = load_config(str(ROOT / "configs" / "tiny.yaml"), overrides)
     plan = memory(config, processes=2)

@@ -39,7 +39,7 @@ import finetune
 TINY = str(ROOT / "configs" / "tiny.yaml")
 SMALL = ["data.count=96", "teacher.chunk=32", "evaluate.count=8", "evaluate.samples=1"]
 SMALL += ["sft.steps=6", "sft.batch_size=12", "sft.micro_batch=8", "sft.save_every=1"]
-SMALL += ["lora.dropout=0.1", "evaluate.policies=[head]", "evaluate.caps=[]"]
+SMALL += ["evaluate.policies=[head]", "evaluate.caps=[]"]
 TUNE = ["steps=6", "save_every=2", "capped_rows=3", "cap=3", "early=[2]", "early_weight=0.5"]
 TUNE += ["scaffold=1", "scaffold_steps=4", "batch_size=6"]
 ROLL = ["rl.steps=4", "rl.prompts=2", "rl.rollouts=4", "rl.save_every=2", "data.count=20"]

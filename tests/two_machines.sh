@@ -17,7 +17,7 @@ for host in "$a" "$b"; do
 done
 
 train=(scripts/train_sft.py configs/tiny.yaml data.count=64 teacher.chunk=16 sft.steps=5 sft.batch_size=8)
-train+=(sft.micro_batch=4 lora.dropout=0.1 evaluate.count=8 "evaluate.caps=[]" run.threads=1)
+train+=(sft.micro_batch=4 evaluate.count=8 "evaluate.caps=[]" run.threads=1)
 python "${train[@]}" run.dir="$work/one"
 
 on() {  # host, its address, whether it hosts the rendezvous: here both have one host name
