@@ -9,7 +9,7 @@ interrupted experiment. It reuses a result only if config, base, commit and code
 says so.
 
 Arms of --full: lambda 0, 0.3, 1, 2 and 3 on the deepest token; 3 on the mean and on the sum of
-depths; 0 under a cap and without exits. Other bases: a second one from the shipped recipe, one for
+depths; 0 under a cap and without exits. Other bases: two more from the shipped recipe, one for
 operations that do not compose, one that writes values without operations (a control), and a
 designed one (padded prompts, early readouts trained). Exit targets from the base's readouts. SFT
 alone, with both kinds of targets at four strengths, first seed only.
@@ -80,6 +80,7 @@ POLISH = ("finetune.steps=300", "finetune.batch_size=8", "finetune.lr=1e-4")
 BASES = {
     "shipped": Base(),
     "second-base": Base(flags=("pretrain.seed=1",)),
+    "third-base": Base(flags=("pretrain.seed=2",)),
     "values": Base("clock-values"),
     "designed": Base("clock-values", ("pretrain.slots=7", "pretrain.deep_weight=0.3")),
     "permute": Base("permute"),
@@ -160,7 +161,7 @@ FULL = [
     *(SFT, UNCHARGED, Arm(0.3), Arm(1.0), CHARGED, Arm(3.0)),
     *(Arm(3.0, "mean"), Arm(3.0, "sum"), Arm(0.0, cap=4), Arm(0.0, exits=False)),
     *(Arm(weight, base="second-base") for weight in (None, 0.0, 2.0, 3.0)),
-    *(Arm(weight, base="permute") for weight in (None, 0.0, 2.0)),
+    *(Arm(w, base=base) for base in ("third-base", "permute") for w in (None, 0.0, 2.0)),
     *(Arm(weight, base=base) for base in ("values", "designed") for weight in (None, 2.0)),
     *(Arm(weight, targets="base") for weight in (None, 2.0)),
     *(Arm(targets=t, strength=s) for t in ("student", "base") for s in (4.0, 8.0, 16.0, 32.0)),
