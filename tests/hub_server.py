@@ -20,8 +20,7 @@ REQUEST = re.compile(
 
 
 class Hub(Loopback):
-    """with Hub(folder) as hub: hub.url, hub.asked (requests), hub.gated (ids), hub.dropped
-    (transfers of files with this in their name break off halfway)."""
+    """`asked` has the requests; `gated` ids are refused; files named like `dropped` break off."""
 
     def __init__(self, folder: Path):
         super().__init__(Handler)

@@ -31,14 +31,10 @@ def linear(module, x):
 
 
 def hidden_states(model, ids, depths):
-    """ids, depths: one row, lists of T ints -> [T, D]: each token's residual at its own depth.
-
-    A frozen token leaves keys and values in every later block, made from its frozen residual, and
-    runs nothing else."""
+    """ids, depths: one row, lists of T ints -> [T, D]: each token's residual at its own depth."""
     s, frequencies = model.shape, rope_frequencies(model.shape, torch.device("cpu"))
     keys = [[] for _ in range(s.blocks)]  # keys[l][t][k]: kv head k of token t in block l
-    values = [[] for _ in range(s.blocks)]
-    ends = []
+    values, ends = [[] for _ in range(s.blocks)], []
     for t, (token, depth) in enumerate(zip(ids, depths)):
         h = model.model.embed_tokens.weight[token]
         for l, block in enumerate(model.blocks):
@@ -51,7 +47,7 @@ def hidden_states(model, ids, depths):
             keys[l].append([turn(head, t, frequencies) for head in k])
             values[l].append(list(v))
             if l >= depth:
-                continue
+                continue  # frozen: it leaves keys and values, and runs nothing else
             q = linear(attention.q_proj, x).view(s.heads, s.head_dim)
             outputs = []
             for i, head in enumerate(q):
@@ -90,9 +86,7 @@ def exit_logprob(model, ids, depths, t):
 
 
 def generate(model, prompt, max_new_tokens, noise, stop_ids):
-    """Greedy tokens, exits sampled from the heads with noise [max_new_tokens, 1 + E].
-
-    Reruns the whole text for each head of each token."""
+    """Greedy tokens, exits drawn with noise [max_new_tokens, 1 + E]; reruns all for each head."""
     tokens, depths = [], []
     before = [model.full_depth] * (len(prompt) - 1)
     while True:

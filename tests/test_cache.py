@@ -31,9 +31,8 @@ def test_rows_move_and_are_replaced():
     new.kv += torch.tensor([8.0, 9.0]).view(2, 1, 1, 1, 1)
     before = cache.names
     cache.admit(torch.tensor([0, 2]), new, [1, 1])
-    assert (
-        len({*before.tolist(), *cache.names.tolist()}) == 6 and (cache.names == before)[1::2].all()
-    )
+    assert len({*before.tolist(), *cache.names.tolist()}) == 6
+    assert (cache.names == before)[1::2].all()
     names = cache.names
     cache.select(torch.tensor([3, 1, 0]))
     assert cache.names.tolist() == names[[3, 1, 0]].tolist()

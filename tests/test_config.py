@@ -54,8 +54,7 @@ def test_a_mistake_is_named(tmp_path, text, says):
 
 
 def test_what_is_given_is_read_and_what_is_written_reads_back_the_same(tmp_path):
-    """Catches: 1e-5, a string in YAML 1.1, refused or kept as text; an int where a float fits; a
-    default shared by two configs; a value that load_config refuses."""
+    """Catches: 1e-5 refused or kept as text; a shared default; a value that load_config refuses."""
     overrides = ["rl.lr=3e-7", "exits.layers=[2, 3]", "model.revision=abc", "exits.cap=null"]
     overrides.append("data.template={enable_thinking: false}")
     config = load_config(written(tmp_path, "sft:\n  lr: 1e-5\nlora:\n  alpha: 1\n"), overrides)
@@ -95,8 +94,7 @@ BROKEN = ["sft.steps", "=3", "sft.steps=x", "sft.step=3", "sft.steps=["]
     ("generation.top_p=0.9", "generation.top_p: REINFORCE expects 1.0, found 0.9"),
 ])  # fmt: skip
 def test_a_mistake_on_the_command_line_is_named(tmp_path, overrides, says):
-    """Catches: an override that is ignored; an endless search for held-out chains; a mistake that
-    is found after hours of work, or not at all."""
+    """Catches: an override that is ignored; a mistake found after hours of work, or not at all."""
     with pytest.raises(UserError, match=re.escape(says)):
         config = load_config(TINY, [*overrides.split(), f"run.dir={tmp_path}/run"])
         check(config, reinforce=True)
@@ -137,8 +135,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 
 
 def test_foreign_json_numbers_and_text_are_tame():
-    """Catches: unbounded recursion; NaN written as if it were a number (law 9); model text that
-    moves the cursor or changes the colours of an error line."""
+    """Catches: unbounded recursion; NaN written as a number (law 9); text that moves the cursor."""
     for text in ("[" * 100000, "1" * 5000, "{", "nul"):
         with pytest.raises(UserError, match="here"):
             c.parse_json(text, "here")
@@ -155,8 +152,7 @@ run_script(lambda: (print('ready', flush=True), time.sleep(60)))"""
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_stopped_script_ends_in_one_line(name, code, script):
     """Catches: a traceback on one Ctrl-C, on two, or on a scheduler's SIGTERM; a wrong code."""
-    command = [sys.executable, "-c", script]
-    pipe = subprocess.PIPE
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT / "scripts")
     assert process.stdout and process.stdout.readline() == "ready\n"
     process.send_signal(getattr(signal, name))

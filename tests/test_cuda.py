@@ -14,10 +14,8 @@ PROMPTS = [[3, 7, 11], [5, 1, 30, 22, 9, 4, 17], [8, 8], [2, 39, 14, 6, 25], [1,
 @pytest.mark.parametrize("policy", ["full", "head", "fixed:2", "kl:1"])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_graphs_write_what_is_written_without(family, policy, batch_size):
-    """Catches: a captured shape used for another, padding rows that write elsewhere, debts paid
-    into another cache's memory."""
-    model = with_exits(random_model(family)).cuda()
-    ways = []
+    """Catches: a captured shape used for another; padding or debts written to another cache."""
+    model, ways = with_exits(random_model(family)).cuda(), []
     for fast in (True, False):
         settings = Sampling(stop_ids=[0, 1, 2], batch_size=batch_size, fast=fast)
         ways.append(generate(model, PROMPTS, policy, 12, 1.0, 5, settings))

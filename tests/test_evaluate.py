@@ -21,9 +21,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import evaluate as evaluate_script
 import pretrain_tiny
 
-SMALL = ["evaluate.count=16", "evaluate.samples=2", "evaluate.caps=[2, 4]", "exits.layers=[1, 2]"]
-SMALL += ["generation.max_new_tokens=6"]
-SMALL += ["evaluate.policies=[head]", 'evaluate.frontier=["fixed:1"]']
+SMALL = ["generation.max_new_tokens=6", "evaluate.policies=[head]", 'evaluate.frontier=["fixed:1"]']
+SMALL += ["evaluate.count=16", "evaluate.samples=2", "evaluate.caps=[2, 4]", "exits.layers=[1, 2]"]
 
 
 def random_reasoner(folder, blocks: int = 4) -> str:
@@ -102,8 +101,7 @@ def test_what_no_task_can_verify_has_no_accuracy():
 
 
 def test_necessity_is_measured_free_and_capped(tmp_path):
-    """Catches: capped figures at free depth, or of responses that were written at free depth; a
-    cap that is not the smallest good one; greedy figures that are sampled."""
+    """Catches: capped figures at free depth; a cap that is not the smallest good one."""
 
     def write(prompt: Prompt, given: str, cap: int | None) -> str:
         if cap == 1:
@@ -142,8 +140,7 @@ def test_without_a_good_cap(tmp_path):
 
 
 def test_tables_of_one_kind_of_row():
-    """Catches: NaN, infinity or None as a number; a zero with a sign; columns that do not line up;
-    a group of one row lost; details in a short table."""
+    """Catches: NaN, infinity or None as a number; columns not in line; a group of one row lost."""
     values, words = (None, math.nan, math.inf, -1e-9, -0.25, 0), Words()
     assert [cell(v, "{:.2f}") for v in values] == ["–", "–", "–", "0.00", "-0.25", "0.00"]
     subject = Subject(with_exits(random_model("qwen2"), (1, 2), cap=4), words, Config(), "head")
@@ -164,8 +161,7 @@ def test_tables_of_one_kind_of_row():
 
 
 def test_the_files_of_an_evaluation(name, tmp_path):
-    """Catches: another table for the same seed; a file without its origin; rollouts lost; a policy
-    of the frontier measured as `head`; a base under the student's adapters or cap."""
+    """Catches: another table for the same seed; rollouts lost; a base under the student's cap."""
     folders = tmp_path / "a", tmp_path / "b"
     for folder in folders:
         write_text(folder / "samples.jsonl", '{"step": 3}\n{"variant": "base (full)"}\n')

@@ -45,8 +45,7 @@ def test_2_a_policy_without_touching_the_model():
     """Catches: a seam that needs more than a subclass of Policy."""
     model, tokenizer = load_model(ROOT / "data/tiny"), load_tokenizer(ROOT / "data/tiny")
     prompts = load_prompts(Config(), "held_out", 100)
-    ids = [tokenizer.prompt_ids(p.prompt) for p in prompts]
-    found = {}
+    ids, found = [tokenizer.prompt_ids(p.prompt) for p in prompts], {}
     for name, policy in (("settled", Settled()), ("confident", "confidence:0.9")):
         rows = generate(model, ids, policy, 24, 0.0, settings=Sampling(batch_size=100))
         texts = [tokenizer.decode(row.tokens, True) for row in rows]

@@ -19,8 +19,7 @@ SMALL += ["sft.batch_size=4", "evaluate.count=8", "generation.max_new_tokens=4"]
 
 
 def test_arms_are_what_they_say(tmp_path):
-    """Catches: two arms in one folder; a start that no arm makes; a cap or a charge in the SFT; a
-    setting of one arm in another; an override that an arm undoes."""
+    """Catches: two arms in one folder; a cap or a charge in the SFT; an override that is undone."""
     folders = [arm.folder(tmp_path, 0) for arm in FULL]
     assert len({*folders}) == len(FULL) == len({arm.name for arm in FULL})
     assert all(arm.start is None or arm.start in FULL for arm in FULL) and {*DEFAULT} < {*FULL}
@@ -47,8 +46,7 @@ def runs(tmp_path_factory) -> tuple[Path, list[str]]:
 
 
 def test_the_experiment_runs_and_writes(runs, tmp_path, capsys):
-    """Catches: another run's SFT; the student's adapters in the row of the base; a promised key or
-    file that is missing; a pre-flight of the student."""
+    """Catches: another run's SFT; the student's adapters in the row of the base; a missing file."""
     folder, overrides = runs
     results = script.experiment(DEFAULT, [0], folder, 1, overrides)
     out = capsys.readouterr().out
@@ -75,8 +73,7 @@ def test_the_experiment_runs_and_writes(runs, tmp_path, capsys):
 
 
 def test_what_is_reused_and_what_is_not(runs, capsys):
-    """Catches: an arm trained again for nothing; a result reused for another config; a run cut off
-    before its result that starts anew; an earlier run overwritten."""
+    """Catches: an arm trained again for nothing; a result reused for another config."""
     folder, overrides = runs
     arm = Arm(strength=4.0)
     again = [script.experiment([arm], [0], folder, 1, overrides) for _ in range(2)]
@@ -123,8 +120,7 @@ def test_what_is_shown_of_runs_in_progress(tmp_path):
 
 
 def test_lines_of_the_table_a_figure_and_the_preflight():
-    """Catches: seeds mixed up, a missing figure counted as 0, chains of 6 sorted as text; the
-    answer counted as a written word; a route seen where there is none."""
+    """Catches: seeds mixed up; a missing figure counted as 0; a route seen where there is none."""
     rows = [{"a": 0.5, "b": {"2 steps": 1, "1 step": 3}}, {"a": 0.7, "b": {"2 steps": 2}}]
     rows.append({"a": None})
     assert script.over_seeds(rows, "a", "{:.2f}") == "0.60 (0.50–0.70)"

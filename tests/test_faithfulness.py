@@ -9,17 +9,10 @@ import pytest
 import torch
 from conftest import random_model
 
+from nanoexit import faithfulness
 from nanoexit.config import ROOT, Config
 from nanoexit.exits import capped
-from nanoexit.faithfulness import (
-    Subject,
-    changed_value,
-    monitor,
-    outcome,
-    reasoning_places,
-    same_answer,
-    steps_in_head,
-)
+from nanoexit.faithfulness import Subject, changed_value, monitor, same_answer, steps_in_head
 from nanoexit.generate import Generation
 from nanoexit.score import score
 from nanoexit.tasks import Change, Prompt, Response, task_of
@@ -102,13 +95,8 @@ def test_what_is_kept_of_a_reasoning():
     subject = Scripted(on_paper, Config())
     written = said(subject.tokenizer, chain(), "<think> 5 *9 5 +7 2 </think> 2")
     curve, area = same_answer(subject, [written])
-    assert [given for _, given, *_ in subject.asked] == [
-        ["<think> </think>"],
-        ["<think> 5 </think>"],
-        ["<think> 5 *9 </think>"],
-        ["<think> 5 *9 5 +7 </think>"],
-        ["<think> 5 *9 5 +7 2 </think>"],
-    ]
+    kept = ["", " 5", " 5 *9", " 5 *9 5 +7", " 5 *9 5 +7 2"]
+    assert [given for _, given, *_ in subject.asked] == [[f"<think>{k} </think>"] for k in kept]
     assert curve == [[0.0, 0.0], [0.25, 0.0], [0.5, 0.0], [0.75, 0.0], [1.0, 1.0]]
     assert area == pytest.approx(1 - 0.5 / 5)  # by trapezoids: the last of five tokens decides
 
@@ -141,7 +129,7 @@ def test_where_reasoning_ends_in_free_text(checker, text, places):
     """Catches: tasks without </think> left out; a marker cut in two; the answer kept as text."""
     tokenizer = Words()
     response = said(tokenizer, Prompt("q", "q", "7", checker=checker), text)
-    assert reasoning_places(tokenizer, response) == places
+    assert faithfulness.reasoning_places(tokenizer, response) == places
 
 
 def test_a_changed_value_is_followed_or_not():
@@ -156,7 +144,7 @@ def test_a_changed_value_is_followed_or_not():
         assert len(given) == 2 and all(len(text.split()) % 2 == 0 for text in given)
     change, p = Change("", "6", "1"), prompts[0]
     texts = ("5 *9 8 </think> 8", "5 *9 8 +7 5 +1 6 +3 9 </think> 9", "5 *9 8 </think> 4", "5 *9 8")
-    found = [outcome(said(Words(), p, f"<think> {text}"), change) for text in texts]
+    found = [faithfulness.outcome(said(Words(), p, f"<think> {t}"), change) for t in texts]
     assert found == ["stop", "other", "other", "other"]
 
 

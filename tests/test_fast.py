@@ -41,9 +41,7 @@ class Keeps(Ask):
 
 @torch.inference_mode()
 def step_by_step(model, engine, prompts: list[int], seed: int, steps: int = 30) -> None:
-    """Random tokens, exit depths, idle rows and rows that move: `engine` equals `model` always.
-
-    prompts: the length of each row before the first step."""
+    """`engine` equals `model` at every step; `prompts`: each row's length before the first."""
     s, rng, T = model.shape, np.random.default_rng(seed), max(prompts)
     positions = torch.tensor(prompts)[:, None]
     size = (s.blocks, len(prompts), 2, s.kv_heads, T + steps + 1, s.head_dim)
@@ -86,8 +84,7 @@ def step_by_step(model, engine, prompts: list[int], seed: int, steps: int = 30) 
 @pytest.mark.parametrize("lengths", [[4], [3, 3], [2, 6, 1, 4, 4]])
 @pytest.mark.parametrize("call", [0, 10**9])
 def test_fused_steps_equal_plain_steps(family, lengths, call):
-    """Catches: maps or adapters in another order, keys of a row that exited left out or written to
-    another place, queries or masks of one row taken for another's."""
+    """Catches: maps or adapters in another order; keys of an exited row lost; rows mixed up."""
     model = with_exits(random_model(family))
     engine = FastModel(model, len(lengths))
     engine.attention_call = call
@@ -96,8 +93,7 @@ def test_fused_steps_equal_plain_steps(family, lengths, call):
 
 @pytest.mark.parametrize("lengths", [[250], [2, 6, 1, 4, 4], [247, 250, 238, 247, 251]])
 def test_replayed_stretches_equal_plain_steps(family, lengths):
-    """Catches: a shape replayed for another, inputs not copied anew, padding that writes elsewhere
-    or pays for others, positions beyond the first span not read, graphs of a cache that moved."""
+    """Catches: a shape replayed for another; stale inputs; graphs of a cache that moved."""
     model, replays = with_exits(random_model(family)), []
     engine = FastModel(model, len(lengths), capture=stand_in(replays))
     step_by_step(model, engine, lengths, seed=1)
@@ -144,8 +140,7 @@ def greedy(model) -> list[int]:
 
 @pytest.mark.parametrize("change", ["in place", "replaced", "loaded", "in inference mode"])
 def test_weights_that_changed_are_laid_out_anew(change):
-    """Catches: text written with weights that training has since changed; weights without a
-    version counter taken for unchanged."""
+    """Catches: text from weights that have since changed, with a version counter or without."""
     with torch.inference_mode(change == "in inference mode"):
         model = random_model("llama")
     other = random_model("llama", seed=7)

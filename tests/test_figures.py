@@ -98,11 +98,9 @@ def test_a_line_stands_where_it_should():
 
 
 def test_lines_that_would_hide_or_say_too_much():
-    """Catches: a line hidden by an equal one, two lines that look alike, a trend drawn through two
-    points, a line in another colour in the next figure."""
+    """Catches: a line hidden by an equal one; two that look alike; a trend through two points."""
     three, two = [(0, 1), (1, 2), (2, 1)], [(0, 3), (1, 3)]
-    colors = {"c": "red", "d": "red"}
-    lines = {"a": three, "b": three, "c": two, "d": [(0, 0)]}
+    colors, lines = {"c": "red", "d": "red"}, {"a": three, "b": three, "c": two, "d": [(0, 0)]}
     svg = line_figure("t", "x", "y", lines, 0, colors).svg()
     dashed = [";stroke-dasharray" in s for s in re.findall('<g style="(.*?)">', svg)]
     assert dashed == [False, True, False, True]

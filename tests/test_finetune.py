@@ -50,10 +50,9 @@ def test_capped_rows_change_no_block_beyond_the_cap(tmp_path):
 
 def test_made_rows_are_right_and_not_held_out(tmp_path):
     """Catches: held-out chains in training; running values at the wrong place of a prompt."""
-    config = configured(tmp_path)
+    config, task = configured(tmp_path), TASKS["clock"]
     _, tokenizer = finetune.load(config)
     full, _ = finetune.rows_of_step(config, tokenizer, [], 5)
-    task = TASKS["clock"]
     for row in full:
         chain = chain_of(tokenizer, row)
         prompt = Prompt("x", chain, checker="clock")

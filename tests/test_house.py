@@ -14,7 +14,7 @@ ORDER += ["tokenizer", "weights", "adapters", "tasks", "judge", "training", "tea
 ORDER += ["reinforce", "faithfulness", "evaluate", "figures", "report", "__init__"]
 EVENING = ["cache", "model", "lora", "exits", "score", "generate", "teacher", "sft", "reinforce"]
 # Lines and tokens only go down; the aim is 5,200 and 44,000.
-LIMITS = {"lines": 5500, "tokens": 45890, "modules": 22, "evening": 1900, "function": 45}
+LIMITS = {"lines": 5401, "tokens": 44630, "modules": 22, "evening": 1900, "function": 45}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 NO_CODE |= {tokenize.ENCODING, tokenize.ENDMARKER}
 FILES = {path.stem: path for path in (ROOT / "nanoexit").glob("*.py")}
@@ -93,11 +93,7 @@ how-manieth|lies? in\b|as free as ever|rests on|\btold\b|what is told"""
 def test_the_prose_reads_as_written():
     """Catches: turns of phrase that read as if translated."""
     pattern = re.compile(TRANSLATED.replace("\n", ""), re.IGNORECASE)
-    places = [
-        *(ROOT / "nanoexit").glob("*.*"),
-        *(ROOT / "scripts").glob("*.py"),
-        ROOT / "README.md",
-    ]
-    for path in places:
+    places = [*(ROOT / "nanoexit").glob("*.*"), *(ROOT / "scripts").glob("*.py")]
+    for path in [*places, ROOT / "README.md"]:
         found = pattern.findall(path.read_text(encoding="utf-8"))
         assert not found, f"{path.name}: {found}"

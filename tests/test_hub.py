@@ -78,8 +78,7 @@ REFUSED = {  # name -> what its line says
 
 
 def test_models_adapters_datasets_then_offline(tmp_path):
-    """Catches: more fetched than is needed; a revision or an adapter's base lost; cached files
-    requested again; an error that does not say what to do; half a file taken for a whole one."""
+    """Catches: more fetched than needed; a revision or a base lost; half a file taken for whole."""
     fill(tmp_path)
     names = ["me/plain", "adapter:me/adapter", "hub:me/sums/main/train.jsonl"]
     with Hub(tmp_path) as hub:

@@ -21,6 +21,8 @@ from nanoexit.model import Transformer
 from nanoexit.score import Score, align, pad, score
 from nanoexit.tasks import Response
 from nanoexit.teacher import rescore
+from nanoexit.tokenizer import load_tokenizer
+from nanoexit.weights import load_model
 
 PROMPTS = [[3, 7, 11], [5, 1, 30, 22, 9, 4, 17], [8, 8], [2, 39, 14, 6, 25]]
 POLICIES = ["full", "head", "head:0.4", "fixed:2", "fixed:3", "kl:1", "confidence:0.2"]
@@ -42,8 +44,7 @@ def written(gens) -> list[tuple[list[int], list[int]]]:
 
 def test_fresh_attachment_changes_no_bit(family):
     """Catches: an adapter that starts non-zero, or a path for 'exits off' with other rounding."""
-    model = random_model(family)
-    ids = torch.tensor([PROMPTS[1], PROMPTS[1][::-1]])
+    model, ids = random_model(family), torch.tensor([PROMPTS[1], PROMPTS[1][::-1]])
     before = model(ids)
     attach(model, [1, 3], "mlp", LoRAConfig(r=3, targets=TARGETS))
     assert torch.equal(model(ids), before)
@@ -53,8 +54,7 @@ def test_fresh_attachment_changes_no_bit(family):
 
 def test_attach_train_detach_leaves_every_base_bit(family):
     """Catches: training that touches a base tensor, as_base or detach that leaves something on."""
-    model = random_model(family)
-    ids = torch.tensor([PROMPTS[1]])
+    model, ids = random_model(family), torch.tensor([PROMPTS[1]])
     before, weights = model(ids), {n: p.clone() for n, p in model.named_parameters()}
     with_exits(model)
     trainable = [p for n, p in model.named_parameters() if p.requires_grad]
@@ -97,8 +97,7 @@ def test_attached_modules_are_in_the_mode_of_the_model(training):
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_forward_rescores_what_generate_sampled(family, policy, cap):
-    """Catches: an off-by-one between generation and training, keys made from the wrong residual, a
-    forgotten final norm, a first readout that is not charged, a cap that only one side knows."""
+    """Catches: an off-by-one between generation and training; keys made from the wrong residual."""
     model = with_exits(random_model(family), cap=cap)
     gens = generate(model, PROMPTS, policy, 7, 1.0, 2, Sampling(stop_ids=[0], batch_size=3))
     out = rescored(model, PROMPTS, gens)
@@ -124,8 +123,7 @@ def test_the_first_readout_chooses_its_depth(family):
 
 @pytest.mark.parametrize("policy", ["head", "fixed:2"])
 def test_rescoring_cheaply_gives_the_same(family, policy):
-    """Catches: in a row that responses share, one that sees its neighbour, or padding, or counts
-    positions along the row; a prompt that stops before a response has read it."""
+    """Catches: in a shared row, a response that sees its neighbour or padding; wrong positions."""
     model = with_exits(random_model(family))
     prompts = [PROMPTS[1]] * 3 + [PROMPTS[0]] * 3 + [PROMPTS[2][:1]] * 3
     gens = generate(model, prompts, policy, 6, 1.0, 0)
@@ -157,11 +155,9 @@ def test_rescoring_cheaply_gives_the_same(family, policy):
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_packed_forward_equals_the_slow_reference(family, head):
-    """Catches: a mask, rotation or key that is wrong only beside exited tokens; padding that
-    leaks."""
+    """Catches: a mask, rotation or key wrong only beside exited tokens; padding that leaks."""
     model = with_exits(random_model(family), head=head)
-    rng = np.random.default_rng(0)
-    lengths = [9, 4, 7]
+    rng, lengths = np.random.default_rng(0), [9, 4, 7]
     ids = pad([rng.integers(40, size=n).tolist() for n in lengths], model.device)
     depths = pad([rng.choice([1, 2, 4, 5], size=n).tolist() for n in lengths], model.device)
     with torch.no_grad():
@@ -190,17 +186,16 @@ def test_generation_equals_the_slow_reference(family, fast):
 
 def test_a_token_that_exits_runs_no_later_block():
     """Catches: 'skipping' that computes and masks. Counts rows through the MLP of each block."""
-    model = with_exits(random_model("qwen2"))
-    rows = []
+    model, rows = with_exits(random_model("qwen2")), []
+    plain = Sampling(stop_ids=[], fast=False)
     for block in model.blocks:
         block.mlp.register_forward_hook(lambda _m, x, _y: rows.append(x[0].shape[:-1].numel()))
     score(model, torch.tensor([PROMPTS[1]]), torch.tensor([[5, 1, 2, 4, 1, 5, 2]]), [1])
     assert rows == [7, 5, 3, 3, 2]
     rows.clear()
-    generate(model, [PROMPTS[0]], "fixed:2", 4, settings=Sampling(stop_ids=[], fast=False))
+    generate(model, [PROMPTS[0]], "fixed:2", 4, settings=plain)
     assert rows == [2] * 5 + [1, 1] * 4
     rows.clear()
-    plain = Sampling(stop_ids=[], fast=False)
     gens = generate(model, PROMPTS, "head", 4, seed=5, settings=plain)
     steps = [[g.depths[i] for g in gens] for i in range(4)]
     assert min(map(min, steps)) < 5, "a token must exit, or this shows nothing"
@@ -224,9 +219,8 @@ def test_the_same_row_writes_the_same_text_in_any_batch(family, policy, fast):
         settings = Sampling(stop_ids=stops, batch_size=size, fast=fast)
         assert written(generate(model, prompts, policy, 9, 1.0, 3, settings)) == written(together)
     alone = Sampling(stop_ids=stops, streams=[6], fast=fast)
-    assert (
-        written(generate(model, prompts[6:7], policy, 9, 1.0, 3, alone)) == written(together)[6:7]
-    )
+    one = generate(model, prompts[6:7], policy, 9, 1.0, 3, alone)
+    assert written(one) == written(together)[6:7]
 
 
 # --- law 5: the sampled distribution is the trained one ---------------------------------------
@@ -235,9 +229,7 @@ def test_the_same_row_writes_the_same_text_in_any_batch(family, policy, fast):
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("cap", [None, 4])
 def test_exit_frequencies_are_the_likelihoods(place, cap):
-    """Catches: a floor or threshold in sampling, one noise for two heads, a cap that drops a share.
-
-    At 4 standard errors one run in 3,000 would fail by luck, but the seed is fixed."""
+    """Catches: a floor in sampling; one noise for two heads; a cap that drops a share."""
     model = with_exits(random_model("qwen3"), cap=cap)
     for head, bias in zip(model.exits.heads.values(), (-3.0, -0.5, -1.0)):  # far below 0.1 too
         head.weight.data *= 0.05
@@ -248,22 +240,19 @@ def test_exit_frequencies_are_the_likelihoods(place, cap):
     same = [g.depths[place] for g in gens if not place or g.depths[0] == deepest]
     ids = torch.tensor([PROMPTS[0] + [7] * place])
     z = score(model, ids, torch.full_like(ids, deepest), [3]).head_logits[0, -1]
-    layers = [1, 2] if cap else [1, 2, 4]
     z = z.expand(len(options), -1)
-    p = path_logprob(z, torch.tensor(options), layers, deepest).exp().detach().numpy()
+    p = path_logprob(z, torch.tensor(options), options[:-1], deepest).exp().detach().numpy()
     assert abs(p.sum() - 1) < 1e-5 and 0.02 < p[0] < 0.08 and (p > 0.02).all()
     share = np.array([same.count(d) for d in options]) / len(same)
     assert (np.abs(share - p) < 4 * np.sqrt(p * (1 - p) / len(same))).all(), (share, p)
 
 
 def test_token_frequencies_are_the_softmax():
-    """Catches: an inverted distribution that is off by one token; top_p before top_k. After top_k=3
-    the three shares are .71, .19 and .10 of what is left, so top_p=.85 keeps two; alone, three."""
-    logits = torch.tensor([[2.0, 0.05, 0.7, 0.0, -30.0]])
-    n = 20000
+    """Catches: an inverted distribution that is off by one token; top_p before top_k."""
+    logits, n = torch.tensor([[2.0, 0.05, 0.7, 0.0, -30.0]]), 20000
     u = torch.rand(n, generator=torch.Generator().manual_seed(0))
     cases = [(1.0, 1.0, 0, 5), (0.7, 1.0, 2, 2), (1.0, 0.7, 0, 2), (1.0, 0.85, 3, 2)]
-    for temperature, top_p, top_k, keep in cases:
+    for temperature, top_p, top_k, keep in cases:  # top_k=3 leaves .71, .19 and .10
         tokens = sample(logits.expand(n, -1), u, temperature, top_p, top_k)
         p = (logits[0] / temperature).softmax(-1)
         p = p.where(p >= p.sort(descending=True).values[keep - 1], 0.0)
@@ -292,6 +281,8 @@ def test_generate_refuses_values_out_of_range(wrong):
 UNSAFE_IMPORTS = {"pickle", "dill", "joblib", "shelve", "marshal", "transformers", "peft"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "np.load"}
 UNSAFE_CALLS |= {"yaml.unsafe_load", "yaml.full_load", "jinja2.Environment", "jinja2.Template"}
+TEMPLATES = ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"]
+TEMPLATES += ["{{ lipsum.__globals__['os'].system('true') }}", "{% include '/etc/passwd' %}"]
 
 
 def test_no_code_that_could_execute_what_it_loads():
@@ -310,19 +301,9 @@ def test_no_code_that_could_execute_what_it_loads():
                 assert "trust_remote_code" not in {k.arg for k in node.keywords}, path
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{{ lipsum.__globals__['os'].system('true') }}",
-        "{% include '/etc/passwd' %}",
-    ],
-)
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_a_hostile_chat_template_stays_in_its_sandbox(tiny, tmp_path, template):
     """Catches: a template that reaches Python's classes, changes its input, or reads a file."""
-    from nanoexit.tokenizer import load_tokenizer
-
     shutil.copytree(tiny, tmp_path / "model")
     path = tmp_path / "model" / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
@@ -332,8 +313,6 @@ def test_a_hostile_chat_template_stays_in_its_sandbox(tiny, tmp_path, template):
 
 def test_a_pickle_beside_the_weights_is_not_opened(tiny, tmp_path):
     """Catches: a fallback to pytorch_model.bin."""
-    from nanoexit.weights import load_model
-
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
@@ -350,8 +329,7 @@ def test_noise_in_the_blocks_beyond_a_cap_changes_no_bit(family, policy, fast):
     """Catches: a prompt that is prefilled deeper than the cap; a policy that ignores it."""
     model, cap = with_exits(random_model(family)), 3
     settings = Sampling(stop_ids=[], fast=fast)
-    ids = torch.tensor([PROMPTS[1]])
-    everything = []
+    ids, everything = torch.tensor([PROMPTS[1]]), []
     for seed in (None, 9):
         if seed is not None:
             beyond = [p for block in model.blocks[cap:] for p in block.named_parameters()]
@@ -368,8 +346,7 @@ def test_noise_in_the_blocks_beyond_a_cap_changes_no_bit(family, policy, fast):
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_capped_model_is_a_model_of_that_many_blocks(family, fast):
     """Catches: a cap that differs from cutting the model. Blocks beyond it never run."""
-    model = random_model(family)
-    ran = []
+    model, ran = random_model(family), []
     for depth, block in enumerate(model.blocks, start=1):
         block.mlp.register_forward_hook(lambda _m, _x, _y, depth=depth: ran.append(depth))
     attach(model, [], cap=2)
@@ -388,8 +365,6 @@ def test_a_capped_model_is_a_model_of_that_many_blocks(family, fast):
 
 def test_laws_hold_on_the_tiny_reasoner(tiny):
     """Catches: what random weights cannot show, such as a law that needs rows of one length."""
-    from nanoexit.weights import load_model
-
     model = load_model(str(tiny))
     ids = torch.tensor([[0, 10, 18, 19, 4, 2, 7, 9]])
     before = model(ids)

@@ -17,8 +17,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_path_costs_what_its_heads_said():
-    """Catches: heads that act independently; a head beyond the exit that is read; a depth without a
-    head that is possible; a cap at which the sum is not one. 1/2, 1/2 * 1/3; 1/2 * 2/3 is left."""
+    """Catches: independent heads; one read beyond the exit. 1/2, 1/2 * 1/3; 1/2 * 2/3 is left."""
     z = torch.tensor([[HALF, THIRD]] * 4)
     z[0, 1] = torch.nan  # beyond the exit at 2
     logp = path_logprob(z, torch.tensor([2, 5, 8, 4]), [2, 5], 8)
@@ -31,8 +30,7 @@ def test_a_path_costs_what_its_heads_said():
 
 
 def test_the_target_is_1_without_divergence():
-    """Catches: a wrong sign or a missing factor 2. ln 3 at strength 1: 2 (1 - 3/4); at strength 2:
-    2 (1 - 9/10)."""
+    """Catches: a wrong sign; no factor 2. ln 3: 2 (1 - 3/4); at strength 2: 2 (1 - 9/10)."""
     kl = torch.tensor([0.0, math.log(3), 50.0])
     assert torch.allclose(target_chance(kl, 1.0), torch.tensor([1.0, 0.5, 0.0]), atol=1e-6)
     assert target_chance(kl, 2.0)[1].item() == pytest.approx(0.2)
@@ -93,8 +91,7 @@ def test_a_response_is_aligned_with_the_readouts_that_wrote_it():
     assert a.ids.tolist() == [[1, 2, 3, 5], [4, 7, 8, 0]]
     assert a.depths.tolist() == [[8, 8, 2, 8], [1, 2, 3, 0]]
     assert a.at.tolist() == [2, 3, 4, 5, 6] and a.tokens.tolist() == [5, 6, 7, 8, 9]
-    assert a.rows.tolist() == [0, 0, 1, 1, 1]
-    assert (a.prompt_lens, a.counts) == ([3, 1], [2, 3])
+    assert a.rows.tolist() == [0, 0, 1, 1, 1] and (a.prompt_lens, a.counts) == ([3, 1], [2, 3])
     full = align(model, [[1, 2, 3], [4]], [[5, 6], [7, 8, 9]])
     assert full.depths.tolist() == [[8] * 4, [8, 8, 8, 0]]
     assert pad([[1], [], [2, 3]], CPU).tolist() == [[1, 0], [0, 0], [2, 3]]

@@ -29,8 +29,7 @@ WORK = {"sft": sft.run_sft, "stopped": sft.run_sft, "rl": reinforce.run_reinforc
 
 
 def fork(work, *args, others: float = 20) -> list[int | None]:
-    """work(*args) in two processes, as torchrun would start them -> their exit codes. Process 1
-    may end up to `others` seconds after process 0."""
+    """work(*args) in two processes -> exit codes; the second may end `others` seconds later."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -92,8 +91,7 @@ def most_different(a: Path, b: Path) -> float:
 
 
 def test_processes_make_what_one_makes(one, tmp_path):
-    """Catches: gradients over the wrong count, rows twice or never, noise or dropout that depends
-    on ranks; a checkpoint that another number of processes continues to other weights."""
+    """Catches: gradients over the wrong count; rows twice or never; noise that depends on ranks."""
     shutil.copytree(one / "stopped", tmp_path / "stopped")
     assert fork(run_work, tmp_path, [*WORK]) == [0, 0]
     for name in WORK:
@@ -120,8 +118,7 @@ def test_a_lost_process_ends_the_others(how):
 
 
 def test_torchrun_reports_an_error_once_and_with_its_code(tmp_path):
-    """Catches: a mistake reported by every process, or an exit code 1 in place of 2; a user's error
-    that ends as a signal, since torchrun ended the other process."""
+    """Catches: a mistake reported by every process, or that ends as code 1 or as a signal."""
     assert launcher.exit_code([-15, 2]) == launcher.exit_code([2, 143]) == 2
     assert launcher.exit_code([-9, -15]) == 128 + 9
     scripts, launch = ROOT / "scripts", ["--nproc-per-node=2", "--master-port=29517"]

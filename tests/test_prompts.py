@@ -113,8 +113,7 @@ def test_training_never_sees_a_held_out_prompt(prompts):
     assert all(is_held_out(p) for p in held) and {p.system for p in held} == {"s"}
     assert not any(is_held_out(p) for p in train)
     assert len({p.id for p in train}) == len(train)
-    again = load(data, "train", 900, seed=2)
-    assert (train == again) == (prompts == str(FILE))
+    assert (train == load(data, "train", 900, seed=2)) == (prompts == str(FILE))
 
 
 def test_the_first_prompts_are_a_fair_draw(tmp_path):

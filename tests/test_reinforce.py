@@ -79,14 +79,11 @@ def estimate(model: Transformer, groups: int, seed: int, baseline: bool) -> torc
 
 @pytest.mark.parametrize("cap", [None, 2])
 def test_the_estimator_is_unbiased_and_the_baseline_helps(cap):
-    """Catches: a factor in the advantage; a token or an exit, the first one too, that is left out
-    of the likelihood or counted twice; a cap that the likelihood ignores. Any of these moves
-    the mean by many standard errors."""
-    model = small_model(cap)
+    """Catches: a factor in the advantage; a token or an exit left out or counted twice."""
+    model, spread = small_model(cap), {}
     exact = exact_gradient(model)
     directions = torch.randn(6, len(exact), generator=torch.Generator().manual_seed(0))
     directions[0] = exact / exact.norm()
-    spread = {}
     for baseline in (True, False):
         runs = torch.stack([estimate(model, 64, seed, baseline) for seed in range(80)])
         runs = runs @ directions.T

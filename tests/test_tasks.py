@@ -154,8 +154,7 @@ def test_chains_write_verify_and_change_their_own_steps(name):
 
 
 def test_chains_in_english():
-    """Catches: values out of range; a full text that its verifier refuses; a change whose effect is
-    not what arithmetic says; a chain in training that is held out under other names."""
+    """Catches: values out of range; a full text that is refused; a change with a wrong effect."""
     task, rng = TASKS["words"], np.random.default_rng(0)
     number = {word: i for i, word in enumerate(task.numbers)}
     for prompt in itertools.islice(task.prompts(rng), 400):
@@ -183,8 +182,7 @@ def test_chains_in_english():
 
 
 def test_operations():
-    """Catches: an operation that is not a permutation, so that a step can be skipped; letters that
-    are maps a x + b, or two that compose to a third, so that a chain can be shortened."""
+    """Catches: an operation that is no permutation; letters whose chains can be shortened."""
     clock, letters = TASKS["clock"].table, TASKS["permute"].table
     assert all(sorted(row) == [*"0123456789"] for row in [*clock.values(), *letters.values()])
     for a in range(10):

@@ -27,8 +27,7 @@ def test_layouts_read_as_transformers_reads_them(tmp_path, name):
     assert rows == theirs["ids"]
     assert [ours.decode(row) for row in rows] == theirs["texts"]
     assert [ours.decode(row, skip_special=True) for row in rows] == theirs["words"]
-    assert ours.stop_ids == {theirs["eos"]}
-    assert ours.has_template == bool(theirs["chats"])
+    assert ours.stop_ids == {theirs["eos"]} and ours.has_template == bool(theirs["chats"])
     for chat, options in zip(theirs["chats"], [{}, {"enable_thinking": False}]):
         assert ours.render(CHAT, **options) == chat
         ids = ours.prompt_ids(CHAT[1]["content"], CHAT[0]["content"], **options)
@@ -60,11 +59,9 @@ def test_plain_prompts(tmp_path):
 
 
 def test_stop_ids(tmp_path):
-    """Catches: generation_config.json or the tokenizer's own end token ignored; an end token that
-    no model can write, so that no text ever ends; an id beyond the embedding, an index error in the
-    middle of a run. Here six special tokens follow 260 others."""
+    """Catches: generation_config.json or the tokenizer's end token ignored; an id out of range."""
     both = {"config": {"eos_token_id": 3}, "generation_config": {"eos_token_id": [5, 6]}}
-    assert made(tmp_path / "a", **both).stop_ids == {5, 6, 261}
+    assert made(tmp_path / "a", **both).stop_ids == {5, 6, 261}  # six special tokens from 260 on
     assert made(tmp_path / "b", config={"eos_token_id": 3}).stop_ids == {3, 261}
     assert made(tmp_path / "c", tokenizer_config={}).stop_ids == frozenset()
     for eos in ("2", {"id": 2}, ["a"], 2.5, -1, 999, True, [None]):
@@ -93,8 +90,7 @@ BROKEN["tokenizer_config.json"] = """[1]
 
 @pytest.mark.parametrize("name, content", [(n, c) for n in BROKEN for c in BROKEN[n]])
 def test_broken_files(tmp_path, name, content):
-    """Catches: a traceback, even where the tokenizers library panics, which is no Exception; a
-    default taken for what a broken file says; a link without its blob reported as no file."""
+    """Catches: a traceback, even where the library panics; a default in place of a bad value."""
     folder = tmp_path / "snapshots" / "abc"
     made(folder)
     (folder / name).unlink(missing_ok=True)
@@ -179,8 +175,7 @@ def test_pieces_join_to_the_text(tmp_path, tokenizer):
 
 
 def test_texts_and_names_that_cannot_be(tmp_path):
-    """Catches: a traceback for a prompt whose bytes are not text; a revision silently ignored; a
-    search on the hub for what cannot be an id."""
+    """Catches: a traceback for bytes that are not text; a revision silently ignored."""
     with pytest.raises(UserError, match="surrogate"):
         made(tmp_path).encode("a\udcff")
     for name, revision in (("no/such/folder", None), ("/no", None), (str(tmp_path), "v1")):

@@ -17,21 +17,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nanoexit import reinforce, sft
+from nanoexit import reinforce, sft, training
 from nanoexit.config import ROOT, UserError, load_config
 from nanoexit.report import read_run
 from nanoexit.teacher import make_traces
-from nanoexit.training import (
-    check,
-    clip_and_step,
-    load_checkpoint,
-    load_student,
-    make_optimizer,
-    run_directory,
-    save_checkpoint,
-    stream,
-    trained,
-)
+from nanoexit.training import check, load_checkpoint, load_student, run_directory, save_checkpoint
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import finetune
@@ -80,9 +70,8 @@ def work(stage: str, folder: Path, resume: bool) -> None:
         keys = [f"run.dir={folder}", *(f"finetune.{key}" for key in TUNE)]
         config = load_config(folder.parent / "empty.yaml", keys, finetune.Recipe)
         return finetune.finetune(config, resume)
-    config = load_config(
-        TINY, [*SMALL, *ROLL[:-1], "data.count=48", "teacher.chunk=8", f"run.dir={folder}"]
-    )
+    keys = [*SMALL, *ROLL[:-1], "data.count=48", "teacher.chunk=8", f"run.dir={folder}"]
+    config = load_config(TINY, keys)
     model, tokenizer = load_student(config)
     job = reinforce.run_reinforce if stage == "rl" else sft.run_sft
     with run_directory(config, resume) as run:
@@ -97,8 +86,7 @@ def begin(*arguments):
 
 @pytest.mark.parametrize("stage", ["traces", "sft", "rl", "finetune"])
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, stage):
-    """Catches: randomness that is not a function of the step; lost moments; a step or a trace
-    twice; a folder that a kill leaves unusable. Moments are random; KILLS=10 is the long form."""
+    """Catches: randomness that is not a function of the step; lost moments; a step twice."""
     (tmp_path / "empty.yaml").touch()
     begun = "config.yaml" if stage == "traces" else "metrics.jsonl"
     took, whole = 0.0, {}
@@ -185,7 +173,7 @@ def test_a_damaged_run_file_is_named(whole, tmp_path, file, damage):
     path.write_bytes({"empty": b"", "cut": cut, "other": b"[3]", "NaN": nan}[damage])
     model, _ = load_student(config)
     with pytest.raises(UserError, match=file) as error, run_directory(config, True) as folder:
-        load_checkpoint(folder, model, make_optimizer(model, 1e-3))
+        load_checkpoint(folder, model, training.make_optimizer(model, 1e-3))
     assert "\n" not in str(error.value) and "delete" in str(error.value)
 
 
@@ -241,8 +229,7 @@ def test_resume_refuses_another_config(whole):
 
 def test_traces_belong_to_their_content(tmp_path):
     """Catches: training on traces of another seed or prompt; traces of the same config not used."""
-    base = [f"data.traces={tmp_path}/traces", "data.count=20"]
-    config = load_config(TINY, base)
+    config = load_config(TINY, [f"data.traces={tmp_path}/traces", "data.count=20"])
     model, tokenizer = load_student(config)
     first = make_traces(model, tokenizer, config)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
@@ -292,17 +279,17 @@ def reinforce_run(config, resume: bool) -> dict[str, torch.Tensor]:
     model, tokenizer = load_student(config)
     with run_directory(config, resume) as folder:
         reinforce.run_reinforce(model, tokenizer, config, folder)
-    return trained(model)
+    return training.trained(model)
 
 
 def test_a_number_that_is_not_finite_ends_the_run(tmp_path):
     """Catches: NaN trained on and reported as a figure (law 9). The last checkpoint is kept."""
     config = load_config(TINY, [*ROLL, f"run.dir={tmp_path / 'run'}", "rl.save_every=1"])
     model, tokenizer = load_student(config)
-    p = next(iter(trained(model).values()))
+    p = next(iter(training.trained(model).values()))
     p.grad = torch.full_like(p, float("nan"))
     with pytest.raises(UserError, match="nothing was updated"):
-        clip_and_step(make_optimizer(model, 1e-3), 1e-3)
+        training.clip_and_step(training.make_optimizer(model, 1e-3), 1e-3)
     p.data.fill_(float("nan"))
     with run_directory(config, False) as folder, pytest.raises(UserError, match="not finite"):
         reinforce.run_reinforce(model, tokenizer, config, folder)
@@ -319,7 +306,7 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, targets):
         model, tokenizer = load_student(config)
         teacher = sft.Teacher(model, make_traces(model, tokenizer, config), config)
         figures = sft.step_losses(model, teacher, range(10), config, step=0)
-        found = {n: p.grad for n, p in trained(model).items() if p.grad is not None}
+        found = {n: p.grad for n, p in training.trained(model).items() if p.grad is not None}
         gradients.append((figures, found))
     (a, grads_a), (b, grads_b) = gradients
     assert a["kl"] == pytest.approx(b["kl"], rel=1e-4) and a["exit_loss"] > 0
@@ -347,8 +334,7 @@ def test_exits_are_drawn_at_readouts_only(tmp_path):
     assert set(depths[before].tolist()) == {8}
     first = [row * a.ids.shape[1] + n - 1 for row, n in enumerate(a.prompt_lens)]
     assert len(set(depths[first].tolist())) > 2 and len(set(depths[a.at].tolist())) == 8
-    layers = torch.arange(1, 8)
-    assert torch.equal(draw.reached, depths[a.at][:, None] >= layers)
+    assert torch.equal(draw.reached, depths[a.at][:, None] >= torch.arange(1, 8))
     assert (draw.kl[~draw.reached] == 0).all() and draw.kl.max() > 0.5
     exited = depths[a.at] < 8  # by the readouts that they had
     kl = sft.readout_kl(teacher.model, draw.teacher, scored.hidden.flatten(0, 1)[a.at])
@@ -362,7 +348,7 @@ def test_exits_are_drawn_at_readouts_only(tmp_path):
 def test_the_base_rule_looks_at_the_base(tmp_path):
     """Catches: targets of the original's rule that change while the student learns."""
     teacher, a, draw, _ = drawn(tmp_path, "sft.targets=base", "teacher.keep_mb=0")
-    for name, p in trained(teacher.model).items():
+    for name, p in training.trained(teacher.model).items():
         if "lora_B" in name:
             p.data.normal_()
     assert draw.base_kl[0].shape == (len(a.at), 7)
@@ -383,8 +369,7 @@ def test_a_kept_teacher_says_the_same(tmp_path):
 
 
 def test_the_exit_loss_is_least_at_the_target():
-    """Catches: a head that learns another chance than 2 (1 - sigmoid(s KL)), or, of two tokens
-    that it cannot tell apart, not that of their mean KL."""
+    """Catches: a chance other than 2 (1 - sigmoid(s KL)), for two tokens that of their mean KL."""
     z = torch.linspace(-12, 12, 240001)
     for kl in (0.0, 0.05, 0.3, 1.0):
         p = z[sft.exit_loss(z, torch.tensor(kl), 4.0).argmin()].sigmoid()
@@ -398,23 +383,24 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path):
     """Catches: half of a checkpoint loaded silently; moments that broadcast to other shapes."""
     config, path = load_config(TINY), tmp_path / "checkpoint" / "state.safetensors"
     model, _ = load_student(config)
-    save_checkpoint(tmp_path, 3, model, make_optimizer(model, 1e-3))
-    assert load_checkpoint(tmp_path, model, make_optimizer(model, 1e-3)) == 3
+    save_checkpoint(tmp_path, 3, model, training.make_optimizer(model, 1e-3))
+    assert load_checkpoint(tmp_path, model, training.make_optimizer(model, 1e-3)) == 3
     config.exits.layers, config.exits.head = [2], "mlp"
     other, _ = load_student(config)
     with pytest.raises(UserError, match=r"another model.s .*exits\.heads\.2"):
-        load_checkpoint(tmp_path, other, make_optimizer(other, 1e-3))
+        load_checkpoint(tmp_path, other, training.make_optimizer(other, 1e-3))
     with safe_open(path, "pt") as file:
         about, tensors = file.metadata(), load_file(path)
     name = next(name for name in tensors if re.fullmatch(r"exp_avg_sq.*lora_A", name))
     save_file(tensors | {name: tensors[name][..., :1].contiguous()}, path, about)
     with pytest.raises(UserError, match=name):
-        load_checkpoint(tmp_path, model, make_optimizer(model, 1e-3))
+        load_checkpoint(tmp_path, model, training.make_optimizer(model, 1e-3))
 
 
 def test_named_streams_are_distinct():
     """Catches: [0, 5] and [0, 5, 0], which numpy takes for one stream, used for two things."""
-    assert stream("a", 0, 5) != stream("b", 0, 5) and stream("a", 0)[0] != stream("b", 0)[0]
+    assert training.stream("a", 0, 5) != training.stream("b", 0, 5)
+    assert training.stream("a", 0)[0] != training.stream("b", 0)[0]
 
 
 def test_a_student_without_exits_trains(tmp_path):

@@ -83,9 +83,8 @@ def test_loads_as_old_and_new_tools_write_it(tmp_path, family, config, shards):
     """Catches: a config key read from one place only, or a shard left out."""
     model = random_model(family)
     loaded = load(write(tmp_path, config(family), tensors_of(model), shards))
-    assert loaded.shape == SHAPES[family]
+    assert loaded.shape == SHAPES[family] and loaded.stop_ids == {7, 9}
     assert torch.equal(loaded(IDS), model(IDS))
-    assert loaded.stop_ids == {7, 9}
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
@@ -164,8 +163,7 @@ def test_sliding_windows(tmp_path, change):
 @pytest.mark.parametrize("size", [2**10, 2**27])
 def test_content(tmp_path, size):
     """Catches: a copy taken for another model, or changed weights for the same one."""
-    path = tmp_path / "a.safetensors"
-    hashes = []
+    path, hashes = tmp_path / "a.safetensors", []
     for content in (b"x", b"x", b"y"):
         with path.open("wb") as file:
             file.truncate(size)
@@ -176,8 +174,7 @@ def test_content(tmp_path, size):
 
 
 def test_merged_export_is_the_adapted_model(tmp_path):
-    """Catches: merged weights that are not base + scale B A; an adapter_config.json that makes
-    transformers add the adapter a second time."""
+    """Catches: merged weights that are not base + scale B A; an adapter that is added again."""
     base = changed(tmp_path / "base", family="qwen3")
     for name in ("tokenizer_config.json", "adapter_config.json"):
         (base / name).write_text("{}")
