@@ -122,6 +122,16 @@ def test_a_run_writes_what_it_promises(whole):
     assert not list(whole.rglob("*.tmp"))
 
 
+def test_the_traces_alone(whole, tmp_path):
+    """Catches: --resume refused; traces that differ from those that training writes."""
+    script = str(ROOT / "scripts" / "generate_teacher.py")
+    asked = [sys.executable, script, TINY, *SMALL, f"run.dir={tmp_path}", "--resume"]
+    said = [subprocess.run(asked, capture_output=True, text=True).stdout for _ in range(2)]
+    assert said[0] == said[1] and said[0].startswith("96 traces, ")
+    both = [{p.name: p.read_bytes() for p in f.rglob("traces/*/*")} for f in (tmp_path, whole)]
+    assert both[0] == both[1] != {}
+
+
 def test_a_second_run_of_a_name_keeps_the_first(whole, tmp_path, capsys):
     """Catches: results overwritten by a second run, or moved without a word."""
     folder = tmp_path / "run"
