@@ -37,7 +37,7 @@ PEFT = {  # keys of adapter_config.json; values outside these rules are not impl
     "r": Rule(int, 1, 2**16),
     "lora_alpha": Rule(float, 0, 1e6),
     "target_modules": Rule(str | list),
-    "lora_dropout": Rule(float, 0, 0.99),
+    "lora_dropout": Rule(float, 0, 0.99),  # not applied: only training would differ
     "use_rslora": Rule(bool),
     "exclude_modules": Rule(str | list | None),
     "layers_to_transform": Rule(int | list | None, 0, 2**12),
@@ -159,7 +159,6 @@ def load_adapter(model: Transformer, folder: str | Path) -> None:
     except UserError:
         detach(model)
         raise
-    model.eval()
 
 
 def copy_in(path: Path, wanted: dict[str, Tensor]) -> None:

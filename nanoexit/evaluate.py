@@ -88,8 +88,8 @@ def judged(responses: Sequence[Response], judge: Judge) -> dict:
 
 
 # A figure in tables: its key in a row, its title, its format, and, in some, the reason for a
-# None. Without one, a figure that is None in every row gets no line. A mapping or a list of pairs
-# gets a line for each entry. In titles {} is the entry, {L} full depth, {judge} the judge's model.
+# None. Without a reason, a figure that is None in every row gets no line. A mapping or a list of
+# pairs gets a line for each entry. In titles {} is the entry, {L} full depth, {judge} its model.
 Shown = tuple[str, ...]
 UNVERIFIED = "no prompt has a reference answer"
 NO_STEPS = "the task lists no steps"

@@ -95,14 +95,9 @@ def generate(
     policy = parse_policy(policy, model) if isinstance(policy, str) else policy
     seeds = seed if isinstance(seed, Sequence) else [seed]
     decoder = _Decoder(model, policy, prompts, max_new_tokens, temperature, seeds, settings)
-    was_training = model.training
-    model.eval()
-    try:
-        while decoder.waiting or decoder.rows:
-            decoder.admit()
-            decoder.step()
-    finally:
-        model.train(was_training)
+    while decoder.waiting or decoder.rows:
+        decoder.admit()
+        decoder.step()
     return decoder.results
 
 

@@ -150,7 +150,6 @@ def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, fold
     with training.progress(rl.steps, "REINFORCE", "step", done) as bar:
         for step in range(done, rl.steps):
             chosen = [prompts[i] for i in training.batch_at(step, len(prompts), rl.prompts, seed)]
-            model.eval()
             rollouts = collect(model, tokenizer, chosen, config, step)
             accumulate(model, rollouts, config, rl.prompts * rl.rollouts)
             row = step_figures(rollouts, config)

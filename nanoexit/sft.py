@@ -147,7 +147,6 @@ def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Pa
     optimizer = training.make_optimizer(model, sft.lr)
     done = training.load_checkpoint(folder, model, optimizer)
     metrics = training.Metrics(folder, done, config)
-    model.train()
     with training.progress(sft.steps, "SFT", "step", done) as bar:
         for step in range(done, sft.steps):
             chosen = training.batch_at(step, len(traces), sft.batch_size, config.run.seed)
@@ -160,7 +159,6 @@ def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Pa
             bar.update()
             if training.is_main() and ((step + 1) % sft.save_every == 0 or step + 1 == sft.steps):
                 training.save_checkpoint(folder, step + 1, model, optimizer)
-    model.eval()
     if training.is_main():
         save_adapter(model, folder / "adapter")
     training.barrier()

@@ -63,12 +63,12 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
     _check_folder(Path(config.run.dir), resume)
     if config.data.traces:
         _check_writable(Path(config.data.traces), "data.traces")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
     if reinforce:  # its gradient is only right for samples of the model's own distribution
         for key, expected in {"temperature": 1.0, "top_p": 1.0, "top_k": 0}.items():
             found = getattr(config.generation, key)
             if found != expected:
                 raise UserError(f"generation.{key}: REINFORCE expects {expected}, found {found}")
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
         if config.rl.prompts < ranks:
             raise UserError(f"rl.prompts: {config.rl.prompts} is fewer than {ranks} processes")
 
@@ -197,7 +197,7 @@ def remove_leftovers(folder: Path, seconds: float = 0) -> None:
 
 
 def _check_same_config(path: Path, config: Config) -> None:
-    cure = f"delete {path.parent} to train from the start"
+    cure = f"resume with the version that made it, or delete {path.parent} to start again"
     try:
         kept = load_config(path, schema=type(config))
     except UserError as error:

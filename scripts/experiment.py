@@ -330,7 +330,8 @@ def look_at_base(base: str, runs: Path, overrides: Sequence[str]) -> dict:
     """Measure a base once and print its pre-flight -> both, and the `made_by` of its results."""
     config = arm_config(Arm(base=base), 0, runs, overrides)
     model, tokenizer = load_student(config)
-    code, path = content_hash(ROOT.glob("nanoexit/*.py")), runs / "bases" / f"{base}.json"
+    path = runs / "bases" / f"{base}.json"
+    code = content_hash([*ROOT.glob("nanoexit/*.py"), Path(__file__)])
     made_by = rounded(origin(model, config) | {"code": code})
     look = read_json(path)
     if look.get("made_by") != made_by:

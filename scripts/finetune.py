@@ -258,7 +258,6 @@ def train(model: Transformer, tokenizer: Tokenizer, config: Recipe, folder: Path
     optimizer = training.make_optimizer(model, f.lr)
     done = training.load_checkpoint(folder, model, optimizer)
     metrics = training.Metrics(folder, done, config)
-    model.train()
     with training.progress(f.steps, "finetune", "step", done) as bar:
         for step in range(done, f.steps):
             full, shallow = rows_of_step(config, tokenizer, kept, step)
@@ -271,7 +270,6 @@ def train(model: Transformer, tokenizer: Tokenizer, config: Recipe, folder: Path
             bar.update()
             if (step + 1) % f.save_every == 0 or step + 1 == f.steps:
                 training.save_checkpoint(folder, step + 1, model, optimizer)
-    model.eval()
 
 
 def remove_template(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The memory that SFT takes, by use, before it is run.
+"""The memory that SFT takes, by use. Checks the config as train_sft.py does, and writes nothing.
 
 python scripts/plan.py configs/tiny.yaml                  one process
 python scripts/plan.py configs/tiny.yaml --processes 2    each of two
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanoexit.config import Config, UserError, command_line, load_config, run_script
-from nanoexit.exits import attach
+from nanoexit.exits import attach, check_cap
 from nanoexit.model import Transformer
 from nanoexit.tasks import load_prompts
 from nanoexit.tokenizer import find_model, load_tokenizer
@@ -47,7 +47,9 @@ def memory(config: Config, processes: int = 1) -> dict[str, int]:
     two, three = (left_by_token(Transformer(s).to(device, dtype), config) for s in small)
     with torch.device("meta"):
         model = Transformer(shape).to(dtype)
-    attach(model, config.exits.layers, config.exits.head, config.lora)
+    attach(model, config.exits.layers, config.exits.head, config.lora, config.exits.cap)
+    for cap in config.evaluate.caps:
+        check_cap(model, cap, "evaluate.caps")
     ours = sum(p.nbytes for p in trained(model).values())
     base = sum(p.nbytes for p in model.parameters()) - ours
     read = len(prompts) * config.teacher.traces * g.max_new_tokens * shape.width * dtype.itemsize
@@ -74,7 +76,7 @@ def left_by_token(model: Transformer, config: Config) -> int:
 
     attach(model, [], lora=config.lora)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.train().run(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
+        model.run(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
     for p in model.parameters():
         left.pop(p.untyped_storage().data_ptr(), None)
     return sum(left.values()) // tokens

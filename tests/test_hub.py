@@ -78,7 +78,7 @@ REFUSED = {  # name -> what its line says
 
 
 def test_models_adapters_datasets_then_offline(tmp_path):
-    """Catches: more fetched than needed; a revision or a base lost; half a file taken for whole."""
+    """Catches: extra files fetched; a revision or a base lost; half a file taken for all."""
     fill(tmp_path)
     names = ["me/plain", "adapter:me/adapter", "hub:me/sums/main/train.jsonl"]
     with Hub(tmp_path) as hub:

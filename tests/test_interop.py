@@ -52,7 +52,7 @@ def close(a, b) -> None:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_of_every_form_compute_what_peft_computes(tmp_path, small, name):
-    """Catches: a form of target, rank, alpha or layer misread, or lost when saved; dropout on."""
+    """Catches: a form of target, rank, alpha or layer that is misread, or lost when saved."""
     load_adapter(small, make_golden.write_adapter(tmp_path / "peft", GOLDEN[name]))
     close(small(ROWS)[0, -2:], GOLDEN[name]["logits"])
     save_adapter(small, tmp_path / "ours")

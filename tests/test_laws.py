@@ -252,7 +252,7 @@ def test_token_frequencies_are_the_softmax():
     logits, n = torch.tensor([[2.0, 0.05, 0.7, 0.0, -30.0]]), 20000
     u = torch.rand(n, generator=torch.Generator().manual_seed(0))
     cases = [(1.0, 1.0, 0, 5), (0.7, 1.0, 2, 2), (1.0, 0.7, 0, 2), (1.0, 0.85, 3, 2)]
-    for temperature, top_p, top_k, keep in cases:  # top_k=3 leaves .71, .19 and .10
+    for temperature, top_p, top_k, keep in cases:  # of the last, top_k leaves .71, .19, .10
         tokens = sample(logits.expand(n, -1), u, temperature, top_p, top_k)
         p = (logits[0] / temperature).softmax(-1)
         p = p.where(p >= p.sort(descending=True).values[keep - 1], 0.0)

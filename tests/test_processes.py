@@ -29,7 +29,7 @@ WORK = {"sft": sft.run_sft, "stopped": sft.run_sft, "rl": reinforce.run_reinforc
 
 
 def fork(work, *args, others: float = 20) -> list[int | None]:
-    """work(*args) in two processes -> exit codes; the second may end `others` seconds later."""
+    """work(*args) in two processes -> exit codes; the second may end up to `others` s later."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

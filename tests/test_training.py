@@ -90,7 +90,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, stage):
     (tmp_path / "empty.yaml").touch()
     begun = "config.yaml" if stage == "traces" else "metrics.jsonl"
     took, whole = 0.0, {}
-    for kill in range(int(os.environ.get("KILLS", 1)) + 1):  # the first run is left alone
+    for kill in range(int(os.environ.get("KILLS", 1)) + 1):  # KILLS=10: the long form
         folder = tmp_path / str(kill)
         process = begin(stage, folder, False)
         while process.is_alive() and not (folder / begun).exists():
@@ -379,7 +379,7 @@ def test_a_kept_teacher_says_the_same(tmp_path):
 
 
 def test_the_exit_loss_is_least_at_the_target():
-    """Catches: a chance other than 2 (1 - sigmoid(s KL)), for two tokens that of their mean KL."""
+    """Catches: another chance than 2 (1 - sigmoid(s KL)), or for two tokens than of their mean."""
     z = torch.linspace(-12, 12, 240001)
     for kl in (0.0, 0.05, 0.3, 1.0):
         p = z[sft.exit_loss(z, torch.tensor(kl), 4.0).argmin()].sigmoid()
