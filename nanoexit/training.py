@@ -197,11 +197,11 @@ def remove_leftovers(folder: Path, seconds: float = 0) -> None:
 
 
 def _check_same_config(path: Path, config: Config) -> None:
-    cure = f"resume with the version that made it, or delete {path.parent} to start again"
+    cure = f"delete {path.parent} to train from the start"
     try:
         kept = load_config(path, schema=type(config))
     except UserError as error:
-        raise UserError(f"{error}; {cure}") from None
+        raise UserError(f"{error}; resume with the code that wrote it, or {cure}") from None
     if to_yaml(kept).encode() != path.read_bytes():  # also if it was cut between two keys
         raise UserError(f"{path} was cut or edited; {cure}")
     old = dataclasses.asdict(kept)

@@ -1,7 +1,9 @@
-"""The memory that SFT takes, by use. Checks the config as train_sft.py does, and writes nothing.
+"""The memory that SFT takes, by use.
 
-python scripts/plan.py configs/tiny.yaml                  one process
-python scripts/plan.py configs/tiny.yaml --processes 2    each of two
+    python scripts/plan.py configs/tiny.yaml                  one process
+    python scripts/plan.py configs/tiny.yaml --processes 2    each of two
+
+Checks the config as train_sft.py does, and writes nothing.
 """
 
 import dataclasses
