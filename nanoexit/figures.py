@@ -1,55 +1,17 @@
-"""Depth as colour in a terminal, and figures as SVG.
+"""Figures as SVG. `Figure.svg()` is a self-contained file that follows the reader's light or dark
+setting."""
 
-`paint` and `legend` write plain text to a pipe, under NO_COLOR (no-color.org), and to a terminal
-without 256 colours. Every depth colour has a contrast of 3 to 1 on both white and black, because a
-program cannot know a terminal's background. `Figure.svg()` is a self-contained file that follows
-the reader's light or dark setting.
-"""
-
-import itertools
 import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from nanoexit.config import printable
-
-TERMINAL = (160, 166, 136, 100, 64, 29, 30, 31, 26)  # of 256 colours, from depth 1 to full depth
 CSS = Path(__file__).with_name("figures.css").read_text(encoding="utf-8")
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 380, 42, 346, 12, 180  # of the drawing and its axes
 MOST_LINES, MOST_POINTS, MOST_MARKS = 8, 120, 30
-
-
-def has_colors(stream: TextIO) -> bool:
-    """Whether `stream` shows 256 colours and NO_COLOR is not set."""
-    term = os.environ.get("TERM", "dumb")
-    able = term != "dumb" and ("256" in term or "COLORTERM" in os.environ)
-    return able and stream.isatty() and not os.environ.get("NO_COLOR")
-
-
-def paint(pieces: Sequence[str], depths: Sequence[int], full_depth: int, stream: TextIO) -> str:
-    """The pieces of a response as one text, safe to print, each in the colour of its depth.
-
-    Characters that `stream` cannot encode become question marks."""
-    painted, colored, encoding = "", has_colors(stream), stream.encoding or "utf-8"
-    for depth, run in itertools.groupby(zip(pieces, depths, strict=True), key=lambda pair: pair[1]):
-        text = printable("".join(piece for piece, _ in run))
-        text = text.encode(encoding, "replace").decode(encoding)
-        share = (depth - 1) / (full_depth - 1) if full_depth > 1 else 1
-        code = TERMINAL[round(share * (len(TERMINAL) - 1))]
-        painted += f"\x1b[38;5;{code}m{text}\x1b[0m" if colored else text
-    return painted
-
-
-def legend(exit_layers: Sequence[int], full_depth: int, stream: TextIO) -> str:
-    """One line that names the colour of each depth; "" for a stream without colours."""
-    depths = sorted({*exit_layers, full_depth})
-    names = [f"  ■ {depth}" for depth in depths]
-    return "depth" + paint(names, depths, full_depth, stream) if has_colors(stream) else ""
 
 
 @dataclass

@@ -6,11 +6,15 @@ python scripts/sample.py "Why is the sky blue?" --model HuggingFaceTB/SmolLM2-13
 """
 
 import argparse
+import itertools
 import json
 import math
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import _path  # noqa: F401
 import numpy as np
@@ -18,7 +22,6 @@ import numpy as np
 from nanoexit.adapters import adapter_base, load_adapter
 from nanoexit.config import Config, UserError, parse_yaml, printable, run_script
 from nanoexit.exits import POLICIES, check_cap, parse_policy
-from nanoexit.figures import legend, paint
 from nanoexit.generate import Sampling, generate
 from nanoexit.model import Transformer
 from nanoexit.report import Run, write_page
@@ -28,6 +31,9 @@ from nanoexit.tokenizer import Tokenizer, load_tokenizer
 from nanoexit.weights import load_model
 
 TINY = "data/tiny"
+# Of 256 colours, from depth 1 to full depth. A program cannot know a terminal's background, so each
+# has a contrast of 3 to 1 on both white and black.
+TERMINAL = (160, 166, 136, 100, 64, 29, 30, 31, 26)
 
 
 def main() -> None:
@@ -145,6 +151,34 @@ def summary(responses: list[Response], full_depth: int, policy: str) -> str:
     figures = f"mean depth {mean:.2f} of {full_depth} ({mean / full_depth:.0%} of blocks run)"
     figures += f" · deepest token {deepest:.1f}" + " on average" * (len(responses) > 1)
     return f"{' · '.join(counts)}\n{figures}"
+
+
+def has_colors(stream: TextIO) -> bool:
+    """Whether `stream` shows 256 colours and NO_COLOR (no-color.org) is not set."""
+    term = os.environ.get("TERM", "dumb")
+    able = term != "dumb" and ("256" in term or "COLORTERM" in os.environ)
+    return able and stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def paint(pieces: Sequence[str], depths: Sequence[int], full_depth: int, stream: TextIO) -> str:
+    """The pieces of a response as one text, safe to print, each in the colour of its depth.
+
+    Characters that `stream` cannot encode become question marks."""
+    painted, colored, encoding = "", has_colors(stream), stream.encoding or "utf-8"
+    for depth, run in itertools.groupby(zip(pieces, depths, strict=True), key=lambda pair: pair[1]):
+        text = printable("".join(piece for piece, _ in run))
+        text = text.encode(encoding, "replace").decode(encoding)
+        share = (depth - 1) / (full_depth - 1) if full_depth > 1 else 1
+        code = TERMINAL[round(share * (len(TERMINAL) - 1))]
+        painted += f"\x1b[38;5;{code}m{text}\x1b[0m" if colored else text
+    return painted
+
+
+def legend(exit_layers: Sequence[int], full_depth: int, stream: TextIO) -> str:
+    """One line that names the colour of each depth; "" for a stream without colours."""
+    depths = sorted({*exit_layers, full_depth})
+    names = [f"  ■ {depth}" for depth in depths]
+    return "depth" + paint(names, depths, full_depth, stream) if has_colors(stream) else ""
 
 
 if __name__ == "__main__":

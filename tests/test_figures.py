@@ -3,12 +3,16 @@
 import io
 import os
 import re
+import sys
 from xml.etree import ElementTree
 
 import pytest
 
 from nanoexit.config import ROOT
-from nanoexit.figures import TERMINAL, Axis, has_colors, legend, line_figure, paint
+from nanoexit.figures import Axis, line_figure
+
+sys.path.append(str(ROOT / "scripts"))
+from sample import TERMINAL, has_colors, legend, paint
 
 EVIL = '</text><script>"'
 COLOURS = {"TERM": "xterm-256color"}
