@@ -191,9 +191,6 @@ def save_merged(model: Transformer, source: Path, out: Path) -> None:
     _save(out / "model.safetensors", tensors)
 
 
-# --- PEFT's options ---------------------------------------------------------------------------
-
-
 def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, LoRAConfig]:
     """adapter_config.json and the linear maps' names -> the settings of each map it adapts."""
     for key in sorted(config.keys() - PEFT.keys() - {*IDLE}):

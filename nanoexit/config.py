@@ -64,7 +64,7 @@ class LoRAConfig:
 
 @dataclass
 class DataConfig:
-    prompts: str = knob("clock", "a task that makes prompts, a JSONL or CSV file, or hub:ID/FILE")
+    prompts: str = knob("clock", "a task that makes prompts, or a JSONL or CSV file")
     traces: str | None = knob(None, "folder of the teacher's traces; null is run.dir/traces")
     count: int | None = knob(None, "training prompts to use; null is all, or 8192 if made", 1)
     held_out: float = knob(0.1, "share of prompts kept for evaluation, by a hash", high=0.9)

@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,16 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from nanoexit.config import ROOT, Config, rounded, write_json_lines, write_text
+from nanoexit.config import ROOT, Config, rounded, write_text
 from nanoexit.exits import as_base
 from nanoexit.faithfulness import KEEPS, Subject, accuracy, examine, mean, means
 from nanoexit.judge import Item, Judge, judge_summary
 from nanoexit.model import Transformer
-from nanoexit.reinforce import kept_samples
 from nanoexit.tasks import Prompt, Response, load_prompts
 from nanoexit.teacher import against_base, show_response
 from nanoexit.tokenizer import Tokenizer
-from nanoexit.training import progress
+from nanoexit.training import lines_until, progress
 
 
 def measure(subject: Subject, variant: str, responses: Sequence[Response]) -> dict:
@@ -197,17 +195,20 @@ def evaluate_run(
     """
     started = time.time()
     prompts = load_prompts(config, "held_out")
-    rows, samples = [base] if base else [], kept_samples(folder, sys.maxsize)
+    rows, samples = (
+        [base] if base else [],
+        lines_until(folder / "samples.jsonl").decode("utf-8", "replace"),
+    )
     judge = Judge(config.judge, folder / "judge.jsonl") if thorough else None
     for variant, policy in variants(model, config)[len(rows) :]:
         subject = Subject(model, tokenizer, config, policy)
         with as_base(model) if variant == "base" else contextlib.nullcontext():
             row, shown = evaluate_variant(subject, variant, prompts, judge)
         rows.append(row)
-        samples += shown
+        samples += "".join(json.dumps(line) + "\n" for line in shown)
     others = [Subject(model, tokenizer, config, p) for p in config.evaluate.frontier if thorough]
     frontier = [measure(s, "student", s.respond(prompts, "evaluate")) for s in others]
-    write_json_lines(folder / "samples.jsonl", samples)
+    write_text(folder / "samples.jsonl", samples)
     found = {"rows": rows, "frontier": frontier, "seed": config.run.seed, **origin(model, config)}
     write_text(folder / "evaluation.json", json.dumps(rounded(found), indent=1) + "\n")
     tables = "\n\n".join(table(part) for part in (rows, frontier) if part)

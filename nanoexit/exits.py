@@ -125,9 +125,6 @@ def exit_depths(model: Transformer) -> tuple[int, ...]:
     return tuple(depth for depth in layers if depth < model.deepest)  # type: ignore[union-attr]
 
 
-# --- the mathematics --------------------------------------------------------------------------
-
-
 def path_logprob(z: Tensor, depths: Tensor, layers: Sequence[int], deepest: int) -> Tensor:
     """log p(exit at depths) [...] under log-odds z [..., E]; entries beyond the exit are not read.
 
@@ -148,9 +145,6 @@ def draw_depths(chance: Tensor, u: Tensor, layers: Sequence[int], deepest: int) 
     options = torch.tensor([*layers, deepest], device=chance.device)
     leaves = F.pad(u < chance, (0, 1), value=True)
     return options[leaves.int().argmax(-1)]
-
-
-# --- policies ---------------------------------------------------------------------------------
 
 
 class Asked(NamedTuple):
@@ -232,9 +226,6 @@ def parse_policy(text: str, model: Transformer | None = None, where: str = "") -
         value = rules[name].hint(argument)
     check_value(value, rules[name], f"{where}policy {show(text)}, after the colon")
     return Policy(name, value)
-
-
-# --- stops: what model.run asks ---------------------------------------------------------------
 
 
 class Ask:

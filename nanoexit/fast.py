@@ -39,9 +39,6 @@ COPY_LIMIT = 2 * 2**30  # bytes: a larger model is not copied on a CPU
 ATTENTION_CALL = 2**14  # cache entries that a CPU reads in about the time of an attention call
 
 
-# --- weight layouts ---------------------------------------------------------------------------
-
-
 def choose_layout(model: Transformer, rows: int, copy_limit: int = COPY_LIMIT) -> str:
     """The fastest of PyTorch's products for this many rows, as measured by scripts/bench.py decode.
 
@@ -98,9 +95,6 @@ def base_product(model: Transformer, layout: str, *maps: Any) -> Product:
         if model.device.type == "cpu":
             model.fast_products[maps] = kept
     return kept[1]
-
-
-# --- one block, one step ----------------------------------------------------------------------
 
 
 def joined(model: Transformer, layout: str, *maps: Linear) -> Product:
@@ -331,9 +325,6 @@ class FastModel:
             on = self.blocks[layer](h, on, step, layer)
             h = on if going is None else h.index_copy_(0, going, on)
         return h[:B]
-
-
-# --- CUDA graphs ------------------------------------------------------------------------------
 
 
 def capture_cuda(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nanoexit import training
 from nanoexit.adapters import save_adapter
-from nanoexit.config import Config, RLConfig, UserError, read_json_lines, write_json_lines
+from nanoexit.config import Config, RLConfig
 from nanoexit.model import Transformer
 from nanoexit.score import readout_logprobs
 from nanoexit.tasks import Prompt, Response, load_prompts
@@ -146,7 +146,8 @@ def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, fold
     prompts = load_prompts(config, "train")
     optimizer = training.make_optimizer(model, rl.lr)
     done = training.load_checkpoint(folder, model, optimizer)
-    metrics, samples = training.Metrics(folder, done, config), kept_samples(folder, done)
+    metrics = training.Metrics(folder, done, config)
+    samples = training.StepLog(folder / "samples.jsonl", done)
     with training.progress(rl.steps, "REINFORCE", "step", done) as bar:
         for step in range(done, rl.steps):
             chosen = [prompts[i] for i in training.batch_at(step, len(prompts), rl.prompts, seed)]
@@ -156,25 +157,13 @@ def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, fold
             norm = training.clip_and_step(optimizer, rl.lr * training.cosine_share(step, rl.steps))
             metrics.write(step + 1, **row, grad_norm=norm)
             for r in rollouts[:SHOWN] if training.is_main() else ():
-                line = show_response(model, tokenizer, r.response, "rollout") | {"step": step + 1}
-                samples.append({**line, "rewards": {**r.parts, "total": r.reward}})
+                line = show_response(model, tokenizer, r.response, "rollout")
+                samples.write(step + 1, **line, rewards={**r.parts, "total": r.reward})
             shown = {n: f"{row[n]:.2f}" for n in ("reward", "accuracy", "max_depth", "written")}
             bar.set_postfix(shown, refresh=False)
             bar.update()
             if training.is_main() and ((step + 1) % rl.save_every == 0 or step + 1 == rl.steps):
-                write_json_lines(folder / "samples.jsonl", samples)
                 training.save_checkpoint(folder, step + 1, model, optimizer)
     if training.is_main():
         save_adapter(model, folder / "adapter")
     training.barrier()
-
-
-def kept_samples(folder: Path, done: int) -> list[dict]:
-    """The rollouts in samples.jsonl of the steps that the checkpoint has done."""
-    path = folder / "samples.jsonl"
-    if not done or not path.is_file():
-        return []
-    try:
-        return [row for _, row in read_json_lines(path) if row.get("step", done + 1) <= done]
-    except (TypeError, UserError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to go on without") from None

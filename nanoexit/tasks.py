@@ -25,7 +25,6 @@ import numpy as np
 
 from nanoexit.config import Config, UserError, find_file, read_json_lines, read_text, show
 from nanoexit.generate import Generation
-from nanoexit.weights import find_dataset_file
 
 Split = namedtuple("Split", "reasoning marker conclusion")  # marker "": it never ends
 Change = namedtuple("Change", "text stay follow")  # text up to a changed value; two answers
@@ -437,12 +436,8 @@ def is_held_out(prompt: Prompt, share: float = 0.1) -> bool:
 
 
 def read_prompts(config: Config) -> list[Prompt]:
-    """Every prompt of a JSONL or CSV file, or of a hub dataset's file (hub:ID/FILE), in order."""
-    name = config.data.prompts
-    if name.startswith("hub:"):
-        path = find_dataset_file(name)
-    else:
-        path = find_file(name, "data.prompts: neither a task nor a file:")
+    """Every prompt of a JSONL or CSV file, in order."""
+    path = find_file(config.data.prompts, "data.prompts: neither a task nor a file:")
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else read_json_lines(path)
     prompts: dict[str, Prompt] = {}
     for line, row in rows:

@@ -131,9 +131,6 @@ def show_response(model: Transformer, tokenizer: Tokenizer, response: Response, 
     }
 
 
-# --- traces -----------------------------------------------------------------------------------
-
-
 @dataclass
 class Trace:
     """One response of the teacher, as SFT reads it; `completion` includes the end token."""

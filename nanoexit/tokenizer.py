@@ -15,7 +15,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 from typing import Any
@@ -31,7 +31,6 @@ HUB_PROBLEMS = {  # class of an error -> what the hub does; AWAY is why it canno
     "GatedRepoError": "keeps it gated: ask for access on its page, then log in",
     "RepositoryNotFoundError": "has no such repository, or a private one",
     "RevisionNotFoundError": "has no such revision",
-    "RemoteEntryNotFoundError": "has no such file",
     "LocalEntryNotFoundError": "AWAY",
     "IncompleteSnapshotError": "AWAY, and the copy on this machine is incomplete",
 }
@@ -48,23 +47,18 @@ def find_model(
     if not HUB_ID.fullmatch(name):
         problem = "a folder has no revisions" if revision else "no such folder"
         raise UserError(f"{show(name)}: {problem}, and not an id on the hub (OWNER/NAME)")
-    options = {"revision": revision, "allow_patterns": [*files], "ignore_patterns": ["*/*"]}
-    what = f"{name}, revision {revision}:" if revision else f"{name}: no such folder;"
-    path = fetch(what, snapshot_download, name, **options)
-    return path, path.name
-
-
-def fetch(what: str, download: Callable[..., str], *names: str, **options: Any) -> Path:
-    """Download from the hub. A failure becomes a UserError with the problem in a few words."""
+    options: Any = {"allow_patterns": [*files], "ignore_patterns": ["*/*"]}
     try:
-        return Path(download(*names, **options))
+        path = Path(snapshot_download(name, revision=revision, **options))
     except Exception as error:  # some are the HTTP library's
+        what = f"{name}, revision {revision}:" if revision else f"{name}: no such folder;"
         kind, away = type(error).__name__, f"cannot be reached ({error.__cause__})"
         if constants.HF_HUB_OFFLINE:
             away = "is switched off (HF_HUB_OFFLINE)"
         other = f"stopped: {kind}: {error}; run again to continue the download"
         problem = HUB_PROBLEMS.get(kind, other).replace("AWAY", away)
         raise UserError(f"{what} the hub ({constants.ENDPOINT}) {problem}") from None
+    return path, path.name
 
 
 def content_hash(paths: Iterable[Path]) -> str:
@@ -78,9 +72,6 @@ def content_hash(paths: Iterable[Path]) -> str:
                 file.seek(offset)
                 digest.update(file.read(sample))
     return f"sha256:{digest.hexdigest()}"
-
-
-# --- text and ids -----------------------------------------------------------------------------
 
 
 class Tokenizer:
@@ -227,9 +218,6 @@ def _read_template(folder: Path, config: dict) -> str | None:
     where = f"{folder / 'tokenizer_config.json'}: chat_template"
     check_value(found, Rule(str | None), where)
     return found
-
-
-# --- chat templates ---------------------------------------------------------------------------
 
 
 class TemplateProcess:

@@ -269,7 +269,10 @@ def training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> None:
     """State after `step` steps, into folder/checkpoint/state.safetensors."""
     state = training_state(model, optimizer)
-    about = {"step": str(step), "metrics": str(zlib.crc32(metrics_until(folder, step)))}
+    about = {
+        "step": str(step),
+        "metrics": str(zlib.crc32(lines_until(folder / "metrics.jsonl", step))),
+    }
     replace(folder / "checkpoint" / "state.safetensors", lambda p: save_file(state, p, about))
 
 
@@ -288,16 +291,16 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
         problem = f"is damaged or another model's ({error})"
         raise UserError(f"{path} {problem}; delete it to train from the start") from None
     metrics = folder / "metrics.jsonl"
-    if metrics.exists() and zlib.crc32(metrics_until(folder, done)) != crc:
+    if metrics.exists() and zlib.crc32(lines_until(metrics, done)) != crc:
         problem = f"is damaged up to step {done}, or {path} is another run's"
         raise UserError(f"{metrics} {problem}; delete it to go on without it")
     return done
 
 
-def metrics_until(folder: Path, step: int) -> bytes:
-    """The complete lines of metrics.jsonl up to this step."""
-    path = folder / "metrics.jsonl"
-    lines = re.finditer(rb'{"step": (\d+), .*}\n', path.read_bytes() if path.is_file() else b"")
+def lines_until(path: Path, step: int = sys.maxsize) -> bytes:
+    """The complete lines {"step": n, ...} of a file up to this step."""
+    found = path.read_bytes() if path.is_file() else b""
+    lines = re.finditer(rb'(?m)^{"step": (\d+)\b.*}\n', found)
     return b"".join(line[0] for line in lines if int(line[1]) <= step)
 
 
@@ -323,31 +326,39 @@ def progress(total: int, name: str, unit: str = "row", done: int = 0) -> tqdm:
     return tqdm(total=total, initial=done, disable=hidden, **looks)
 
 
-class Metrics:
-    """metrics.jsonl, one object per step; steps after the checkpoint are dropped on resume."""
+class StepLog:
+    """A file of lines {"step": n, ...}; on resume, those after step `done` are dropped."""
+
+    def __init__(self, path: Path, done: int):
+        self.path, kept = path, lines_until(path, done)
+        if is_main():
+            replace(path, lambda beside: beside.write_bytes(kept))
+
+    def write(self, step: int, **values: Any) -> None:
+        if is_main():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+class Metrics(StepLog):
+    """metrics.jsonl: the figures of each step, from 1."""
 
     def __init__(self, folder: Path, done: int, config: Config):
-        self.path, self.wandb = folder / "metrics.jsonl", None
-        if not is_main():
-            return
-        kept = metrics_until(folder, done)
-        replace(self.path, lambda beside: beside.write_bytes(kept))
-        if config.run.wandb:
+        super().__init__(folder / "metrics.jsonl", done)
+        self.wandb = None
+        if config.run.wandb and is_main():
             import wandb
 
             names = {"project": "nanoexit", "name": folder.name, "dir": str(folder)}
             self.wandb = wandb.init(**names, config=dataclasses.asdict(config))
 
     def write(self, step: int, **values: Any) -> None:
-        """Add the figures of step `step` (from 1). Raises UserError for one that is not finite."""
+        """Add the figures of a step. Raises UserError for one that is not finite."""
         for name, value in values.items():
             if not np.isfinite(value).all():
                 raise UserError(f"step {step}: {name} is {value}; the last checkpoint is kept")
-        if not is_main():
-            return
-        row = rounded({"step": step, **values})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        row = rounded(values)
+        super().write(step, **row)
         if self.wandb:
             self.wandb.log({k: v for k, v in row.items() if not isinstance(v, list)}, step=step)
 

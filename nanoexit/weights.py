@@ -15,14 +15,13 @@ from types import NoneType
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from nanoexit.config import Rule, UserError, check_file, check_values, read_json, show
 from nanoexit.model import Llama3Rope, Shape, Transformer
-from nanoexit.tokenizer import Tokenizer, content_hash, fetch, find_model, model_stop_ids
+from nanoexit.tokenizer import Tokenizer, content_hash, find_model, model_stop_ids
 
 QWEN: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 QWEN |= {"max_position_embeddings": 32768, "num_key_value_heads": 32}
@@ -128,9 +127,6 @@ def _rope(c: dict[str, Any], where: Path) -> tuple[float, Llama3Rope | None]:
     return theta, scaling
 
 
-# --- loading ----------------------------------------------------------------------------------
-
-
 def load_model(
     name: str, device: str = "auto", dtype: str = "auto", revision: str | None = None
 ) -> Transformer:
@@ -171,14 +167,6 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.device: {name!r} cannot be used here: {reason}") from None
-
-
-def find_dataset_file(name: str) -> Path:
-    """`hub:OWNER/NAME/path/in/the/dataset.jsonl` -> the file on this machine."""
-    found = re.fullmatch(r"hub:(\w[\w.-]*/\w[\w.-]*)/(.+)", name)
-    if not found:
-        raise UserError(f"{show(name)}: expected hub:OWNER/NAME/FILE")
-    return fetch(f"{name}:", hf_hub_download, *found.groups(), repo_type="dataset")
 
 
 def _locate(folder: Path) -> Stored:

@@ -1,8 +1,8 @@
 """A hub on the loopback address: serves folders as repositories to the real huggingface_hub code.
 
-FOLDER/OWNER/NAME/... is the repository OWNER/NAME, FOLDER/OWNER/NAME@v1 its revision v1, and
-FOLDER/datasets/OWNER/NAME a dataset. It answers the requests of snapshot_download: the commit of a
-revision, the list of files, HEAD and GET of each file.
+FOLDER/OWNER/NAME/... is the repository OWNER/NAME, and FOLDER/OWNER/NAME@v1 its revision v1. It
+answers the requests of snapshot_download: the commit of a revision, the list of files, HEAD and GET
+of each file.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from judge_server import Loopback
 
 COMMIT, V1 = "0123456789abcdef0123456789abcdef01234567", "1" * 40
 REQUEST = re.compile(
-    r"/(?:api/models/)?((?:datasets/)?[^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?"
+    r"/(?:api/models/)?([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?"
 )
 
 

@@ -17,7 +17,7 @@ from test_judge import BARE, SCORES
 from test_report import STORY, example, places, response
 from test_weights import IDS, load, new_config, tensors_of, write
 
-from nanoexit import adapters, config, exits, judge, reinforce, report, tasks, teacher, training
+from nanoexit import adapters, config, exits, judge, report, tasks, teacher, training
 from nanoexit.config import UserError
 from nanoexit.tokenizer import TemplateProcess, Tokenizer
 from nanoexit.weights import read_shape
@@ -117,7 +117,7 @@ def use(folder):
     elif folder.name == "run":
         traces = teacher.read_traces(folder / "t.jsonl", [tasks.Prompt("a", "5 +1")], vocab=40)
         assert all(i in range(40) for trace in traces for i in trace.prompt_ids + trace.tokens)
-        reinforce.kept_samples(folder, 3)
+        training.lines_until(folder / "samples.jsonl", 3)
         report.write_page(folder.parent / "report.html", [report.read_run(folder)])
     else:
         shape = read_shape(folder)

@@ -1,4 +1,4 @@
-"""Models, adapters and datasets from a hub, through the real huggingface_hub and a local server."""
+"""Models and adapters from a hub, through the real huggingface_hub and a local server."""
 
 import os
 import shutil
@@ -18,13 +18,11 @@ import sys
 from nanoexit.adapters import adapter_base, load_adapter
 from nanoexit.config import UserError
 from nanoexit.tokenizer import load_tokenizer
-from nanoexit.weights import find_dataset_file, load_model
+from nanoexit.weights import load_model
 for asked in sys.argv[1:]:
     name, _, revision = asked.partition("@")
     try:
-        if name.startswith("hub:"):
-            print(find_dataset_file(name).read_text())
-        elif name.startswith("adapter:"):
+        if name.startswith("adapter:"):
             base, commit = adapter_base(name[8:])
             model = load_model(base, "cpu", "float32", revision or commit)
             load_adapter(model, name[8:])
@@ -38,7 +36,7 @@ for asked in sys.argv[1:]:
 
 
 def fill(root) -> None:
-    """Repositories (me/plain has another at v1), a dataset, and files that need no download."""
+    """Repositories (me/plain has another at v1), and files that need no download."""
     config = old_config("qwen2") | {"vocab_size": 266, "eos_token_id": 39}
     shards = {"plain": 1, "plain@v1": 1, "sharded": 3, "gated": 1}
     for seed, name in enumerate(shards):
@@ -51,7 +49,6 @@ def fill(root) -> None:
     model = with_exits(load(root / "me" / "plain@v1"))
     model.name, model.revision = "me/plain", V1
     save_adapter(model, root / "me" / "adapter")
-    write_text(root / "datasets" / "me" / "sums" / "main" / "train.jsonl", "1 + 1")
 
 
 def ask(hub: Hub, *names: str, **env: str) -> list[str]:
@@ -72,19 +69,17 @@ REFUSED = {  # name -> what its line says
     "me/gated": "keeps it gated",
     "me/plane": "me/plane: no such folder; the hub (",
     "me/plain@v2": "me/plain, revision v2: the hub (",
-    "hub:me/sums/none": "has no such file",
     "adapter:me/adapter@main": "was trained on 'me/plain'",
 }
 
 
-def test_models_adapters_datasets_then_offline(tmp_path):
+def test_models_and_adapters_then_offline(tmp_path):
     """Catches: extra files fetched; a revision or a base lost; half a file taken for all."""
     fill(tmp_path)
-    names = ["me/plain", "adapter:me/adapter", "hub:me/sums/main/train.jsonl"]
     with Hub(tmp_path) as hub:
         hub.gated, hub.home, hub.dropped = {"me/gated"}, tmp_path / "home", "model-00002"
-        plain, adapter, data, *lines = ask(hub, *names, *REFUSED)
-        assert plain == f"me/plain {COMMIT} 39 261" and data == "1 + 1"
+        plain, adapter, *lines = ask(hub, "me/plain", "adapter:me/adapter", *REFUSED)
+        assert plain == f"me/plain {COMMIT} 39 261"
         assert adapter == f"adapter of me/plain {V1} (1, 2, 4)"
         for line, word in zip(lines, REFUSED.values()):
             assert line.startswith("refused: ") and word in line
@@ -93,8 +88,9 @@ def test_models_adapters_datasets_then_offline(tmp_path):
         assert line == f"me/sharded {COMMIT} 39 261"
         assert not any(line.startswith("GET /me/") and "model-00001" in line for line in asked)
         (next(hub.home.glob(f"*/*plain/*/{COMMIT}")) / "model.safetensors").unlink()
-        *cached, gated, plain = ask(hub, *names[1:], "me/gated", "me/plain", HF_HUB_OFFLINE="1")
-        assert cached == [adapter, data]
+        names = ["adapter:me/adapter", "me/gated", "me/plain"]
+        cached, gated, plain = ask(hub, *names, HF_HUB_OFFLINE="1")
+        assert cached == adapter
         assert "HF_HUB_OFFLINE" in gated and "ncomplete" in plain
     copy = shutil.copytree(tmp_path / "me" / "plain@v1", tmp_path / "copy")
     assert load(copy).content != load(tmp_path / "me" / "plain").content
