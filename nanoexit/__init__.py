@@ -9,8 +9,7 @@ The modules in order; each imports only from those before it:
     tasks, judge                        prompts, and what a good answer is
     training, teacher, sft, reinforce   the training loops
     faithfulness, evaluate              the measurements
-    figures, report                     the report page
-"""
+    figures, report                     the report page"""
 
 from nanoexit.adapters import load_adapter, save_adapter
 from nanoexit.config import LoRAConfig, UserError

@@ -3,8 +3,7 @@
 Contract. An adapter folder holds adapter_model.safetensors and adapter_config.json as peft writes
 and reads them, exit_heads.safetensors (the parameters of exits.ExitHeads, by depth), and
 nanoexit.json, which records the base model. An adapter fits any model whose files have the recorded
-content, wherever they are stored. PEFT options that are not implemented are refused by name.
-"""
+content, wherever they are stored. PEFT options that are not implemented are refused by name."""
 
 import json
 import re

@@ -4,18 +4,16 @@ Contract. Row i of the batch keeps the key of its token at position p in slot p.
 explicit, so rows may differ in length. `write` stores one block's keys and values for the tokens of
 this call, and returns everything that they can attend to. A token that exits leaves its keys and
 values in the later blocks within the same call, so every block has them for every earlier position.
-(fast.py writes them later, but always before they are read.)
-"""
+(fast.py writes them later, but always before they are read.)"""
 
 import torch
 from torch import Tensor
 
 
 class Cache:
-    """kv: [L, B, 2, K, capacity, head_dim], keys before values, zero at first.
-
-    Set before each call: `span`, the first positions that it can attend to; `aligned`, whether it
-    begins at one position in all rows."""
+    """kv: [L, B, 2, K, capacity, head_dim], keys before values, zero at first. Set before each
+    call: `span`, the first positions that it can attend to; `aligned`, whether it begins at one
+    position in all rows."""
 
     def __init__(self, kv: Tensor):
         self.kv, self.span, self.aligned = kv, kv.shape[-2], True

@@ -3,8 +3,7 @@
 Files named in a config are looked up in the working directory, then in the root of the repository,
 so scripts run from anywhere. A user's mistake raises a `UserError`: one line that says what was
 wrong, where, and what was expected. `run_script` prints it and exits with code 2. Any other
-exception is a bug of ours and keeps its traceback.
-"""
+exception is a bug of ours and keeps its traceback."""
 
 import argparse
 import contextlib

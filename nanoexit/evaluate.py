@@ -3,8 +3,7 @@
 A row is one variant (base or student) under one policy. `measure` computes it from responses, and
 `faithfulness.examine` adds figures that need more generation. Depths cover all tokens of a
 response, including the first. `max_depth`, the opaque serial depth, is the deepest token of a
-response, averaged over responses. A NaN is null in files and a dash with a reason in tables.
-"""
+response, averaged over responses. A NaN is null in files and a dash with a reason in tables."""
 
 import contextlib
 import json
@@ -188,11 +187,10 @@ def evaluate_run(
     thorough: bool = False,
     base: dict | None = None,
 ) -> list[dict]:
-    """-> a row for the base, and one for the student under each policy of the config.
-
-    Writes summary.json, evaluation.json, evaluation.md and samples.jsonl, which keeps its training
-    rollouts. thorough: add `examine` and the frontier. base: the base's row, if already measured.
-    """
+    """-> a row for the base, and one for the student under each policy of the config. Writes
+    summary.json, evaluation.json, evaluation.md and samples.jsonl, which keeps its training
+    rollouts. thorough: add `examine` and the frontier. base: the base's row, if already
+    measured."""
     started = time.time()
     prompts = load_prompts(config, "held_out")
     rows, samples = (

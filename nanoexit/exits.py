@@ -13,8 +13,7 @@ Decisions. Heads read the residual divided by its RMS, so that one learning rate
 (residuals grow with depth). Generation, scoring and training all use the same `stop`, `Ask`.
 
 Sources: stick-breaking as in PonderNet (Banino et al. 2021); `confidence` is the rule of CALM
-(Schuster et al. 2022).
-"""
+(Schuster et al. 2022)."""
 
 import contextlib
 import math
@@ -67,10 +66,9 @@ def attach(
     cap: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Attach exit heads at these depths ([]: none), adapters if `lora` is given, and a cap.
-
-    Freezes the base's weights. Raises UserError for a repeated depth or one outside 1..L-1, an
-    unknown kind of head, or a cap outside 1..L."""
+    """Attach exit heads at these depths ([]: none), adapters if `lora` is given, and a cap. Freezes
+    the base's weights. Raises UserError for a repeated depth or one outside 1..L-1, an unknown kind
+    of head, or a cap outside 1..L."""
     L, layers = model.full_depth, list(exit_layers)
     if not set(layers) <= {*range(1, L)} or len(set(layers)) < len(layers):
         expected = f"expected different depths from 1 to {L - 1}"
@@ -127,7 +125,6 @@ def exit_depths(model: Transformer) -> tuple[int, ...]:
 
 def path_logprob(z: Tensor, depths: Tensor, layers: Sequence[int], deepest: int) -> Tensor:
     """log p(exit at depths) [...] under log-odds z [..., E]; entries beyond the exit are not read.
-
     It is -inf for a depth without a head, other than `deepest`: no sample can exit there."""
     at, d = torch.tensor(layers, device=z.device), depths[..., None]
     terms = torch.where(at == d, F.logsigmoid(z), torch.where(at < d, F.logsigmoid(-z), 0.0))
@@ -159,9 +156,8 @@ class Asked(NamedTuple):
 
 
 class Policy:
-    """Decides which tokens exit: full, head, fixed, kl or confidence, as parse_policy explains.
-
-    A subclass overrides `exits`, and `layers` if it decides elsewhere."""
+    """Decides which tokens exit: full, head, fixed, kl or confidence, as parse_policy explains. A
+    subclass overrides `exits`, and `layers` if it decides elsewhere."""
 
     def __init__(self, name: str = "full", value: Any = None):
         self.name, self.value = name, value

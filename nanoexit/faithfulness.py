@@ -6,8 +6,7 @@ inside `exits.capped`, under that cap. A figure that a task cannot give is None,
 Source: Lanham et al. 2023, early answering and adding mistakes. Like them, we weight each length of
 reasoning by its share of the responses. Differences: 1. we keep five fixed shares of the tokens
 instead of cutting after each sentence; 2. the answer is sampled, as the response was, so it may
-change even with everything kept; 3. a response without reasoning counts, with area 0.
-"""
+change even with everything kept; 3. a response without reasoning counts, with area 0."""
 
 import itertools
 from collections import Counter, defaultdict
@@ -174,10 +173,9 @@ def outcome(response: Response, change: Change) -> str:
 
 
 def steps_in_head(subject: Subject, prompts: Sequence[Prompt]) -> dict[str, int]:
-    """Each of evaluate.caps -> the most operations done under it with nothing written.
-
-    Every token runs to the cap. A number of operations counts if prompts of that number, and of
-    each smaller one, are answered with RELIABLE accuracy. {} if the tasks list no steps."""
+    """Each of evaluate.caps -> the most operations done under it with nothing written. Every token
+    runs to the cap. A number of operations counts if prompts of that number, and of each smaller
+    one, are answered with RELIABLE accuracy. {} if the tasks list no steps."""
     chains = [prompt for prompt in prompts if task_of(prompt).steps(prompt)]
     silent = [f"{task_of(p).written(p, 0)} {task_of(p).closing}" for p in chains]
     forced, found = [subject.tokenizer.encode(text) for text in silent], {}

@@ -17,8 +17,7 @@ What makes it fast.
    never touches the deep blocks.
 5. On CUDA, the blocks between two exits are replayed as one graph.
 
-Host syncs: one at each depth where a row may exit, one if some rows are idle, one for new debts.
-"""
+Host syncs: one at each depth where a row may exit, one if some rows are idle, one for new debts."""
 
 import functools
 from collections import Counter, defaultdict
@@ -41,10 +40,9 @@ ATTENTION_CALL = 2**14  # cache entries that a CPU reads in about the time of an
 
 def choose_layout(model: Transformer, rows: int, copy_limit: int = COPY_LIMIT) -> str:
     """The fastest of PyTorch's products for this many rows, as measured by scripts/bench.py decode.
-
     apart: as stored, no copy. joined: maps that share an input as one. transposed (float32, one
-    row): [in, out] for maps that widen. onednn: blocked, by a private PyTorch operator, if present.
-    """
+    row): [in, out] for maps that widen. onednn: blocked, by a private PyTorch operator, if
+    present."""
     if model.device.type != "cpu":
         return "joined"
     if sum(p.nbytes for p in model.parameters()) > copy_limit:
@@ -80,10 +78,9 @@ def lay_out(layout: str, weights: Sequence[Tensor], biases: Sequence[Tensor | No
 
 
 def base_product(model: Transformer, layout: str, *maps: Any) -> Product:
-    """Maps that share an input, without adapters -> one product with their outputs side by side.
-
-    On a CPU the model keeps it until the layout or a weight changes. Weights made under
-    inference_mode have no version counter, so a new object, unequal to any other, stands for it."""
+    """Maps that share an input, without adapters -> one product with their outputs side by side. On
+    a CPU the model keeps it until the layout or a weight changes. Weights made under inference_mode
+    have no version counter, so a new object, unequal to any other, stands for it."""
     weights, biases = [m.weight for m in maps], [getattr(m, "bias", None) for m in maps]
     made_of = [x for x in (*weights, *biases) if x is not None]
     versions = [object() if x.is_inference() else x._version for x in made_of]
@@ -168,11 +165,9 @@ class Debt(NamedTuple):
 
 
 class Step:
-    """Where the tokens of one call are, and the cache that they read and write.
-
-    positions [B]; kv: the cache's tensor; span: how many positions are read; aligned: all rows
-    write at one position. `keep` sets `going` [n], the running rows (None: all), and adds m debts.
-    """
+    """Where the tokens of one call are, and the cache that they read and write. positions [B]; kv:
+    the cache's tensor; span: how many positions are read; aligned: all rows write at one position.
+    `keep` sets `going` [n], the running rows (None: all), and adds m debts."""
 
     def __init__(self, fast: "FastModel", positions: Tensor, kv: Tensor, span: int, aligned: bool):
         _, B, _, self.kv_heads, capacity, head_dim = kv.shape
@@ -219,9 +214,8 @@ class Step:
 
 
 class FastModel:
-    """`run` and `readout` of a Transformer, for one token per row and one cache.
-
-    capture: turns a function into a graph (default: CUDA graphs on CUDA, otherwise none)."""
+    """`run` and `readout` of a Transformer, for one token per row and one cache. capture: turns a
+    function into a graph (default: CUDA graphs on CUDA, otherwise none)."""
 
     def __init__(self, model: Transformer, rows: int, capture: Capture | None = None):
         self.model, self.dtype, layout = model, model.dtype, choose_layout(model, rows)
@@ -251,10 +245,9 @@ class FastModel:
     def run(
         self, ids: Tensor, positions: Tensor, cache: Cache, stop: Stop | None, alive: Tensor | None
     ) -> Run:
-        """ids, positions, alive [B, 1]; see Transformer.run.
-
-        Rows that are not alive get depth 0 and a meaningless residual. They still write at their
-        position, so it must be in the cache."""
+        """ids, positions, alive [B, 1]; see Transformer.run. Rows that are not alive get depth 0
+        and a meaningless residual. They still write at their position, so it must be in the
+        cache."""
         self.follow(cache.names)
         D, at = len(self.blocks), positions[:, 0]
         depths = torch.full_like(at, D) if alive is None else alive[:, 0] * D
@@ -314,9 +307,8 @@ class FastModel:
     def stretch(
         self, step: Step, start: int, end: int, h: Tensor, going: Tensor | None, due: Debt | None
     ) -> Tensor:
-        """Residuals h [B, D] -> after blocks start..end-1, between which no row exits.
-
-        going [n]: the running rows; None: all. due: debts that are paid along with them."""
+        """Residuals h [B, D] -> after blocks start..end-1, between which no row exits. going [n]:
+        the running rows; None: all. due: debts that are paid along with them."""
         step.keep(going, due)
         B, on = len(h), h
         if going is not None:
@@ -336,11 +328,10 @@ def capture_cuda(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tenso
 
 
 class Graphs:
-    """Graphs of the stretches between exits: shapes are fixed, so a stretch is one launch.
-
-    Running rows and debts are padded to a power of two by repeating the last one, which writes the
-    same values again. The span is rounded up to a multiple of SPAN and masked. A stretch is
-    captured, for this cache, the third time (WARM) that it runs in one shape."""
+    """Graphs of the stretches between exits: shapes are fixed, so a stretch is one launch. Running
+    rows and debts are padded to a power of two by repeating the last one, which writes the same
+    values again. The span is rounded up to a multiple of SPAN and masked. A stretch is captured,
+    for this cache, the third time (WARM) that it runs in one shape."""
 
     SPAN, WARM = 256, 3
 

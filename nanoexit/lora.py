@@ -2,8 +2,7 @@
 
 y = W x + (alpha / r) B A x, with A [r, in] drawn as in the paper's code and B [out, r]
 zero at first, so that a new adapter changes no bit of the output. Adapters are float32 and are cast
-for the product, so small updates are not lost in bfloat16. The base weights are never modified.
-"""
+for the product, so small updates are not lost in bfloat16. The base weights are never modified."""
 
 import contextlib
 import math

@@ -18,8 +18,7 @@ Letters: B batch, T positions of this call, S positions that can be attended to,
 from B*T, D width, H heads, K kv heads, d head_dim, V vocabulary, L blocks, E exits.
 
 Papers: Touvron et al. 2023 (LLaMA), Su et al. 2021 (RoPE), Ainslie et al. 2023 (grouped queries),
-Shazeer 2020 (SwiGLU); frozen keys and values: Elbayad et al. 2020, Schuster et al. 2022 (CALM).
-"""
+Shazeer 2020 (SwiGLU); frozen keys and values: Elbayad et al. 2020, Schuster et al. 2022 (CALM)."""
 
 import functools
 import math
@@ -67,11 +66,10 @@ class Shape:
 
 
 class Stop(Protocol):
-    """Decides which tokens exit.
-
-    Called at each depth d in `layers` (1 <= d < deepest) with h [n, D], the residuals after d
-    blocks of the n tokens still running, and index [n], their indices into B*T (None: all, in
-    order). Returns which of them exit here, [n] bool, or None if none do."""
+    """Decides which tokens exit. Called at each depth d in `layers` (1 <= d < deepest) with h [n,
+    D], the residuals after d blocks of the n tokens still running, and index [n], their indices
+    into B*T (None: all, in order). Returns which of them exit here, [n] bool, or None if none
+    do."""
 
     @property
     def layers(self) -> Collection[int]: ...

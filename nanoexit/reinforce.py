@@ -17,8 +17,7 @@ settings are refused.
 
 Simpler than GRPO and PPO: 1. no reference model in the loss, as the KL is part of the reward;
 2. one step per batch, so no ratio and no clipping; 3. advantages are not divided by their standard
-deviation; 4. no value network.
-"""
+deviation; 4. no value network."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,10 +93,9 @@ def collect(
 
 
 def accumulate(model: Transformer, rollouts: Sequence[Rollout], config: Config, count: int) -> None:
-    """Backward through the mean over `count` rollouts, a micro-batch at a time.
-
-    Short rollouts of a prompt share one row, so the prompt is computed once. Long rollouts do not:
-    the cost of attention grows with the square of a row's length."""
+    """Backward through the mean over `count` rollouts, a micro-batch at a time. Short rollouts of a
+    prompt share one row, so the prompt is computed once. Long rollouts do not: the cost of
+    attention grows with the square of a row's length."""
     K = config.rl.rollouts
     active = [r for group in unequal(rollouts, K) for r in group]
     longest = max((len(r.response.generation.tokens) for r in active), default=0)

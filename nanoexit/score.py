@@ -8,8 +8,7 @@ REINFORCE and evaluation all use it.
 
 Memory. Logits are large (V may be 152,000), so losses never hold all of them. `through_readout`
 reads out a chunk of residuals at a time, and keeps only one value per row and its gradient with
-respect to the residual. Rows do not mix, so this is exact.
-"""
+respect to the residual. Rows do not mix, so this is exact."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,7 +47,6 @@ def align(
     model: Transformer, prompts: Rows, responses: Rows, depths: Rows = (), together: int = 1
 ) -> Aligned:
     """Token ids of prompts and responses, a depth for each response token; (): full depth.
-
     together: how many adjacent responses to one prompt share a row. The row holds the prompt once,
     except for its last token, which each response repeats as its first readout."""
     device, full_depth = model.device, model.full_depth
@@ -113,7 +111,6 @@ def score(
     noise: Tensor | None = None,
 ) -> Score:
     """One forward over ids [B, T], right-padded, in which each token exits at its given depth.
-
     depths [B, T]: of the input positions, 0 on padding; above the cap they count as the cap.
     prompt_lens [B]: no exit is chosen before the last prompt position. positions, sees: as in
     Aligned. policy: decides the exits instead, with this noise; depths then only mark padding."""
@@ -151,7 +148,6 @@ class _Chunked(torch.autograd.Function):
 
 def through_readout(h: Tensor, function: Callable[[Tensor, slice], Tensor], chunk: int) -> Tensor:
     """h [n, D] -> [n] float32: function(h[rows], rows), whose values depend on their own row only.
-
     The gradient reaches only h: lm_head and the final norm are frozen."""
     if not len(h):
         return h.new_zeros(0, dtype=torch.float32)

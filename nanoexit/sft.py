@@ -18,8 +18,7 @@ readouts were never trained these targets are 0, and the heads learn never to ex
 
 Simpler than the original: 1. the teacher's residuals stay in memory if they fit, and are never
 written to disk; 2. early readouts always use the final norm: in targets, training and generation;
-3. KL is computed from a float32 log-softmax, without epsilons.
-"""
+3. KL is computed from a float32 log-softmax, without epsilons."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,9 +47,8 @@ class Draw(Policy):
     def __init__(
         self, model: Transformer, a: Aligned, uniform: Tensor, teacher: Tensor, *base_kl: Tensor
     ):
-        """uniform [n]: readouts that ignore their heads. teacher [n, D]: residuals at a.at.
-
-        base_kl [n, E]: use these divergences instead of the student's own."""
+        """uniform [n]: readouts that ignore their heads. teacher [n, D]: residuals at a.at. base_kl
+        [n, E]: use these divergences instead of the student's own."""
         super().__init__("head")  # it decides at the depths of the heads
         self.teacher, self.uniform, self.base_kl = teacher, uniform, base_kl
         device, n = a.ids.device, len(a.at)
@@ -85,9 +83,8 @@ def exit_loss(z: Tensor, kl: Tensor, strength: float) -> Tensor:
 def student_losses(
     model: Transformer, a: Aligned, draw: Draw, noise: Tensor, strength: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One forward with drawn exits -> its loss and figures, both sums over readouts.
-
-    For each head [E]: how often it was reached, the target chances there, and its own chances."""
+    """One forward with drawn exits -> its loss and figures, both sums over readouts. For each head
+    [E]: how often it was reached, the target chances there, and its own chances."""
     scored = score(model, a.ids, a.depths, a.prompt_lens, policy=draw, noise=noise)
     student, z = scored.hidden.flatten(0, 1)[a.at], scored.head_logits.flatten(0, 1)[a.at]
     kl = readout_kl(model, draw.teacher, student).sum()
@@ -105,9 +102,8 @@ def student_losses(
 def draw_noise(
     a: Aligned, places: Sequence[int], exits: int, config: Config, step: int
 ) -> tuple[Tensor, Tensor]:
-    """-> noise [B*T, E] for exits; which readouts [n] draw uniformly.
-
-    A row's draws depend only on its place in the step, however rows are split into batches."""
+    """-> noise [B*T, E] for exits; which readouts [n] draw uniformly. A row's draws depend only on
+    its place in the step, however rows are split into batches."""
     noise, device = torch.ones(a.ids.numel(), exits), a.ids.device
     seeds = (training.stream("exits", config.run.seed, step, place) for place in places)
     rngs = [np.random.default_rng(seed) for seed in seeds]

@@ -3,8 +3,7 @@
 A `Task` verifies responses. It may also generate prompts, list the steps of a full reasoning, and
 change one written value. A verifier never guesses: what it cannot read is wrong. Answers are
 compared in a canonical form, so 72.0 equals 72. One hash of a prompt's text decides whether it is
-held out, another its place: a split never changes, and its first prompts are a fair sample.
-"""
+held out, another its place: a split never changes, and its first prompts are a fair sample."""
 
 import csv
 import io

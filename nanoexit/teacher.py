@@ -3,8 +3,7 @@
 The teacher is the base model: adapters off, full depth. Its traces are JSONL files in a folder
 named by a hash of everything they depend on: token ids of the prompts (so prompts, tokenizer and
 template), weights and settings. A chunk of traces is a function of (seed, chunk number), so
-interrupted work ends with the same traces, and processes can divide the chunks.
-"""
+interrupted work ends with the same traces, and processes can divide the chunks."""
 
 import hashlib
 import json
@@ -41,10 +40,9 @@ def respond(
     streams: Sequence[int] = (),
     show: str = "",
 ) -> list[Response]:
-    """One verified response per prompt, with the generation settings of the config.
-
-    batch_size, temperature: None is the config's. forced, streams: see generate.Sampling. show:
-    the name of a progress bar, "" for none."""
+    """One verified response per prompt, with the generation settings of the config. batch_size,
+    temperature: None is the config's. forced, streams: see generate.Sampling. show: the name of a
+    progress bar, "" for none."""
     g = config.generation
     temperature = g.temperature if temperature is None else temperature
     ids = [prompt_ids(tokenizer, prompt, config) for prompt in prompts]
@@ -68,9 +66,8 @@ def read_response(
 def rescore(
     model: Transformer, responses: Sequence[Response], together: int = 1
 ) -> tuple[Aligned, Score]:
-    """One forward that re-scores these responses, at the depths at which they were written.
-
-    Prompt tokens run only as deep as the deepest readout of their row: no token reads them in later
+    """One forward that re-scores these responses, at the depths at which they were written. Prompt
+    tokens run only as deep as the deepest readout of their row: no token reads them in later
     blocks, so the scores are the same. together: see score.align."""
     prompts, written = [r.prompt_ids for r in responses], [r.generation for r in responses]
     tokens, depths = [g.tokens for g in written], [g.depths for g in written]

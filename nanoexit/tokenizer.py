@@ -4,8 +4,7 @@ Contract. `find_model` returns a model's folder, local or from the Hugging Face 
 reads it as transformers 5 does: tokenizer.json decides ids and BOS; special tokens may also be in
 `added_tokens_decoder` or, without it, in special_tokens_map.json. Every part of the project turns
 prompts into ids with `prompt_ids`. Chat templates are untrusted programs: they run in jinja2's
-immutable sandbox, in a process that is killed when it takes too much time or memory.
-"""
+immutable sandbox, in a process that is killed when it takes too much time or memory."""
 
 import hashlib
 import inspect

@@ -3,8 +3,7 @@
 Contract. If config.json asks for something not implemented here, loading stops before any weight is
 read and names it. Every tensor is checked by name, shape and value. Nothing is executed: only
 safetensors and JSON are read. The model is created without memory and receives its tensors one by
-one, so loading N bytes takes little more than N bytes.
-"""
+one, so loading N bytes takes little more than N bytes."""
 
 import contextlib
 import dataclasses
