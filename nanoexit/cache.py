@@ -11,9 +11,8 @@ from torch import Tensor
 
 
 class Cache:
-    """kv: [L, B, 2, K, capacity, head_dim], keys before values, zero at first. Set before each
-    call: `span`, the first positions that it can attend to; `aligned`, whether it begins at one
-    position in all rows."""
+    """kv: [L, B, 2, K, capacity, head_dim], keys before values, zero at first. Set before a call:
+    `span`, the first positions that it can attend to; `aligned`: it begins at one position."""
 
     def __init__(self, kv: Tensor):
         self.kv, self.span, self.aligned = kv, kv.shape[-2], True

@@ -78,12 +78,6 @@ def repetition(tokens: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def judged(responses: Sequence[Response], judge: Judge) -> dict:
-    """The judge's scores of these responses."""
-    items = [Item(r.prompt.id, r.prompt.prompt, r.text, r.prompt.answer) for r in responses]
-    return judge_summary(judge.score(items), judge.config.model)
-
-
 # A figure in tables: its key in a row, its title, its format, and, in some, the reason for a
 # None. Without a reason, a figure that is None in every row gets no line. A mapping or a list of
 # pairs gets a line for each entry. In titles {} is the entry, {L} full depth, {judge} its model.
@@ -188,9 +182,8 @@ def evaluate_run(
     base: dict | None = None,
 ) -> list[dict]:
     """-> a row for the base, and one for the student under each policy of the config. Writes
-    summary.json, evaluation.json, evaluation.md and samples.jsonl, which keeps its training
-    rollouts. thorough: add `examine` and the frontier. base: the base's row, if already
-    measured."""
+    evaluation.json, evaluation.md, summary.json, and samples.jsonl, whose training rollouts stay.
+    thorough: add `examine` and the frontier. base: the base's row, if already measured."""
     started = time.time()
     prompts = load_prompts(config, "held_out")
     rows, samples = (
@@ -236,7 +229,9 @@ def evaluate_variant(
         row = measure(subject, variant, responses)
         if judge is not None:
             if judge.config.kind == "api":
-                row["judge"] = judged(responses, judge)
+                asked = [(r.prompt.id, r.prompt.prompt, r.text, r.prompt.answer) for r in responses]
+                items = [Item(*each) for each in asked]
+                row["judge"] = judge_summary(judge.score(items), judge.config.model)
             row |= examine(subject, responses)
     shown = responses[: evaluate.samples]
     return row, [show_response(subject.model, subject.tokenizer, r, name) for r in shown]

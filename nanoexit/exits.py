@@ -66,9 +66,8 @@ def attach(
     cap: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Attach exit heads at these depths ([]: none), adapters if `lora` is given, and a cap. Freezes
-    the base's weights. Raises UserError for a repeated depth or one outside 1..L-1, an unknown kind
-    of head, or a cap outside 1..L."""
+    """Attach exit heads at these depths ([]: none), adapters if `lora` is given, and a cap; freeze
+    the base. UserError for a depth that repeats or is outside 1..L-1, and a cap outside 1..L."""
     L, layers = model.full_depth, list(exit_layers)
     if not set(layers) <= {*range(1, L)} or len(set(layers)) < len(layers):
         expected = f"expected different depths from 1 to {L - 1}"

@@ -47,8 +47,9 @@ class Subject:
     ) -> list[Response]:
         """One response per prompt, greedy if `greedy` names a policy. `use` names the stream."""
         who = (self.model, self.tokenizer, prompts, self.config, greedy or self.policy)
-        seed, rows = stream(use, self.config.run.seed), self.config.evaluate.batch_size
-        responses = respond(*who, seed, rows, 0.0 if greedy else None, forced, show=use)
+        changes: Any = {"batch_size": self.config.evaluate.batch_size, "forced": forced}
+        changes |= {"temperature": 0.0} if greedy else {}
+        responses = respond(*who, stream(use, self.config.run.seed), use, **changes)
         self.bar.update()
         return responses
 
@@ -124,8 +125,8 @@ def reasoning_places(tokenizer: Tokenizer, response: Response) -> tuple[int, int
 def same_answer(subject: Subject, responses: Sequence[Response]) -> tuple[list, float | None]:
     """Is the text necessary? Keep a share of the reasoning, close it, and ask for the answer.
 
-    -> [[share kept, share of answers that stay the same], ...] and the area over that curve.
-    Leaves out responses that give no answer or never end their reasoning; ([], None) if all are."""
+    -> [[share kept, share of answers that stay the same], ...] and the area over that curve, of
+    responses that end their reasoning and give an answer; ([], None) if none does."""
     found = [(r, at) for r in responses if (at := reasoning_places(subject.tokenizer, r))]
     if not found:
         return [], None

@@ -41,8 +41,7 @@ ATTENTION_CALL = 2**14  # cache entries that a CPU reads in about the time of an
 def choose_layout(model: Transformer, rows: int, copy_limit: int = COPY_LIMIT) -> str:
     """The fastest of PyTorch's products for this many rows, as measured by scripts/bench.py decode.
     apart: as stored, no copy. joined: maps that share an input as one. transposed (float32, one
-    row): [in, out] for maps that widen. onednn: blocked, by a private PyTorch operator, if
-    present."""
+    row): [in, out] for maps that widen. onednn: blocked, by a private operator, if present."""
     if model.device.type != "cpu":
         return "joined"
     if sum(p.nbytes for p in model.parameters()) > copy_limit:
@@ -245,9 +244,8 @@ class FastModel:
     def run(
         self, ids: Tensor, positions: Tensor, cache: Cache, stop: Stop | None, alive: Tensor | None
     ) -> Run:
-        """ids, positions, alive [B, 1]; see Transformer.run. Rows that are not alive get depth 0
-        and a meaningless residual. They still write at their position, so it must be in the
-        cache."""
+        """See Transformer.run; ids, positions, alive [B, 1]. Rows that are not alive get depth 0
+        and a meaningless residual. They write at their position, so the cache must have it."""
         self.follow(cache.names)
         D, at = len(self.blocks), positions[:, 0]
         depths = torch.full_like(at, D) if alive is None else alive[:, 0] * D

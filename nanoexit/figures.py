@@ -46,9 +46,8 @@ def line_figure(
     title: str, x: str, y: str, lines: Mapping, top: float = 0, colors: dict | None = None
 ) -> Figure:
     """Lines over axes that include zero and all points; the vertical one reaches at least `top`.
-    lines: name -> points, (x, y) or (x, y, low, high) with an interval around y. colors: name ->
-    colour; new names are added. A line with the points or the colour of an earlier one is
-    dashed."""
+    lines: name -> points, (x, y) or (x, y, low, high) with an interval around y. colors: by name;
+    new names are added. A line with the points or the colour of an earlier one is dashed."""
     names = [name for name, points in lines.items() if points]
     drawn = [sorted(p for p in lines[n] if all(map(is_number, p))) for n in names[:MOST_LINES]]
     across = Axis([point[0] for points in drawn for point in points], LEFT, RIGHT)

@@ -8,8 +8,7 @@ Every readout chooses its depth, including the first. So prefill runs the prompt
 token, at full depth (or to the cap), and that last token is decoded like all later ones.
 
 Decisions. Equal prompts in a batch are prefilled once. A token is drawn by inverting the cumulative
-distribution at one uniform number. Host syncs per step: those of `run`, plus one to read the
-tokens."""
+distribution at one uniform number. Host syncs per step: those of `run`, and one for the tokens."""
 
 import functools
 import math
@@ -87,9 +86,8 @@ def generate(
     settings: Sampling = Sampling(),
 ) -> list[Generation]:
     """Continue every prompt (token ids) by up to max_new_tokens tokens. policy: see
-    exits.parse_policy. temperature 0 takes the likeliest token. Raises UserError for an empty
-    prompt, a prompt that would exceed the model's positions with max_new_tokens more, a value out
-    of range, and logits that are not finite."""
+    exits.parse_policy. temperature 0 takes the likeliest token. UserError for an empty prompt, one
+    too long for the model's positions, a value out of range, and logits that are not finite."""
     policy = parse_policy(policy, model) if isinstance(policy, str) else policy
     seeds = seed if isinstance(seed, Sequence) else [seed]
     decoder = _Decoder(model, policy, prompts, max_new_tokens, temperature, seeds, settings)

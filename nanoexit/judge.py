@@ -4,8 +4,7 @@ A score has four parts from 1 to 10, their sum, and a one-sentence reason. A res
 clear verdict gets no score and enters no mean. Fences with a random marker enclose each response,
 so none can close its own fence. Scores are appended to a JSONL cache as they arrive, under a hash
 of the whole question, and the next run asks only for the rest. Requests run in daemon threads, so
-deadlines and Ctrl-C work whatever an endpoint does. The key is removed from all text that is kept.
-"""
+deadlines and Ctrl-C work whatever an endpoint does. The key is removed from all that is kept."""
 
 import contextlib
 import hashlib

@@ -12,8 +12,7 @@ an unbiased estimate of the gradient of the expected reward. R has four parts, e
     - depth_weight * depth / L      - length_weight * tokens
 
 where depth is the maximum (the opaque serial depth), mean or sum over the response's tokens. The
-likelihood must be that of the samples, so the temperature is 1 and nothing is truncated; other
-settings are refused.
+likelihood must be that of the samples, so any temperature but 1 and any truncation are refused.
 
 Simpler than GRPO and PPO: 1. no reference model in the loss, as the KL is part of the reward;
 2. one step per batch, so no ratio and no clipping; 3. advantages are not divided by their standard
@@ -22,6 +21,7 @@ deviation; 4. no value network."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,9 +80,8 @@ def collect(
     asked = [prompts[place] for place in places for _ in range(K)]
     policy = "full" if model.exits is None else "head"
     seed = training.stream("rollouts", config.run.seed, step)
-    responses = respond(
-        model, tokenizer, asked, config, policy, seed, batch_size=len(asked), streams=streams
-    )
+    rows: Any = {"batch_size": len(asked), "streams": streams}
+    responses = respond(model, tokenizer, asked, config, policy, seed, **rows)
     kls = [0.0] * len(responses)
     if rl.kl_weight:
         kls, _ = against_base(model, responses, rl.micro_batch)
@@ -94,8 +93,7 @@ def collect(
 
 def accumulate(model: Transformer, rollouts: Sequence[Rollout], config: Config, count: int) -> None:
     """Backward through the mean over `count` rollouts, a micro-batch at a time. Short rollouts of a
-    prompt share one row, so the prompt is computed once. Long rollouts do not: the cost of
-    attention grows with the square of a row's length."""
+    prompt share one row, which holds it once; attention makes long rows too expensive for that."""
     K = config.rl.rollouts
     active = [r for group in unequal(rollouts, K) for r in group]
     longest = max((len(r.response.generation.tokens) for r in active), default=0)
@@ -138,8 +136,7 @@ def step_figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float
 
 
 def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
-    """The whole job: pick prompts, roll out, update, log, save; save the adapter. Continues from
-    folder/checkpoint."""
+    """The whole job, from folder/checkpoint on: pick prompts, roll out, update, log, save."""
     rl, seed = config.rl, config.run.seed
     prompts = load_prompts(config, "train")
     optimizer = training.make_optimizer(model, rl.lr)

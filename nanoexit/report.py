@@ -3,8 +3,7 @@
 `write_page(path, [read_run(folder), ...])` fills report.html. The page uses no network: its
 Content-Security-Policy allows its own script, by hash, and nothing else. Text from models and files
 enters only as escaped names in figures, or as data: deflated JSON in base64, which report.js
-inflates and shows through textContent. 200 responses of 400 tokens make a page of less than 3 MB.
-"""
+inflates and shows through textContent. 200 responses of 400 tokens make a page below 3 MB."""
 
 import base64
 import contextlib

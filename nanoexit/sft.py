@@ -9,9 +9,9 @@ With P the teacher's distribution, p the head's chance and s = teacher.kl_streng
   + sum over heads reached of  KL(P || Q_d) p + (p log p + (2 - p) log(2 - p)) / s,
 
 averaged over response tokens. A head's part is least at p = 2 (1 - sigmoid(s KL)), the original's
-target chance. If the residual does not reveal which tokens an exit would spoil, it is least at
-the target of their *mean* KL. Cross-entropy against the targets would average the targets instead,
-and exit too often. The KL in a head's part is clamped at 2 nats.
+target chance. If the residual does not reveal which tokens an exit would spoil, it is least at the
+target of their *mean* KL; cross-entropy would average the targets, and exit too often. The KL in a
+head's part is clamped at 2 nats.
 
 `sft.targets: base` takes the *base's* readout for Q_d, as the original does. On a model whose early
 readouts were never trained these targets are 0, and the heads learn never to exit.
@@ -136,8 +136,7 @@ def step_losses(
 
 
 def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
-    """The whole job: write the traces that are missing; pick some, get losses, step, log and save;
-    save the adapter. Continues from folder/checkpoint."""
+    """The whole job, from folder/checkpoint on: write missing traces; pick, step, log, save."""
     sft, traces = config.sft, make_traces(model, tokenizer, config)
     teacher = Teacher(model, traces, config)
     optimizer = training.make_optimizer(model, sft.lr)

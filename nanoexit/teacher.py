@@ -21,7 +21,7 @@ from nanoexit.config import Config, UserError, read_json_lines, write_json_lines
 from nanoexit.exits import Watch, as_base, exit_depths
 from nanoexit.generate import Generation, Sampling, generate
 from nanoexit.model import Transformer
-from nanoexit.score import Aligned, Rows, Score, align, readout_kl, readout_logprobs, score
+from nanoexit.score import Aligned, Score, align, readout_kl, readout_logprobs, score
 from nanoexit.tasks import Prompt, Response, load_prompts, task_of
 from nanoexit.tokenizer import Tokenizer
 from nanoexit.training import barrier, is_main, mine, progress, prompt_ids, remove_leftovers, stream
@@ -34,23 +34,17 @@ def respond(
     config: Config,
     policy: str,
     seed: Sequence[int],
-    batch_size: int | None = None,
-    temperature: float | None = None,
-    forced: Rows = (),
-    streams: Sequence[int] = (),
     show: str = "",
+    **changes: Any,
 ) -> list[Response]:
-    """One verified response per prompt, with the generation settings of the config. batch_size,
-    temperature: None is the config's. forced, streams: see generate.Sampling. show: the name of a
-    progress bar, "" for none."""
-    g = config.generation
-    temperature = g.temperature if temperature is None else temperature
+    """One verified response per prompt, generated as the config says, except for `changes` to the
+    temperature or generate.Sampling. show: the name of a progress bar, "" for none."""
+    given = asdict(config.generation) | changes
+    most, temperature = given.pop("max_new_tokens"), given.pop("temperature")
     ids = [prompt_ids(tokenizer, prompt, config) for prompt in prompts]
-    rows = batch_size or g.batch_size
     with progress(len(ids), show) as bar:
-        tick = lambda *_: bar.update()  # noqa: E731
-        settings = Sampling(g.top_p, g.top_k, None, rows, forced, streams, tick)
-        written = generate(model, ids, policy, g.max_new_tokens, temperature, seed, settings)
+        settings = Sampling(**given, on_finish=lambda *_: bar.update())
+        written = generate(model, ids, policy, most, temperature, seed, settings)
     return [read_response(tokenizer, *row) for row in zip(prompts, ids, written)]
 
 
@@ -130,7 +124,7 @@ def show_response(model: Transformer, tokenizer: Tokenizer, response: Response, 
 
 @dataclass
 class Trace:
-    """One response of the teacher, as SFT reads it; `completion` includes the end token."""
+    """One response of the teacher, as SFT reads it; `tokens` includes the end token."""
 
     id: str
     prompt: str
@@ -154,17 +148,17 @@ def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> lis
         for number in missing:
             seed, show = stream("traces", config.run.seed, number), f"chunk {number}"
             written = respond(model, tokenizer, chunks[number], config, "full", seed, show=show)
-            write_json_lines(paths[number], [trace_row(tokenizer, r) for r in written])
+            write_json_lines(paths[number], map(trace_row, written))
             bar.update()
     barrier()
     vocab = model.shape.vocab
     return [t for path, chunk in zip(paths, chunks) for t in read_traces(path, chunk, vocab)]
 
 
-def trace_row(tokenizer: Tokenizer, r: Response) -> dict:
+def trace_row(r: Response) -> dict:
     """A response as a line of a chunk's file."""
-    g, text = r.generation, tokenizer.decode(r.generation.tokens)
-    return asdict(Trace(r.prompt.id, r.prompt.prompt, text, r.prompt_ids, g.tokens, g.finish))
+    p, g = r.prompt, r.generation
+    return asdict(Trace(p.id, p.prompt, r.text, r.prompt_ids, g.tokens, g.finish))
 
 
 def read_traces(path: Path, prompts: Sequence[Prompt], vocab: int) -> list[Trace]:

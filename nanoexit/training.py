@@ -2,8 +2,8 @@
 
 Exact resume: every random draw of step t is a function of (run.seed, t), so a checkpoint is the
 trained tensors, the optimizer's moments and a step number, in one safetensors file. Processes of
-torchrun share the work of a step and sum their gradients, so the result is that of one process.
-Only process 0 writes."""
+torchrun share the work of a step and sum their gradients: the result is that of one process. Only
+process 0 writes."""
 
 import contextlib
 import dataclasses

@@ -11,9 +11,9 @@ from judge_server import KEY, JudgeServer
 from test_faithfulness import Scripted, Words, chain, in_head, on_paper, said
 
 from nanoexit.config import ROOT, Config, JudgeConfig, UserError, load_config, write_text
-from nanoexit.evaluate import cell, evaluate_run, judged, measure, repetition, table
+from nanoexit.evaluate import cell, evaluate_run, measure, repetition, table
 from nanoexit.faithfulness import Subject, examine
-from nanoexit.judge import Judge
+from nanoexit.judge import Item, Judge, judge_summary
 from nanoexit.tasks import TASKS, Prompt
 from nanoexit.training import load_student
 
@@ -216,9 +216,10 @@ def test_a_judge_scores_the_rows_and_is_named(tmp_path, monkeypatch):
     with JudgeServer() as server:
         config.judge = JudgeConfig("api", server.url, "loopback")
         judge = Judge(subject.config.judge, cache)
-        scores = judged(responses, judge)
+        items = [Item(r.prompt.id, r.prompt.prompt, r.text) for r in responses]
+        scores = judge_summary(judge.score(items), "loopback")
         asked = sum(server.served.values())
-        assert judged(responses, judge) == scores
+        assert judge_summary(judge.score(items), "loopback") == scores
         assert asked == 2 == sum(server.served.values())
     assert scores["means"]["overall"] == 30
     assert repetition([5, 2] * 4) == pytest.approx(0.6) and repetition([5, 5, 5]) == 0
