@@ -2,10 +2,9 @@
 
 Files named in a config are looked up in the working directory, then in the root of the repository,
 so scripts run from anywhere. A user's mistake raises a `UserError`: one line that says what was
-wrong, where, and what was expected. `run_script` prints it and exits with code 2. Any other
-exception is a bug of ours and keeps its traceback."""
+wrong, where, and what was expected. The scripts print it and exit with code 2. Any other exception
+is a bug of ours and keeps its traceback."""
 
-import argparse
 import contextlib
 import copy
 import difflib
@@ -14,8 +13,6 @@ import math
 import os
 import re
 import reprlib
-import signal
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -181,22 +178,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), schema: Any = C
     return config
 
 
-def command_line(doc: Any, resume: bool = False, schema: Any = Config) -> argparse.ArgumentParser:
-    """What scripts with a config share: CONFIG [a.b=c ...] [--resume], with every key in --help."""
-    epilog = "keys, with their defaults:\n"
-    for section, knobs in vars(schema()).items():
-        for f in fields(knobs):
-            default = json.dumps(getattr(knobs, f.name))
-            epilog += f"  {section}.{f.name} = {default}\n      {f.metadata['doc']}\n"
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=raw, epilog=epilog)
-    parser.add_argument("config", help="a YAML file, such as configs/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="key and value")
-    if resume:
-        parser.add_argument("--resume", action="store_true", help="continue the run in run.dir")
-    return parser
-
-
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML; `load_config` reads it back unchanged."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
@@ -323,45 +304,6 @@ def show(value: Any) -> str:
 def printable(text: str) -> str:
     """`text` with control characters (C0 except newline and tab, DEL, C1) as \\x1b."""
     return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main. Exit codes, with one line each: 2 UserError, 130 Ctrl-C, 143 SIGTERM."""
-
-    def stop(number: int, _: Any) -> None:
-        raise KeyboardInterrupt(number)
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    for number in signals:
-        signal.signal(number, stop)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  None: it is closed
-        stream.reconfigure(errors="replace")
-        setattr(sys, name, stream)
-    try:
-        main()
-        sys.stdout.flush()
-    except (UserError, OSError) as error:  # OSError: disk full, no permission
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        if not isinstance(error, BrokenPipeError):  # `... | head` closed our output: not an error
-            _report(f"error: {UserError(str(error))}")
-            raise SystemExit(2) from None
-    except KeyboardInterrupt as stopped:
-        for number in signals:  # a second one adds no traceback
-            signal.signal(number, signal.SIG_IGN)
-        _report("stopped: what was written is kept; --resume continues from a checkpoint")
-        raise SystemExit(128 + stopped.args[0]) from None
-
-
-def _report(line: str) -> None:
-    """Print to stderr; of torchrun's processes, only the first that reports does."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    with contextlib.suppress(FileExistsError):
-        if file:
-            (Path(file).parents[1] / "reported").touch(exist_ok=False)
-        print(line, file=sys.stderr)
 
 
 # --- files ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import _path  # noqa: F401
+import _script
 import torch
 from bench_alone import ALONE, growth, loading, memory
 from bench_measure import (
@@ -40,7 +40,7 @@ from bench_measure import (
 )
 from torch import Tensor, nn
 
-from nanoexit.config import ROOT, LoRAConfig, UserError, run_script
+from nanoexit.config import ROOT, LoRAConfig, UserError
 from nanoexit.exits import Asked, Policy, attach
 from nanoexit.fast import FastModel
 from nanoexit.lora import attach_lora
@@ -326,4 +326,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _script.run(main)

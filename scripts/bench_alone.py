@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import _path  # noqa: F401
 import torch
 from bench_measure import in_turn, load, middle, peak, peer, prompts, report, snapshot, write
 

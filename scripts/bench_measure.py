@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import _path  # noqa: F401
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm

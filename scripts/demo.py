@@ -9,10 +9,10 @@ Reads the run directories of one seed; --out writes to another page.
 import argparse
 from pathlib import Path
 
-import _path  # noqa: F401
+import _script
 from experiment import CHARGED, Arm
 
-from nanoexit.config import ROOT, read_json, run_script
+from nanoexit.config import ROOT, read_json
 from nanoexit.report import read_run, write_page
 
 TITLE = "Charge a model for depth, and it writes its reasoning down"
@@ -54,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _script.run(main)

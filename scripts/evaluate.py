@@ -12,16 +12,16 @@ Writes evaluation.json and evaluation.md to the run directory. The same seed giv
 
 from pathlib import Path
 
-import _path  # noqa: F401
+import _script
 
 from nanoexit.adapters import adapter_folder
-from nanoexit.config import command_line, load_config, run_script
+from nanoexit.config import load_config
 from nanoexit.evaluate import evaluate_run, table
 from nanoexit.training import check, load_student, lock_folder
 
 
 def main() -> None:
-    parser = command_line(__doc__)
+    parser = _script.command_line(__doc__)
     parser.add_argument(
         "--adapter",
         metavar="RUN_DIR",
@@ -56,4 +56,4 @@ def merge(tables: list[tuple[str, list[dict]]]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _script.run(main)

@@ -32,7 +32,7 @@ from html import escape
 from multiprocessing import get_context
 from pathlib import Path
 
-import _path  # noqa: F401
+import _script
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -44,7 +44,6 @@ from nanoexit.config import (
     load_config,
     read_json,
     rounded,
-    run_script,
     write_text,
 )
 from nanoexit.evaluate import cell, entries, evaluate_run, evaluate_variant, origin, table
@@ -572,4 +571,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _script.run(main)

@@ -10,10 +10,10 @@ it, for code that can use them.
 import argparse
 from pathlib import Path
 
-import _path  # noqa: F401
+import _script
 
 from nanoexit.adapters import adapter_base, load_adapter, save_adapter, save_merged
-from nanoexit.config import UserError, run_script
+from nanoexit.config import UserError
 from nanoexit.tokenizer import find_model
 from nanoexit.weights import load_model
 
@@ -50,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _script.run(main)

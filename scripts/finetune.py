@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import _path  # noqa: F401
+import _script
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,13 +28,11 @@ from nanoexit.adapters import save_merged
 from nanoexit.config import (
     Config,
     UserError,
-    command_line,
     find_file,
     knob,
     load_config,
     read_json,
     read_json_lines,
-    run_script,
     write_text,
 )
 from nanoexit.exits import Watch, attach, capped
@@ -81,7 +79,7 @@ class Row:
 
 
 def main() -> None:
-    args = command_line(__doc__, resume=True, schema=Recipe).parse_intermixed_args()
+    args = _script.command_line(__doc__, resume=True, schema=Recipe).parse_intermixed_args()
     finetune(load_config(args.config, args.overrides, Recipe), args.resume)
 
 
@@ -281,4 +279,4 @@ def remove_template(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _script.run(main)

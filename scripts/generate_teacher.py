@@ -7,15 +7,15 @@ The same command continues interrupted work, with or without --resume. train_sft
 config uses the traces; a folder named in data.traces can serve several runs.
 """
 
-import _path  # noqa: F401
+import _script
 
-from nanoexit.config import command_line, load_config, run_script
+from nanoexit.config import load_config
 from nanoexit.teacher import make_traces
 from nanoexit.training import check, is_main, load_student, processes
 
 
 def main() -> None:
-    args = command_line(__doc__, resume=True).parse_intermixed_args()
+    args = _script.command_line(__doc__, resume=True).parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     check(config)
     with processes(config):
@@ -29,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _script.run(main)

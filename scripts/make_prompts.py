@@ -17,9 +17,9 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import _path  # noqa: F401
+import _script
 
-from nanoexit.config import UserError, run_script, write_json_lines
+from nanoexit.config import UserError, write_json_lines
 
 NAMES = "Ada Ben Chloe Dan Emma Farid Grace Hugo Iris Jonas Kira Leo Mina Noah Olga Paul"
 THINGS = ["apples", "stamps", "marbles", "books", "postcards", "shells", "pencils", "cookies"]
@@ -261,4 +261,4 @@ KINDS = {"arithmetic": arithmetic, "dates": dates, "tracking": tracking, "belief
 KINDS |= {"everyday": everyday}
 
 if __name__ == "__main__":
-    run_script(main)
+    _script.run(main)

@@ -9,11 +9,11 @@ Checks the config as train_sft.py does, and writes nothing.
 import dataclasses
 import math
 
-import _path  # noqa: F401
+import _script
 import torch
 from torch import Tensor
 
-from nanoexit.config import Config, UserError, command_line, load_config, run_script
+from nanoexit.config import Config, UserError, load_config
 from nanoexit.exits import attach, check_cap
 from nanoexit.model import Transformer
 from nanoexit.tasks import load_prompts
@@ -23,7 +23,7 @@ from nanoexit.weights import DTYPES, pick_device, read_shape
 
 
 def main() -> None:
-    parser = command_line(__doc__)
+    parser = _script.command_line(__doc__)
     parser.add_argument("--processes", type=int, default=1, help="of torchrun (default: 1)")
     args = parser.parse_intermixed_args()
     if args.processes < 1:
@@ -85,4 +85,4 @@ def left_by_token(model: Transformer, config: Config) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _script.run(main)

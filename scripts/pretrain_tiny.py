@@ -15,7 +15,7 @@ import subprocess
 import time
 from pathlib import Path
 
-import _path  # noqa: F401
+import _script
 import numpy as np
 import tokenizers
 import torch
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoexit.config import ROOT, UserError, command_line, knob, load_config, run_script, write_text
+from nanoexit.config import ROOT, UserError, knob, load_config, write_text
 from nanoexit.exits import Watch
 from nanoexit.generate import Sampling, generate
 from nanoexit.model import Shape, Transformer
@@ -102,7 +102,7 @@ class Words:
 
 
 def main() -> None:
-    args = command_line(__doc__, schema=Recipe).parse_intermixed_args()
+    args = _script.command_line(__doc__, schema=Recipe).parse_intermixed_args()
     config = load_config(args.config, args.overrides, Recipe).pretrain
     torch.set_num_threads(1)
     started, commit = time.time(), git_commit()
@@ -365,4 +365,4 @@ def tokenizer_config(words: Words) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _script.run(main)

@@ -7,9 +7,8 @@ python scripts/report.py runs/sft runs/rl --out both.html
 import argparse
 from pathlib import Path
 
-import _path  # noqa: F401
+import _script
 
-from nanoexit.config import run_script
 from nanoexit.report import read_run, write_page
 
 
@@ -30,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _script.run(main)

@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-import _path  # noqa: F401
+import _script
 import numpy as np
 
 from nanoexit.adapters import adapter_base, load_adapter
-from nanoexit.config import Config, UserError, parse_yaml, printable, run_script
+from nanoexit.config import Config, UserError, parse_yaml, printable
 from nanoexit.exits import POLICIES, check_cap, parse_policy
 from nanoexit.generate import Sampling, generate
 from nanoexit.model import Transformer
@@ -182,4 +182,4 @@ def legend(exit_layers: Sequence[int], full_depth: int, stream: TextIO) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _script.run(main)

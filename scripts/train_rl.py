@@ -10,9 +10,9 @@ interrupted run.
 from dataclasses import replace
 from pathlib import Path
 
-import _path  # noqa: F401
+import _script
 
-from nanoexit.config import Config, UserError, command_line, load_config, run_script
+from nanoexit.config import Config, UserError, load_config
 from nanoexit.evaluate import evaluate_run, table
 from nanoexit.reinforce import run_reinforce
 from nanoexit.sft import run_sft
@@ -20,7 +20,7 @@ from nanoexit.training import check, is_main, load_student, processes, run_direc
 
 
 def main() -> None:
-    args = command_line(__doc__, resume=True).parse_intermixed_args()
+    args = _script.command_line(__doc__, resume=True).parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     if not config.run.init:
         raise UserError(
@@ -55,4 +55,4 @@ def make_start(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _script.run(main)

@@ -6,16 +6,16 @@
 Missing traces are written first. --resume continues an interrupted run, to the same weights.
 """
 
-import _path  # noqa: F401
+import _script
 
-from nanoexit.config import command_line, load_config, run_script
+from nanoexit.config import load_config
 from nanoexit.evaluate import evaluate_run, table
 from nanoexit.sft import run_sft
 from nanoexit.training import check, is_main, load_student, processes, run_directory
 
 
 def main() -> None:
-    args = command_line(__doc__, resume=True).parse_intermixed_args()
+    args = _script.command_line(__doc__, resume=True).parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     check(config, args.resume)
     with processes(config):
@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _script.run(main)

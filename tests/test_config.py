@@ -12,6 +12,9 @@ from nanoexit import config as c
 from nanoexit.config import ROOT, Config, UserError, load_config, to_yaml
 from nanoexit.training import check, load_student
 
+sys.path.append(str(ROOT / "scripts"))
+import _script
+
 
 def written(tmp_path, text: str) -> str:
     path = tmp_path / "c.yaml"
@@ -69,7 +72,10 @@ def test_every_shipped_config_loads_and_every_knob_is_documented():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         if not re.search("^(pretrain|finetune):", path.read_text(), re.MULTILINE):
             load_config(path)
-    assert "exits.cap = null\n      largest depth of any token" in c.command_line("").format_help()
+    assert (
+        "exits.cap = null\n      largest depth of any token"
+        in _script.command_line("").format_help()
+    )
 
 
 TINY, TINY_RL = ROOT / "configs" / "tiny.yaml", ROOT / "configs" / "tiny_rl.yaml"
@@ -143,9 +149,9 @@ def test_foreign_json_numbers_and_text_are_tame():
     assert c.printable("a\x1b[2J\tb\n\x9b\x7fé") == "a\\x1b[2J\tb\n\\x9b\\x7fé"
 
 
-IMPORTS = "import _path, time; print('ready', flush=True); time.sleep(60)"
-ENDLESS = """import _path, time; from nanoexit.config import run_script
-run_script(lambda: (print('ready', flush=True), time.sleep(60)))"""
+IMPORTS = "import _script, time; print('ready', flush=True); time.sleep(60)"
+ENDLESS = """import _script, time
+_script.run(lambda: (print('ready', flush=True), time.sleep(60)))"""
 
 
 @pytest.mark.parametrize("script", [ENDLESS, IMPORTS])
@@ -165,7 +171,7 @@ def test_a_stopped_script_ends_in_one_line(name, code, script):
 @pytest.mark.parametrize("output, code", [(">&-", 0), ("> /dev/full", 2)])
 def test_an_output_that_takes_nothing(output, code):
     """Catches: a traceback or exit code 120 when stdout is closed or its disk is full."""
-    script = "import _path; from nanoexit.config import run_script; run_script(lambda: print(1))"
+    script = "import _script; _script.run(lambda: print(1))"
     command = f"'{sys.executable}' -c '{script}' {output}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT / "scripts")
     assert done.returncode == code and len(done.stderr.splitlines()) == code // 2, done.stderr

@@ -13,8 +13,7 @@ ORDER = ["config", "cache", "model", "lora", "exits", "score", "fast", "generate
 ORDER += ["tokenizer", "weights", "adapters", "tasks", "judge", "training", "teacher", "sft"]
 ORDER += ["reinforce", "faithfulness", "evaluate", "figures", "report", "__init__"]
 EVENING = ["cache", "model", "lora", "exits", "score", "generate", "teacher", "sft", "reinforce"]
-# Lines and tokens only go down; the aim is 5,200 and 44,000.
-LIMITS = {"lines": 5401, "tokens": 44630, "modules": 22, "evening": 1900, "function": 45}
+LIMITS = {"lines": 5200, "tokens": 44000, "modules": 22, "evening": 1900, "function": 45}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 NO_CODE |= {tokenize.ENCODING, tokenize.ENDMARKER}
 FILES = {path.stem: path for path in (ROOT / "nanoexit").glob("*.py")}

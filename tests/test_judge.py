@@ -128,17 +128,17 @@ def test_the_cache_knows_all_that_was_asked(server, tmp_path):
             assert len(server.asked) == 5 + n
 
 
-RUN = """import sys; from nanoexit.config import JudgeConfig, run_script; from pathlib import Path
-from nanoexit.judge import Item, Judge
+RUN = """import sys; from pathlib import Path; import _script
+from nanoexit.config import JudgeConfig; from nanoexit.judge import Item, Judge
 config = JudgeConfig(kind="api", base_url=sys.argv[1], model="m", concurrency=1)
 items = [Item(str(i), "p", f"{'[faults: timeout]' if i == 3 else ''} {i}") for i in range(6)]
-run_script(lambda: Judge(config, Path(sys.argv[2])).score(items))"""
+_script.run(lambda: Judge(config, Path(sys.argv[2])).score(items))"""
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_stopped_in_the_middle_it_goes_on(server, tmp_path, number, code):
     """Catches verdicts kept in memory, a Ctrl-C that waits for replies, a hub that is offline."""
-    server.hang, settings = 60, {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    server.hang, settings = 60, {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "scripts")}
     command = [sys.executable, "-c", RUN, server.url, str(tmp_path / "judge.jsonl")]
     run = subprocess.Popen(command, env=os.environ | settings, stderr=subprocess.PIPE, text=True)
     while len(server.asked) < 4 and run.poll() is None:
