@@ -1,7 +1,7 @@
 """What the scripts share: the path to the package, a config's command line, exit codes.
 
-The repository goes on sys.path, so that the scripts run without installing the package. Until `run`
-takes over, Ctrl-C and SIGTERM end a script at once, as imports take seconds.
+The repository goes on sys.path, so that the scripts run without installing the package. Until
+`run_main` takes over, Ctrl-C and SIGTERM end a script at once, as imports take seconds.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def command_line(doc: Any, resume: bool = False, schema: Any = Config) -> argpar
     return parser
 
 
-def run(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Run a script's main. Exit codes, with one line each: 2 UserError, 130 Ctrl-C, 143 SIGTERM."""
 
     def stop(number: int, _: Any) -> None:
@@ -67,16 +67,16 @@ def run(main: Callable[[], None]) -> None:
             sys.stdout.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         if not isinstance(error, BrokenPipeError):  # `... | head` closed our output: not an error
-            report(f"error: {UserError(str(error))}")
+            report_once(f"error: {UserError(str(error))}")
             raise SystemExit(2) from None
     except KeyboardInterrupt as stopped:
         for number in signals:  # a second one adds no traceback
             signal.signal(number, signal.SIG_IGN)
-        report("stopped: what was written is kept; --resume continues from a checkpoint")
+        report_once("stopped: what was written is kept; --resume continues from a checkpoint")
         raise SystemExit(128 + stopped.args[0]) from None
 
 
-def report(line: str) -> None:
+def report_once(line: str) -> None:
     """Print to stderr; of torchrun's processes, only the first that reports does."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     with contextlib.suppress(FileExistsError):

@@ -326,4 +326,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    _script.run(main)
+    _script.run_main(main)

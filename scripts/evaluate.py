@@ -56,4 +56,4 @@ def merge(tables: list[tuple[str, list[dict]]]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    _script.run(main)
+    _script.run_main(main)

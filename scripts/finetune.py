@@ -279,4 +279,4 @@ def remove_template(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _script.run(main)
+    _script.run_main(main)

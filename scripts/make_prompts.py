@@ -261,4 +261,4 @@ KINDS = {"arithmetic": arithmetic, "dates": dates, "tracking": tracking, "belief
 KINDS |= {"everyday": everyday}
 
 if __name__ == "__main__":
-    _script.run(main)
+    _script.run_main(main)

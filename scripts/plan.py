@@ -85,4 +85,4 @@ def left_by_token(model: Transformer, config: Config) -> int:
 
 
 if __name__ == "__main__":
-    _script.run(main)
+    _script.run_main(main)

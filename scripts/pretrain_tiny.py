@@ -365,4 +365,4 @@ def tokenizer_config(words: Words) -> dict:
 
 
 if __name__ == "__main__":
-    _script.run(main)
+    _script.run_main(main)

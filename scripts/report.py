@@ -29,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _script.run(main)
+    _script.run_main(main)

@@ -182,4 +182,4 @@ def legend(exit_layers: Sequence[int], full_depth: int, stream: TextIO) -> str:
 
 
 if __name__ == "__main__":
-    _script.run(main)
+    _script.run_main(main)

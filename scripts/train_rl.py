@@ -55,4 +55,4 @@ def make_start(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    _script.run(main)
+    _script.run_main(main)

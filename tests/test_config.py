@@ -151,7 +151,7 @@ def test_foreign_json_numbers_and_text_are_tame():
 
 IMPORTS = "import _script, time; print('ready', flush=True); time.sleep(60)"
 ENDLESS = """import _script, time
-_script.run(lambda: (print('ready', flush=True), time.sleep(60)))"""
+_script.run_main(lambda: (print('ready', flush=True), time.sleep(60)))"""
 
 
 @pytest.mark.parametrize("script", [ENDLESS, IMPORTS])
@@ -171,7 +171,7 @@ def test_a_stopped_script_ends_in_one_line(name, code, script):
 @pytest.mark.parametrize("output, code", [(">&-", 0), ("> /dev/full", 2)])
 def test_an_output_that_takes_nothing(output, code):
     """Catches: a traceback or exit code 120 when stdout is closed or its disk is full."""
-    script = "import _script; _script.run(lambda: print(1))"
+    script = "import _script; _script.run_main(lambda: print(1))"
     command = f"'{sys.executable}' -c '{script}' {output}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT / "scripts")
     assert done.returncode == code and len(done.stderr.splitlines()) == code // 2, done.stderr

@@ -132,7 +132,7 @@ RUN = """import sys; from pathlib import Path; import _script
 from nanoexit.config import JudgeConfig; from nanoexit.judge import Item, Judge
 config = JudgeConfig(kind="api", base_url=sys.argv[1], model="m", concurrency=1)
 items = [Item(str(i), "p", f"{'[faults: timeout]' if i == 3 else ''} {i}") for i in range(6)]
-_script.run(lambda: Judge(config, Path(sys.argv[2])).score(items))"""
+_script.run_main(lambda: Judge(config, Path(sys.argv[2])).score(items))"""
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
