@@ -305,8 +305,9 @@ class FastModel:
     def stretch(
         self, step: Step, start: int, end: int, h: Tensor, going: Tensor | None, due: Debt | None
     ) -> Tensor:
-        """Residuals h [B, D] -> after blocks start..end-1, between which no row exits. going [n]:
-        the running rows; None: all. due: debts that are paid along with them."""
+        """Residuals h [B, D] -> after blocks start..end-1, between which no row exits.
+
+        going [n]: the running rows; None: all. due: debts that are paid along with them."""
         step.keep(going, due)
         B, on = len(h), h
         if going is not None:

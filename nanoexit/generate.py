@@ -85,9 +85,11 @@ def generate(
     seed: int | Sequence[int] = 0,
     settings: Sampling = Sampling(),
 ) -> list[Generation]:
-    """Continue every prompt (token ids) by up to max_new_tokens tokens. policy: see
-    exits.parse_policy. temperature 0 takes the likeliest token. UserError for an empty prompt, one
-    too long for the model's positions, a value out of range, and logits that are not finite."""
+    """Continue every prompt (token ids) by up to max_new_tokens tokens.
+
+    policy: see exits.parse_policy. temperature 0 takes the likeliest token. UserError for an empty
+    prompt, one too long for the model's positions, a value out of range, or logits that are not
+    finite."""
     policy = parse_policy(policy, model) if isinstance(policy, str) else policy
     seeds = seed if isinstance(seed, Sequence) else [seed]
     decoder = _Decoder(model, policy, prompts, max_new_tokens, temperature, seeds, settings)
@@ -240,9 +242,10 @@ class _Decoder:
 
 
 def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """Logits [n, V] float32 and uniform numbers u [n] in [0, 1) -> tokens [n]. Temperature 0 takes
-    the likeliest token. top_k applies first, then top_p (Holtzman et al. 2020) to what is left; the
-    likeliest token is always kept."""
+    """Logits [n, V] float32 and uniform numbers u [n] in [0, 1) -> tokens [n].
+
+    Temperature 0 takes the likeliest token. top_k applies first, then top_p (Holtzman et al. 2020)
+    to what is left; the likeliest token is always kept."""
     if temperature == 0:
         return logits.argmax(-1)
     p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)

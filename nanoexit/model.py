@@ -66,9 +66,11 @@ class Shape:
 
 
 class Stop(Protocol):
-    """Decides which tokens exit. Called at each depth d in `layers` (1 <= d < deepest) with h [n,
-    D], the residuals after d blocks of the n tokens still running, and index [n], their indices
-    into B*T (None: all, in order). Returns which of them exit here, [n] bool; None if none do."""
+    """Decides which tokens exit.
+
+    Called at each depth d in `layers` (1 <= d < deepest) with h [n, D], the residuals after d
+    blocks of the n tokens still running, and index [n], their indices into B*T (None: all, in
+    order). Returns which of them exit here, [n] bool, or None if none do."""
 
     @property
     def layers(self) -> Collection[int]: ...
