@@ -4,9 +4,11 @@ Speed itself is never tested. Benchmarks run in this process, on a model with fe
 """
 
 import json
-import sys
 from pathlib import Path
 
+import bench
+import bench_alone
+import bench_measure
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,12 +17,6 @@ from nanoexit.config import ROOT, UserError
 from nanoexit.exits import Asked
 from nanoexit.generate import Sampling, generate
 from nanoexit.weights import load_model
-
-sys.path.append(str(ROOT / "scripts"))
-
-import bench
-import bench_alone
-import bench_measure
 
 
 @pytest.fixture

@@ -6,14 +6,12 @@ import subprocess
 import sys
 import time
 
+import _script
 import pytest
 
 from nanoexit import config as c
 from nanoexit.config import ROOT, Config, UserError, load_config, to_yaml
 from nanoexit.training import check, load_student
-
-sys.path.append(str(ROOT / "scripts"))
-import _script
 
 
 def written(tmp_path, text: str) -> str:

@@ -3,23 +3,20 @@
 import json
 import math
 import re
-import sys
 
+import evaluate as evaluate_script
+import pretrain_tiny
 import pytest
 from conftest import random_model, scramble, with_exits
 from judge_server import KEY, JudgeServer
 from test_faithfulness import Scripted, Words, chain, in_head, on_paper, said
 
-from nanoexit.config import ROOT, Config, JudgeConfig, UserError, load_config, write_text
+from nanoexit.config import Config, JudgeConfig, UserError, load_config, write_text
 from nanoexit.evaluate import cell, evaluate_run, measure, repetition, table
 from nanoexit.faithfulness import Subject, examine
 from nanoexit.judge import Item, Judge, judge_summary
 from nanoexit.tasks import TASKS, Prompt
 from nanoexit.training import load_student
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import evaluate as evaluate_script
-import pretrain_tiny
 
 SMALL = ["generation.max_new_tokens=6", "evaluate.policies=[head]", 'evaluate.frontier=["fixed:1"]']
 SMALL += ["evaluate.count=16", "evaluate.samples=2", "evaluate.caps=[2, 4]", "exits.layers=[1, 2]"]

@@ -1,24 +1,21 @@
 """Interventions on text and depth, with writers whose way of answering is known."""
 
 import re
-import sys
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_model
+from experiment import preflight
 
 from nanoexit import faithfulness
-from nanoexit.config import ROOT, Config
+from nanoexit.config import Config
 from nanoexit.exits import capped
 from nanoexit.faithfulness import Subject, changed_value, monitor, same_answer, steps_in_head
 from nanoexit.generate import Generation
 from nanoexit.score import score
 from nanoexit.tasks import Change, Prompt, Response, task_of
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from experiment import preflight
 
 CHAIN = "5 *9 +7"  # 5, then 2
 

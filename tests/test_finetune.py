@@ -1,8 +1,8 @@
 """scripts/finetune.py on the shipped model. Kills and resuming are in test_training.py."""
 
 import json
-import sys
 
+import finetune
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,9 +11,6 @@ from nanoexit.config import ROOT, UserError, load_config
 from nanoexit.tasks import TASKS, Prompt, is_held_out
 from nanoexit.training import trained
 from nanoexit.weights import load_model
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import finetune
 
 YAML = """
 model: {name: data/tiny}

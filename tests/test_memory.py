@@ -1,16 +1,12 @@
 """The memory that plan.py predicts, against a step's peak as the profiler counts allocations."""
 
-import sys
-
 import pytest
+from plan import memory
 from torch.profiler import ProfilerActivity, profile
 
 from nanoexit import sft, training
 from nanoexit.config import ROOT, load_config
 from nanoexit.teacher import Trace
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from plan import memory
 
 
 def peak(work) -> int:

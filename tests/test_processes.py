@@ -12,14 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchrun as launcher
 from safetensors.torch import load_file
 
 from nanoexit import reinforce, sft, training
 from nanoexit.config import ROOT, UserError, load_config
 from nanoexit.training import load_student, processes, run_directory
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import torchrun as launcher
 
 TINY = str(ROOT / "configs" / "tiny.yaml")
 SMALL = ["data.count=16", "teacher.chunk=8", "run.threads=1"]

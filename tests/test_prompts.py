@@ -3,16 +3,13 @@
 import datetime
 import json
 import re
-import sys
 from collections import Counter
 
+import make_prompts
 import pytest
 
 from nanoexit.config import ROOT, Config, DataConfig, RunConfig, UserError
 from nanoexit.tasks import is_held_out, load_prompts, read_prompts, task_of
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import make_prompts
 
 FILE = ROOT / "data" / "reasoning.jsonl"
 ROWS = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]

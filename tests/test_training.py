@@ -12,6 +12,7 @@ from dataclasses import replace as changed
 from multiprocessing import get_context
 from pathlib import Path
 
+import finetune
 import pytest
 import torch
 from safetensors import safe_open
@@ -22,9 +23,6 @@ from nanoexit.config import ROOT, UserError, load_config
 from nanoexit.report import read_run
 from nanoexit.teacher import make_traces
 from nanoexit.training import check, load_checkpoint, load_student, run_directory, save_checkpoint
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import finetune
 
 TINY = str(ROOT / "configs" / "tiny.yaml")
 SMALL = ["data.count=96", "teacher.chunk=32", "evaluate.count=8", "evaluate.samples=1"]
