@@ -1,5 +1,7 @@
 """Small random models of the three families, with heads and adapters that are not zero."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ else:
     settings.register_profile("long", max_examples=3000, database=None, **options)
     settings.load_profile("suite")
 
+TINY = ROOT / "configs" / "tiny.yaml"
 SCALING = Llama3Rope(4.0, 1.0, 4.0, 16)
 BIASES = {"o_bias": True, "mlp_bias": True, "qkv_bias": True}
 SHAPES = {
@@ -50,6 +53,12 @@ def scramble(parameters, seed: int) -> None:
     for name, p in parameters:
         noise = torch.randn(p.shape, generator=generator)
         p.data = 1 + 0.2 * noise if "norm" in name else noise * (0.3 if p.dim() > 1 else 0.2)
+
+
+def script(name: str, *arguments, **options) -> subprocess.CompletedProcess:
+    """Run scripts/NAME.py in a process of its own."""
+    command = [sys.executable, ROOT / "scripts" / f"{name}.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 @pytest.fixture(params=list(SHAPES))
