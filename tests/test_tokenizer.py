@@ -106,6 +106,8 @@ def test_broken_files(tmp_path, name, content):
 HOSTILE = r"""{{ messages.__class__.__mro__ }}
 {{ raise_exception.__globals__['json'] }}
 {{ cycler.__init__.__globals__.os.system('true') }}
+{{ lipsum.__globals__['os'].system('true') }}
+{{ ''.__class__.__mro__[1].__subclasses__() }}
 {{ (''|attr('__class__')).__mro__ }}
 {{ messages.append(1) }}
 {% include '/etc/passwd' %}
@@ -123,10 +125,11 @@ HOSTILE = r"""{{ messages.__class__.__mro__ }}
 
 
 @pytest.mark.parametrize("template", [*HOSTILE, "{{" + "[" * 20000])
-def test_a_hostile_or_broken_template(template):
+def test_a_hostile_or_broken_template(tmp_path, template):
     """Catches: a foreign template that reaches Python, fills memory, or ends in a traceback."""
     with pytest.raises(UserError, match="the chat template failed") as caught:
-        assert "built-in" not in TemplateProcess(template, "here").render(CHAT, {}, {})
+        config = PLAIN | {"chat_template": template}
+        assert "built-in" not in made(tmp_path, tokenizer_config=config).render(CHAT)
     assert str(caught.value).isprintable()
 
 

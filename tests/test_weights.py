@@ -255,10 +255,11 @@ def test_a_shard_outside_the_folder(tmp_path, shard):
 
 @pytest.mark.parametrize("name, shards", [("model-00002.safetensors", 2), ("model.safetensors", 1)])
 def test_files_that_were_not_downloaded(tmp_path, name, shards):
-    """Catches: a missing shard, or weights missing altogether, that end in a traceback."""
+    """Catches: missing weights that end in a traceback, or in opening a pickle (law 7)."""
     snapshot = tmp_path / "snapshots" / "abc"
     write(snapshot, old_config("qwen2"), tensors_of(random_model("qwen2")), shards)
     (snapshot / name).unlink()
+    (snapshot / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     refused(snapshot, name, "no such file", "incomplete snapshot")
 
 
