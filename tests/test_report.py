@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 import urllib.request
 import zlib
 from hashlib import sha256
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import script
 
 from nanoexit.config import UserError, write_json_lines
 from nanoexit.report import Run, read_run, write_page
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "report.py"
 EVIL = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 STORY = re.split(" ", "Start at 9 . 9 + 5 = 14 so it is 2 . 2 + 11 = 13 so it is 1 . \n #### 1")
 ASKED = "The clock shows 9. Add 5, then add 11. Which hour is it?"
@@ -155,8 +154,7 @@ def test_the_script(tmp_path):
     for depth, code, wanted in ((28, 0, "1 responses, 0 steps"), (29, 2, bad)):
         sample["tokens"][2]["depth"] = depth
         write_json_lines(tmp_path / "samples.jsonl", [sample])
-        command = [sys.executable, SCRIPT, tmp_path]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = script("report", tmp_path)
         assert done.returncode == code and wanted in done.stdout + done.stderr, done.stderr
         assert done.stderr.count("\n") == (code > 0)
     with pytest.raises(UserError, match="no run to report; expected a folder with samples"):
