@@ -20,6 +20,7 @@ GOLDEN = Path(__file__).parent / "golden"
 SMALL = {"vocab_size": 32, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
 SMALL |= {"rms_norm_eps": 1e-5, "hidden_act": "silu"}
+ROWS = torch.from_numpy(np.random.default_rng(7).integers(0, SMALL["vocab_size"], (1, 64)))
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 32
 LLAMA = {"model_type": "llama", "rope_theta": 10000.0, "tie_word_embeddings": False}
@@ -43,10 +44,6 @@ def weights(shapes: dict, seed: int) -> dict[str, np.ndarray]:
     return {n: (v + ("norm" in n)).astype(np.float32) for n, v in values.items()}
 
 
-def token_ids() -> np.ndarray:
-    return np.random.default_rng(7).integers(0, SMALL["vocab_size"], size=64)
-
-
 def fill(parameters: dict, seed: int) -> dict[str, list[int]]:
     """Give parameters the weights above, by their names -> the shape of each."""
     values = weights({n: tuple(p.shape) for n, p in parameters.items()}, seed)
@@ -56,6 +53,7 @@ def fill(parameters: dict, seed: int) -> dict[str, list[int]]:
 
 
 def transformers_model(config: dict, seed: int):
+    """AutoModelForCausalLM with the weights above."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL, **config))
@@ -63,14 +61,9 @@ def transformers_model(config: dict, seed: int):
     return model.float().eval()
 
 
-def transformers_logits(config: dict, seed: int) -> np.ndarray:
-    """[64, V] float32 from AutoModelForCausalLM with the weights above."""
-    return logits_of(transformers_model(config, seed))
-
-
 def logits_of(model) -> np.ndarray:
     with torch.no_grad():
-        return model(torch.from_numpy(token_ids())[None]).logits[0].numpy()
+        return model(ROWS).logits[0].numpy()
 
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "<pad>"]
@@ -274,7 +267,7 @@ def write_golden(name: str, content: dict) -> None:
 
 def main() -> None:
     for seed, (name, config) in enumerate(CONFIGS.items()):
-        logits = transformers_logits(config, seed)
+        logits = logits_of(transformers_model(config, seed))
         write_golden(name, {"config": {**SMALL, **config}, "seed": seed, "logits": logits})
     write_golden("tokenizers", transformers_tokenizers())
     write_golden("peft", peft_goldens())

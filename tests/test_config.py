@@ -93,6 +93,7 @@ BROKEN = ["sft.steps", "=3", "sft.steps=x", "sft.step=3", "sft.steps=["]
     (f"{FILE} data.held_out=0", "no held_out prompts"),
     ("evaluate.policies=[haed]", "evaluate.policies: policy"),
     ("judge.kind=api", "judge.base_url"),
+    (f"data.traces={TINY}/traces", f"data.traces: {TINY}/traces cannot be written"),
     ("run.wandb=true", "wandb is not installed"),
     ("generation.top_p=0.9", "generation.top_p: REINFORCE expects 1.0, found 0.9"),
 ])  # fmt: skip
@@ -102,6 +103,7 @@ def test_a_mistake_on_the_command_line_is_named(tmp_path, overrides, says):
         config = load_config(TINY, [*overrides.split(), f"run.dir={tmp_path}/run"])
         check(config, reinforce=True)
         load_student(config)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name, arguments, says", [

@@ -6,7 +6,7 @@ import make_golden
 import pytest
 import torch
 from conftest import random_model, script, with_exits
-from make_golden import ADAPTERS
+from make_golden import ADAPTERS, ROWS
 from safetensors.torch import load_file, save_file
 from test_parity import built
 from test_weights import IDS, load, old_config, tensors_of, write
@@ -16,7 +16,6 @@ from nanoexit.config import UserError
 from nanoexit.tokenizer import Tokenizer
 
 GOLDEN = json.loads((make_golden.GOLDEN / "peft.json").read_text())
-ROWS = torch.from_numpy(make_golden.token_ids())[None]
 
 
 @pytest.fixture

@@ -37,8 +37,6 @@ def written(gens) -> list[tuple[list[int], list[int]]]:
 
 
 # --- law 1: exits off = base model ------------------------------------------------------------
-
-
 def test_fresh_attachment_changes_no_bit(family):
     """Catches: an adapter that starts non-zero, or a path for 'exits off' with other rounding."""
     model, ids = random_model(family), torch.tensor([PROMPTS[1], PROMPTS[1][::-1]])
@@ -89,8 +87,6 @@ def test_attached_modules_are_in_the_mode_of_the_model(training):
 
 
 # --- law 2: one meaning -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_forward_rescores_what_generate_sampled(family, policy, cap):
@@ -145,8 +141,6 @@ def test_rescoring_cheaply_gives_the_same(family, policy):
 
 
 # --- law 3: skipping is exact -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_packed_forward_equals_the_slow_reference(family, head):
     """Catches: a mask, rotation or key wrong only beside exited tokens; padding that leaks."""
@@ -198,8 +192,6 @@ def test_a_token_that_exits_runs_no_later_block():
 
 
 # --- law 4: a row does not feel its neighbours ------------------------------------------------
-
-
 @pytest.mark.parametrize("policy", ["full", "head", "kl:1"])
 @pytest.mark.parametrize("fast", [True, False])
 def test_the_same_row_writes_the_same_text_in_any_batch(family, policy, fast):
@@ -218,8 +210,6 @@ def test_the_same_row_writes_the_same_text_in_any_batch(family, policy, fast):
 
 
 # --- law 5: the sampled distribution is the trained one ---------------------------------------
-
-
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("cap", [None, 4])
 def test_exit_frequencies_are_the_likelihoods(place, cap):
@@ -294,8 +284,6 @@ def test_no_code_that_could_execute_what_it_loads():
 
 
 # --- law 8: a cap is a bound ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("fast", [True, False])
 def test_noise_in_the_blocks_beyond_a_cap_changes_no_bit(family, policy, fast):
@@ -331,8 +319,6 @@ def test_a_capped_model_is_a_model_of_that_many_blocks(family, fast):
 
 
 # --- the same on the shipped model ------------------------------------------------------------
-
-
 def test_laws_hold_on_the_tiny_reasoner(tiny):
     """Catches: what random weights cannot show, such as a law that needs rows of one length."""
     model = load_model(str(tiny))
