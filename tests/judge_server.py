@@ -75,8 +75,7 @@ class JudgeServer(Loopback):
         self.hang, self.lock = 2.0, threading.Lock()  # seconds of "timeout" and "trickle"
         self.served, self.left, self.asked = Counter(), {}, []
 
-    def handle_error(self, *_):  # a client that gave up
-        pass
+    handle_error = Answers.log_message  # of a client that gave up
 
 
 class Handler(Answers):

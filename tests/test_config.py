@@ -14,6 +14,13 @@ from nanoexit import config as c
 from nanoexit.config import ROOT, Config, UserError, load_config, to_yaml
 from nanoexit.training import check, load_student
 
+TINY_RL = TINY.with_name("tiny_rl.yaml")
+FILE = "data.prompts=data/reasoning.jsonl"
+BROKEN = ["sft.steps", "=3", "sft.steps=x", "sft.step=3", "sft.steps=["]
+IMPORTS = "import _script, time; print('ready', flush=True); time.sleep(60)"
+ENDLESS = """import _script, time
+_script.run(lambda: (print('ready', flush=True), time.sleep(60)))"""
+
 
 def written(tmp_path, text: str) -> str:
     path = tmp_path / "c.yaml"
@@ -73,11 +80,6 @@ def test_every_shipped_config_loads_and_every_knob_is_documented():
             load_config(path)
     text = _script.command_line("").format_help()
     assert "exits.cap = null\n      largest depth of any token" in text
-
-
-TINY_RL = TINY.with_name("tiny_rl.yaml")
-FILE = "data.prompts=data/reasoning.jsonl"
-BROKEN = ["sft.steps", "=3", "sft.steps=x", "sft.step=3", "sft.steps=["]
 
 
 @pytest.mark.parametrize("overrides, says", [
@@ -144,11 +146,6 @@ def test_foreign_json_numbers_and_text_are_tame():
             c.parse_json(text, "here")
     assert c.rounded({"a": [float("nan"), 1 / 3, float("inf")]}) == {"a": [None, 0.333333, None]}
     assert c.printable("a\x1b[2J\tb\n\x9b\x7fé") == "a\\x1b[2J\tb\n\\x9b\\x7fé"
-
-
-IMPORTS = "import _script, time; print('ready', flush=True); time.sleep(60)"
-ENDLESS = """import _script, time
-_script.run(lambda: (print('ready', flush=True), time.sleep(60)))"""
 
 
 @pytest.mark.parametrize("code", [ENDLESS, IMPORTS])

@@ -16,6 +16,8 @@ from nanoexit.config import UserError
 from nanoexit.tokenizer import Tokenizer
 
 GOLDEN = json.loads((make_golden.GOLDEN / "peft.json").read_text())
+EDITS = {"exit_layers": [[], ["1"], 1, [0], [3], [2], [1.0]], "head": ["tree", 1]}
+EDITS |= {"cap": [0, 9, "2"], "base_model": [5], "revision": [5], "content": ["sha256:0", 1]}
 
 
 @pytest.fixture
@@ -74,27 +76,15 @@ def test_adapters_of_peft_as_it_is_installed(tmp_path, small, name):
 NAN, INF = float("nan"), float("inf")
 TARGETS = [["lm_head", "q_proj"], ["embed_tokens"], ".*", ["x"], 5, None, "(", "(a+)+$"]
 TARGETS += [".?" * 25, "(.|.)" * 25]
-REFUSED = {
-    "peft_type": ["IA3", None],
-    "bias": ["all", "lora_only", 0, False],
-    "use_dora": [True, 0, 1],
-    "modules_to_save": [["lm_head"], 0, False],
-    "target_modules": TARGETS,
-    "r": [None, 0, -1, 2.5, NAN, 10**9, True, "4"],
-    "lora_alpha": [None, -1, NAN, INF, 1e30, "16", True],
-    "lora_dropout": [None, -0.1, 1.0, NAN, "0"],
-    "rank_pattern": [4, [1]],
-    "alpha_pattern": [{"(": 4}],
-    "layers_to_transform": [-1, "all", False],
-    "init_lora_weights": ["pissa"],
-    "layers_pattern": ["blocks"],
-    "use_rslora": [1],
-    "fan_in_fan_out": [True],
-    "lora_bias": [True],
-    "layer_replication": [[[0, 2]]],
-    "trainable_token_indices": [[1], 0],
-    "a_future_option": [0, 1.0, "default", True],
-}
+REFUSED = {"peft_type": ["IA3", None], "bias": ["all", "lora_only", 0, False]}
+REFUSED |= {"use_dora": [True, 0, 1], "modules_to_save": [["lm_head"], 0, False]}
+REFUSED |= {"target_modules": TARGETS, "r": [None, 0, -1, 2.5, NAN, 10**9, True, "4"]}
+REFUSED |= {"lora_alpha": [None, -1, NAN, INF, 1e30, "16", True], "rank_pattern": [4, [1]]}
+REFUSED |= {"lora_dropout": [None, -0.1, 1.0, NAN, "0"], "alpha_pattern": [{"(": 4}]}
+REFUSED |= {"layers_to_transform": [-1, "all", False], "init_lora_weights": ["pissa"]}
+REFUSED |= {"layers_pattern": ["blocks"], "use_rslora": [1], "fan_in_fan_out": [True]}
+REFUSED |= {"lora_bias": [True], "layer_replication": [[[0, 2]]]}
+REFUSED |= {"trainable_token_indices": [[1], 0], "a_future_option": [0, 1.0, "default", True]}
 
 
 @pytest.mark.parametrize("key, value", [(k, v) for k in REFUSED for v in REFUSED[k]], ids=str)
@@ -158,10 +148,6 @@ def test_the_base_of_an_adapter(tmp_path, small):
     assert adapter_base(tmp_path / "run") == ("someone/tiny", "1" * 40)  # as peft keeps it
     with pytest.raises(UserError, match="no adapter found there"):
         adapter_base(tmp_path)
-
-
-EDITS = {"exit_layers": [[], ["1"], 1, [0], [3], [2], [1.0]], "head": ["tree", 1]}
-EDITS |= {"cap": [0, 9, "2"], "base_model": [5], "revision": [5], "content": ["sha256:0", 1]}
 
 
 @pytest.mark.parametrize("key, value", [(k, v) for k in EDITS for v in EDITS[k]], ids=str)

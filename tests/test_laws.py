@@ -25,6 +25,9 @@ from nanoexit.weights import load_model
 PROMPTS = [[3, 7, 11], [5, 1, 30, 22, 9, 4, 17], [8, 8], [2, 39, 14, 6, 25]]
 POLICIES = ["full", "head", "head:0.4", "fixed:2", "fixed:3", "kl:1", "confidence:0.2"]
 CAPS = [None, 1, 3, 4]  # with heads at 1, 2 and 4: no head below it, some, all but one
+UNSAFE_IMPORTS = {"pickle", "dill", "joblib", "shelve", "marshal", "transformers", "peft"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "np.load"}
+UNSAFE_CALLS |= {"yaml.unsafe_load", "yaml.full_load", "jinja2.Environment", "jinja2.Template"}
 
 
 def aligned(model: Transformer, prompts, gens) -> tuple[Aligned, Score]:
@@ -106,14 +109,6 @@ def test_forward_rescores_what_generate_sampled(family, policy, cap):
         assert 0 < min(g.depths) <= max(g.depths) <= model.deepest
 
 
-def test_the_first_readout_chooses_its_depth(family):
-    """Catches: a first token that is always drawn at full depth, or not counted in the exits."""
-    model = with_exits(random_model(family))
-    gens = generate(model, [PROMPTS[0]] * 64, "head", 1, seed=0)
-    assert {g.depths[0] for g in gens} == {1, 2, 4, 5}
-    assert all(g.exit_logprobs[0] < 0 for g in gens)
-
-
 @pytest.mark.parametrize("policy", ["head", "fixed:2"])
 def test_rescoring_cheaply_gives_the_same(family, policy):
     """Catches: in a shared row, a response that sees its neighbour or padding; wrong positions."""
@@ -162,9 +157,10 @@ def test_packed_forward_equals_the_slow_reference(family, head):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_generation_equals_the_slow_reference(family, fast):
-    """Catches: debts paid late, twice, or to the wrong block; another row's noise."""
+    """Catches: debts paid late, twice, or to the wrong block; a first token that never exits."""
     model = with_exits(random_model(family))
     gens = generate(model, PROMPTS, "head", 7, 0, 5, Sampling(stop_ids=[0], fast=fast))
+    assert len({g.depths[0] for g in gens}) > 1 and max(g.exit_logprobs[0] for g in gens) < 0
     assert any(len(set(g.depths)) > 2 for g in gens), "exits at several depths, or it shows nothing"
     with torch.no_grad():
         for row, (prompt, g) in enumerate(zip(PROMPTS, gens)):
@@ -261,12 +257,6 @@ def test_generate_refuses_values_out_of_range(wrong):
 
 
 # --- law 7: nothing is executed that was loaded -----------------------------------------------
-
-UNSAFE_IMPORTS = {"pickle", "dill", "joblib", "shelve", "marshal", "transformers", "peft"}
-UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "np.load"}
-UNSAFE_CALLS |= {"yaml.unsafe_load", "yaml.full_load", "jinja2.Environment", "jinja2.Template"}
-
-
 def test_no_code_that_could_execute_what_it_loads():
     """Catches: pickle in any form, eval and exec, unsafe YAML, remote code, an open template."""
     for path in [*(ROOT / "nanoexit").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:

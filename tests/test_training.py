@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_finetune import configured
 
 from nanoexit import reinforce, sft, training
-from nanoexit.config import UserError, load_config, write_text
+from nanoexit.config import Config, UserError, load_config, write_text
 from nanoexit.report import read_run
 from nanoexit.teacher import make_traces
 from nanoexit.training import check, load_checkpoint, load_student, run_directory, save_checkpoint
@@ -265,9 +265,10 @@ def test_a_number_that_is_not_finite_ends_the_run(tmp_path):
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
-def taught(config) -> sft.Teacher:
+def taught(tmp_path, *overrides: str) -> tuple[sft.Teacher, Config]:
+    config = load_config(TINY, [f"run.dir={tmp_path}", "data.count=10", *overrides])
     model, tokenizer = load_student(config)
-    return sft.Teacher(model, make_traces(model, tokenizer, config), config)
+    return sft.Teacher(model, make_traces(model, tokenizer, config), config), config
 
 
 @pytest.mark.parametrize("targets", ["student", "base"])
@@ -275,9 +276,8 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, targets):
     """Catches: means of means, or noise that depends on how a batch is split."""
     gradients = []
     for size in (4, 64):
-        overrides = [f"run.dir={tmp_path}", "data.count=10", f"sft.micro_batch={size}"]
-        config = load_config(TINY, [*overrides, f"sft.targets={targets}"])
-        teacher = taught(config)
+        keys = (f"sft.micro_batch={size}", f"sft.targets={targets}")
+        teacher, config = taught(tmp_path, *keys)
         figures = sft.step_losses(teacher.model, teacher, range(10), config, step=0)
         named = training.trained(teacher.model).items()
         gradients.append((figures, {n: p.grad for n, p in named if p.grad is not None}))
@@ -289,8 +289,7 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, targets):
 
 def drawn(tmp_path, *overrides: str):
     """A step's traces, aligned, with the exits that SFT draws."""
-    config = load_config(TINY, [f"run.dir={tmp_path}", "data.count=10", *overrides])
-    teacher = taught(config)
+    teacher, config = taught(tmp_path, *overrides)
     a, known = teacher(range(10))
     noise, uniform = sft.draw_noise(a, range(10), 7, config, 0)
     return teacher, a, sft.Draw(teacher.model, a, uniform, *known), noise
@@ -377,7 +376,6 @@ def test_named_streams_are_distinct():
 
 def test_a_student_without_exits_trains(tmp_path):
     """Catches: exits.layers=[], which the help allows, ending in a traceback."""
-    config = load_config(TINY, [f"run.dir={tmp_path}", "data.count=10", "exits.layers=[]"])
-    teacher = taught(config)
+    teacher, config = taught(tmp_path, "exits.layers=[]")
     figures = sft.step_losses(teacher.model, teacher, range(10), config, step=0)
     assert figures["mean_depth"] == 8 and figures["exit_loss"] == 0 and figures["loss"] >= 0
