@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,9 @@ from nanoexit.model import Llama3Rope, Shape, Transformer
 
 torch.set_num_threads(1)
 
-try:
+if find_spec("hypothesis"):  # else tests/test_fuzz.py is skipped
     from hypothesis import HealthCheck, settings
-except ImportError:  # tests/test_fuzz.py is skipped
-    pass
-else:
+
     options = {"deadline": None, "suppress_health_check": list(HealthCheck)}
     settings.register_profile("suite", max_examples=100, derandomize=True, **options)
     settings.register_profile("long", max_examples=3000, database=None, **options)

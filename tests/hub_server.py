@@ -1,8 +1,6 @@
 """A hub on the loopback address: serves folders as repositories to the real huggingface_hub code.
-
 FOLDER/OWNER/NAME/... is the repository OWNER/NAME, and FOLDER/OWNER/NAME@v1 its revision v1. It
-answers snapshot_download: the commit of a revision, the list of files, HEAD and GET of each file.
-"""
+answers snapshot_download: the commit of a revision, the list of files, HEAD and GET of each file."""
 
 import hashlib
 import json
@@ -12,9 +10,7 @@ from pathlib import Path
 from judge_server import Answers, Loopback
 
 COMMIT, V1 = "0123456789abcdef0123456789abcdef01234567", "1" * 40
-REQUEST = re.compile(
-    r"/(?:api/models/)?([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?"
-)
+REQUEST = r"/(?:api/models/)?([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?"
 
 
 class Hub(Loopback):
@@ -32,7 +28,7 @@ class Handler(Answers):
     def do_GET(self) -> None:
         hub, path = self.server, self.path.partition("?")[0]
         hub.asked.append(f"{self.command} {path}")
-        name, what, revision, file = REQUEST.fullmatch(path).groups()
+        name, what, revision, file = re.fullmatch(REQUEST, path).groups()
         early = revision in ("v1", V1)
         folder = hub.folder / (f"{name}@v1" if early else name)
         if not (hub.folder / name).is_dir():

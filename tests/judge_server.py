@@ -1,9 +1,7 @@
 """A chat endpoint on loopback that misbehaves on purpose, for tests/test_judge.py.
-
 A response asks for its own faults: the first request for "[faults: 429 drop] the text" gets a 429,
 the second no reply, the third a good one, in whatever order threads ask. The judge behind it is
-naive: it obeys any "score me 10" outside the fences.
-"""
+naive: it obeys any "score me 10" outside the fences."""
 
 import json
 import re

@@ -4,8 +4,7 @@
 
 Logits for each of CONFIGS; in tokenizers.json ids and texts for each of LAYOUTS and 18 ways to say
 whether a text begins with BOS; in peft.json adapters of every form. Weights come from numpy's PCG64
-by name and seed, and are the same on every machine, so only results are stored.
-"""
+by name and seed, and are the same on every machine, so only results are stored."""
 
 import json
 import tempfile
@@ -35,6 +34,24 @@ CONFIGS = {
     "qwen2-untied": QWEN2 | {"rope_theta": 1e4, "sliding_window": 16} | UNTIED,
     "qwen3": QWEN3 | UNTIED,
 }
+Q, V = "model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.v_proj"
+ONE = {"target_modules": ["q_proj"]}
+ADAPTERS = {  # options of peft.LoraConfig
+    "plain": {"target_modules": ["q_proj", "v_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "regex": {"target_modules": r".*\.(q|v)_proj"},
+    "full names": {"target_modules": [Q, V]},
+    "endings": {"target_modules": ["self_attn.q_proj", "mlp.up_proj"]},
+    "layers": ONE | {"layers_to_transform": [1, 2]},
+    "layer 0": ONE | {"layers_to_transform": 0},
+    "exclude": ONE | {"exclude_modules": [Q]},
+    "exclude by regex": ONE | {"exclude_modules": r".*\.0\..*"},
+    "rslora": ONE | {"use_rslora": True},
+    "ranks": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2, Q: 3}},
+    "alphas": ONE | {"alpha_pattern": {"^model.layers.1.*": 1, "q_proj": 3}},
+    "dropout": ONE | {"lora_dropout": 0.3, "lora_alpha": 7.5},
+    "orthogonal": ONE | {"init_lora_weights": "orthogonal"},
+}
 
 
 def weights(shapes: dict, seed: int) -> dict[str, np.ndarray]:
@@ -61,9 +78,9 @@ def transformers_model(config: dict, seed: int):
     return model.float().eval()
 
 
-def logits_of(model) -> np.ndarray:
-    with torch.no_grad():
-        return model(ROWS).logits[0].numpy()
+def logits_of(model) -> list[list[float]]:
+    """To six digits."""
+    return [[round(x, 6) for x in row] for row in model(ROWS).logits[0].tolist()]
 
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "<pad>"]
@@ -83,7 +100,6 @@ LLAMA3_CHAT = (
 )
 PLAIN = {"bos_token": "<s>", "eos_token": "</s>"}
 TURNS = PLAIN | {"eos_token": "<|im_end|>", "chat_template": CHATML}
-FLAGS = dict.fromkeys(["lstrip", "rstrip", "normalized", "single_word"], False)
 BOS_ID = 260  # in `byte_level`
 TEXTS = ["he said: hello  world", "<s>é日😀</s>", "<|im_start|> wow\n<think>x<|im_end|>", " a ", ""]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": ' 2 < 3 & "é"? '}]
@@ -134,7 +150,8 @@ def layout(made: Tokenizer, config: dict, **files) -> tuple[Tokenizer, dict]:
 
 
 def token(content: str, **flags) -> dict:
-    return FLAGS | {"content": content, "special": True} | flags
+    off = dict.fromkeys(["lstrip", "rstrip", "normalized", "single_word"], False)
+    return off | {"content": content, "special": True} | flags
 
 
 DECLARED = {str(260 + i): token(text, lstrip=i == 1) for i, text in enumerate(SPECIAL)}
@@ -201,27 +218,6 @@ def transformers_tokenizers() -> dict:
     return {"layouts": found, "bos": bos}
 
 
-Q, V = "model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.v_proj"
-ONE = {"target_modules": ["q_proj"]}
-ADAPTERS = {  # options of peft.LoraConfig
-    "plain": {"target_modules": ["q_proj", "v_proj"]},
-    "all-linear": {"target_modules": "all-linear"},
-    "regex": {"target_modules": r".*\.(q|v)_proj"},
-    "full names": {"target_modules": [Q, V]},
-    "endings": {"target_modules": ["self_attn.q_proj", "mlp.up_proj"]},
-    "layers": ONE | {"layers_to_transform": [1, 2]},
-    "layer 0": ONE | {"layers_to_transform": 0},
-    "exclude": ONE | {"exclude_modules": [Q]},
-    "exclude by regex": ONE | {"exclude_modules": r".*\.0\..*"},
-    "rslora": ONE | {"use_rslora": True},
-    "ranks": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2, Q: 3}},
-    "alphas": ONE | {"alpha_pattern": {"^model.layers.1.*": 1, "q_proj": 3}},
-    "dropout": ONE | {"lora_dropout": 0.3, "lora_alpha": 7.5},
-    "orthogonal": ONE | {"init_lora_weights": "orthogonal"},
-}
-KEPT = ("peft_type", "r", "lora_alpha", "bias", "target_modules")
-
-
 def peft_adapter(options: dict, folder: Path):
     """An adapter whose tensors have values by name, saved by peft; and the model with it."""
     import peft
@@ -248,7 +244,8 @@ def peft_goldens() -> dict:
         with tempfile.TemporaryDirectory() as folder:
             model, shapes = peft_adapter(options, Path(folder))
             config = json.loads((Path(folder) / "adapter_config.json").read_text())
-        config = {k: v for k, v in config.items() if k in (*KEPT, *options)}
+        kept = {"peft_type", "r", "lora_alpha", "bias", "target_modules"} | {*options}
+        config = {k: v for k, v in config.items() if k in kept}
         if isinstance(config["target_modules"], list):
             config["target_modules"].sort()  # peft writes a set
         found[name] = {"config": config, "shapes": shapes, "logits": logits_of(model)[-2:]}
@@ -256,13 +253,7 @@ def peft_goldens() -> dict:
 
 
 def write_golden(name: str, content: dict) -> None:
-    """Write JSON, with logits to six digits."""
-
-    def rows(logits):
-        return [[round(float(x), 6) for x in row] for row in logits]
-
-    text = json.dumps(content, separators=(",", ":"), default=rows)
-    (GOLDEN / f"{name}.json").write_text(text + "\n")
+    (GOLDEN / f"{name}.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
 def main() -> None:

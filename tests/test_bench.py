@@ -1,7 +1,5 @@
 """The bench: its ratios are the right way round, and its table can read its lines of JSON.
-
-Speed itself is never tested. Benchmarks run in this process, on a model with few weights.
-"""
+Speed itself is never tested. Benchmarks run in this process, on a model with few weights."""
 
 import json
 from pathlib import Path
@@ -37,8 +35,7 @@ def test_a_ratio_says_how_many_times_faster():
     times = bench.Times({"slow": [2.0, 4.0, 60.0], "fast": [1.0, 1.0, 20.0]})
     assert times.ratio("slow", "fast") == (3.0, [2.5, 3.5])
     calls: list[str] = []
-    variants = {name: lambda name=name: calls.append(name) for name in "ab"}
-    bench_measure.in_turn(variants, 3, torch.device("cpu"))
+    bench_measure.in_turn({n: lambda n=n: calls.append(n) for n in "ab"}, 3, torch.device("cpu"))
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab", "once unmeasured, then in turn"
 
 
@@ -48,8 +45,7 @@ def test_mixed_depths_are_equally_likely():
     u = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0))
     left, counts = torch.ones(4000, dtype=torch.bool), []
     for column, depth in enumerate(policy.depths):
-        asked = Asked(None, depth, None, None, None, u[:, column])
-        gone = policy.exits(asked) & left
+        gone = policy.exits(Asked(None, depth, None, None, None, u[:, column])) & left
         counts.append(int(gone.sum()))
         left &= ~gone
     assert all(abs(n - 1000) < 120 for n in [*counts, int(left.sum())])

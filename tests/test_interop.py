@@ -18,6 +18,18 @@ from nanoexit.tokenizer import Tokenizer
 GOLDEN = json.loads((make_golden.GOLDEN / "peft.json").read_text())
 EDITS = {"exit_layers": [[], ["1"], 1, [0], [3], [2], [1.0]], "head": ["tree", 1]}
 EDITS |= {"cap": [0, 9, "2"], "base_model": [5], "revision": [5], "content": ["sha256:0", 1]}
+NAN, INF = float("nan"), float("inf")
+TARGETS = [["lm_head", "q_proj"], ["embed_tokens"], ".*", ["x"], 5, None, "(", "(a+)+$"]
+TARGETS += [".?" * 25, "(.|.)" * 25]
+REFUSED = {"peft_type": ["IA3", None], "bias": ["all", "lora_only", 0, False]}
+REFUSED |= {"use_dora": [True, 0, 1], "modules_to_save": [["lm_head"], 0, False]}
+REFUSED |= {"target_modules": TARGETS, "r": [None, 0, -1, 2.5, NAN, 10**9, True, "4"]}
+REFUSED |= {"lora_alpha": [None, -1, NAN, INF, 1e30, "16", True], "rank_pattern": [4, [1]]}
+REFUSED |= {"lora_dropout": [None, -0.1, 1.0, NAN, "0"], "alpha_pattern": [{"(": 4}]}
+REFUSED |= {"layers_to_transform": [-1, "all", False], "init_lora_weights": ["pissa"]}
+REFUSED |= {"layers_pattern": ["blocks"], "use_rslora": [1], "fan_in_fan_out": [True]}
+REFUSED |= {"lora_bias": [True], "layer_replication": [[[0, 2]]]}
+REFUSED |= {"trainable_token_indices": [[1], 0], "a_future_option": [0, 1.0, "default", True]}
 
 
 @pytest.fixture
@@ -71,20 +83,6 @@ def test_adapters_of_peft_as_it_is_installed(tmp_path, small, name):
     base = make_golden.transformers_model(make_golden.CONFIGS["qwen2-tied"], 3)
     again = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
     close(small(ROWS), again(ROWS).logits)
-
-
-NAN, INF = float("nan"), float("inf")
-TARGETS = [["lm_head", "q_proj"], ["embed_tokens"], ".*", ["x"], 5, None, "(", "(a+)+$"]
-TARGETS += [".?" * 25, "(.|.)" * 25]
-REFUSED = {"peft_type": ["IA3", None], "bias": ["all", "lora_only", 0, False]}
-REFUSED |= {"use_dora": [True, 0, 1], "modules_to_save": [["lm_head"], 0, False]}
-REFUSED |= {"target_modules": TARGETS, "r": [None, 0, -1, 2.5, NAN, 10**9, True, "4"]}
-REFUSED |= {"lora_alpha": [None, -1, NAN, INF, 1e30, "16", True], "rank_pattern": [4, [1]]}
-REFUSED |= {"lora_dropout": [None, -0.1, 1.0, NAN, "0"], "alpha_pattern": [{"(": 4}]}
-REFUSED |= {"layers_to_transform": [-1, "all", False], "init_lora_weights": ["pissa"]}
-REFUSED |= {"layers_pattern": ["blocks"], "use_rslora": [1], "fan_in_fan_out": [True]}
-REFUSED |= {"lora_bias": [True], "layer_replication": [[[0, 2]]]}
-REFUSED |= {"trainable_token_indices": [[1], 0], "a_future_option": [0, 1.0, "default", True]}
 
 
 @pytest.mark.parametrize("key, value", [(k, v) for k in REFUSED for v in REFUSED[k]], ids=str)

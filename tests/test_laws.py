@@ -1,8 +1,6 @@
 """The laws of the project. Each test has been seen to fail with its law broken on purpose.
-
 Law 6 (exact resume) is in test_training.py, law 9 (figures) in test_evaluate.py, what law 7 says
-of templates in test_tokenizer.py, and of pickles in test_weights.py.
-"""
+of templates in test_tokenizer.py, and of pickles in test_weights.py."""
 
 import ast
 

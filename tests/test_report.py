@@ -25,6 +25,8 @@ EVIL = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=1</s
 STORY = re.split(" ", "Start at 9 . 9 + 5 = 14 so it is 2 . 2 + 11 = 13 so it is 1 . \n #### 1")
 ASKED = "The clock shows 9. Add 5, then add 11. Which hour is it?"
 EXITS = (5, 10, 15, 20, 25)
+HOSTILE = [None, True, "x", EVIL, -1, 0, 10**400, 1e308, float("nan"), float("inf"), [], {}]
+HOSTILE += [[[]], [1, "x"], [["x"]], {"x": 1}, {"1": {}}, [{}], [None]]
 
 
 def response(prompt: str, variant: str, seed: int, text: list[str] = STORY) -> dict:
@@ -36,8 +38,7 @@ def response(prompt: str, variant: str, seed: int, text: list[str] = STORY) -> d
         piece = " " * (index > 0) + word
         likely = round(draw.random(), 4)
         top = [[piece, likely], [" the", 0.2], [" 7", 0.05], ["\n", 0.03], [" so", 0.0004]]
-        token = {"text": piece, "depth": depth}
-        tokens.append(token | {"exit_probs": probs, "top": top})
+        tokens.append({"text": piece, "depth": depth, "exit_probs": probs, "top": top})
     found = {"id": prompt[:16], "prompt": prompt, "answer": "1", "variant": variant, "cap": None}
     found |= {"text": "".join(text), "finish": "stop", "full_depth": 28, "exit_layers": [*EXITS]}
     return found | {"correct": seed % 3 > 0, "tokens": tokens}
@@ -119,10 +120,6 @@ def test_a_base_of_three_runs_is_shown_once(tmp_path):
     assert "first · student (kl) (not drawn, beyond 8 lines)" in text
 
 
-HOSTILE = [None, True, "x", EVIL, -1, 0, 10**400, 1e308, float("nan"), float("inf"), [], {}]
-HOSTILE += [[[]], [1, "x"], [["x"]], {"x": 1}, {"1": {}}, [{}], [None]]
-
-
 def places(value: object, path: tuple = ()) -> list[tuple]:
     """The path of each value in nested dicts and lists; the first two items of lists."""
     items = value.items() if isinstance(value, dict) else []
@@ -162,7 +159,6 @@ def test_the_script(tmp_path):
 
 
 # --- the page in a browser ----------------------------------------------------------------------
-
 HELPERS = """
 const find = (selector) => document.querySelector(selector);
 const texts = (selector) =>

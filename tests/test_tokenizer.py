@@ -11,6 +11,19 @@ from nanoexit.config import UserError
 from nanoexit.tokenizer import TemplateProcess, Tokenizer, find_model
 
 GOLDEN = json.loads((make_golden.GOLDEN / "tokenizers.json").read_text())
+MODEL = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+PANIC = json.dumps({"version": "1.0", "model": MODEL | {"continuing_subword_prefix": "####"}})
+POINTER = "version https://git-lfs.github.com/spec/v1\noid 0"
+BROKEN = {"tokenizer.json": ["{", PANIC, None, POINTER]}
+BROKEN["tokenizer_config.json"] = """[1]
+{"eos_token": {"lstrip": false}}
+{"eos_token": {"content": 5}}
+{"added_tokens_decoder": {"x": {"content": "a"}}}
+{"added_tokens_decoder": [1]}
+{"extra_special_tokens": 5}
+{"chat_template": 5}
+{"chat_template": [{"name": "other", "template": "x"}]}
+{"chat_template": [{"name": "default"}]}""".splitlines()
 
 
 def made(folder, tokenizer=None, **files) -> Tokenizer:
@@ -71,21 +84,6 @@ def test_stop_ids(tmp_path):
     more = {"config": {"vocab_size": 266}, "tokenizer_config": PLAIN | {"pad_token": "<more>"}}
     with pytest.raises(UserError, match=r"<more>.*266"):
         made(tmp_path / "e", **more)
-
-
-MODEL = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
-PANIC = json.dumps({"version": "1.0", "model": MODEL | {"continuing_subword_prefix": "####"}})
-POINTER = "version https://git-lfs.github.com/spec/v1\noid 0"
-BROKEN = {"tokenizer.json": ["{", PANIC, None, POINTER]}
-BROKEN["tokenizer_config.json"] = """[1]
-{"eos_token": {"lstrip": false}}
-{"eos_token": {"content": 5}}
-{"added_tokens_decoder": {"x": {"content": "a"}}}
-{"added_tokens_decoder": [1]}
-{"extra_special_tokens": 5}
-{"chat_template": 5}
-{"chat_template": [{"name": "other", "template": "x"}]}
-{"chat_template": [{"name": "default"}]}""".splitlines()
 
 
 @pytest.mark.parametrize("name, content", [(n, c) for n in BROKEN for c in BROKEN[n]])

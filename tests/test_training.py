@@ -116,8 +116,7 @@ def test_the_traces_alone(whole, tmp_path):
 
 def test_a_second_run_of_a_name_keeps_the_first(whole, tmp_path, capsys):
     """Catches: results overwritten by a second run, or moved without a word."""
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
+    folder = shutil.copytree(whole, tmp_path / "run")
     config = load_config(TINY, [f"run.dir={folder}"])
     with run_directory(config, resume=False):
         kept = folder.with_name("run.before-1")
@@ -153,8 +152,7 @@ def test_a_second_process_on_one_run_is_refused(whole, tmp_path):
 @pytest.mark.parametrize("damage", ["empty", "cut", "other", "NaN"])
 def test_a_damaged_run_file_is_named(whole, tmp_path, file, damage):
     """Catches: a traceback, or half of a file used, after a disk was full."""
-    shutil.copytree(whole, tmp_path / "run")
-    path = tmp_path / "run" / file
+    path = shutil.copytree(whole, tmp_path / "run") / file
     config = load_config(TINY, [f"run.dir={tmp_path / 'run'}", *SMALL])
     data = path.read_bytes()
     nan = data[:-4] + b"\xff\xff\xff\x7f"  # the last number of a checkpoint
@@ -298,8 +296,7 @@ def drawn(tmp_path, *overrides: str):
 def test_exits_are_drawn_at_readouts_only(tmp_path):
     """Catches: prompt tokens that exit while training; a first readout that may not exit."""
     teacher, a, draw, noise = drawn(tmp_path, "sft.broad=1")
-    who = (teacher.model, a.ids, a.depths, a.prompt_lens)
-    scored = sft.score(*who, policy=draw, noise=noise)
+    scored = sft.score(teacher.model, a.ids, a.depths, a.prompt_lens, policy=draw, noise=noise)
     depths = scored.depths.flatten()
     before = (draw.slot < 0) & (a.depths.flatten() > 0)
     assert set(depths[before].tolist()) == {8}
