@@ -1,6 +1,6 @@
 """A hub on the loopback address: serves folders as repositories to the real huggingface_hub code.
 FOLDER/OWNER/NAME/... is the repository OWNER/NAME, and FOLDER/OWNER/NAME@v1 its revision v1. It
-answers snapshot_download: the commit of a revision, the list of files, HEAD and GET of each file."""
+answers snapshot_download: a revision's commit, the list of files, HEAD and GET of each file."""
 
 import hashlib
 import json

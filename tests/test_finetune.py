@@ -22,10 +22,9 @@ run: {threads: 1}
 
 
 def configured(tmp_path, *overrides: str):
-    (tmp_path / "c.yaml").write_text(YAML)
-    return load_config(
-        tmp_path / "c.yaml", [f"run.dir={tmp_path}/run", *overrides], finetune.Recipe
-    )
+    path, keys = tmp_path / "c.yaml", [f"run.dir={tmp_path}/run", *overrides]
+    path.write_text(YAML)
+    return load_config(path, keys, finetune.Recipe)
 
 
 def prompt_of(tokenizer, row) -> Prompt:

@@ -44,8 +44,7 @@ def test_fresh_attachment_changes_no_bit(family):
     before = model(ids)
     attach(model, [1, 3], "mlp", LoRAConfig(r=3, targets=TARGETS))
     assert torch.equal(model(ids), before)
-    full = torch.full_like(ids, model.full_depth)
-    assert torch.equal(score(model, ids, full, [3, 3]).logits, before)
+    assert torch.equal(score(model, ids, torch.full_like(ids, 5), [3, 3]).logits, before)
 
 
 def test_attach_train_detach_leaves_every_base_bit(family):

@@ -52,8 +52,7 @@ def row(variant: str, policy: str, accuracy: float, depth: float) -> dict:
     row |= {"max_depth_by_group": {"2 steps": depth, "logic": 3}}
     row |= {"exit_histogram": {"5": 0.3, "28": 0.7}, "capped_accuracy": {"4": 0.2, "28": 0.9}}
     row |= {"same_answer": [[0, 0.3], [1, 1]], "changed_value": {"follow": 0.8, "stay": 0.2}}
-    row |= {"monitor": {"score": 0.9, "chance": 0.1}, "kl": float("nan"), "perplexity": 1.5}
-    return row
+    return row | {"monitor": {"score": 0.9, "chance": 0.1}, "kl": float("nan"), "perplexity": 1.5}
 
 
 def example(name: str = "tiny") -> Run:

@@ -24,6 +24,25 @@ BROKEN["tokenizer_config.json"] = """[1]
 {"chat_template": 5}
 {"chat_template": [{"name": "other", "template": "x"}]}
 {"chat_template": [{"name": "default"}]}""".splitlines()
+HOSTILE = r"""{{ messages.__class__.__mro__ }}
+{{ raise_exception.__globals__['json'] }}
+{{ cycler.__init__.__globals__.os.system('true') }}
+{{ lipsum.__globals__['os'].system('true') }}
+{{ ''.__class__.__mro__[1].__subclasses__() }}
+{{ (''|attr('__class__')).__mro__ }}
+{{ messages.append(1) }}
+{% include '/etc/passwd' %}
+{% import 'os' as os %}
+{{ '{0.__class__.__mro__}'.format('') }}
+{{ raise_exception('no\x1b[31m') }}
+{{ messages[7]['role'] }}
+{{ range(10**9) | list }}
+{{ 'x'|center(10**10) }}
+{{ [0] * 10**9 }}
+{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}
+{{ 'x' * 2**25 }}
+{{ '\ud800' }}
+{% for %}""".splitlines()
 
 
 def made(folder, tokenizer=None, **files) -> Tokenizer:
@@ -99,27 +118,6 @@ def test_broken_files(tmp_path, name, content):
     words = {"{": "not a tokenizer", PANIC: "not a tokenizer", None: "incomplete snapshot"}
     with pytest.raises(UserError, match=words.get(content, "token|git-lfs pointer")):
         Tokenizer(folder)
-
-
-HOSTILE = r"""{{ messages.__class__.__mro__ }}
-{{ raise_exception.__globals__['json'] }}
-{{ cycler.__init__.__globals__.os.system('true') }}
-{{ lipsum.__globals__['os'].system('true') }}
-{{ ''.__class__.__mro__[1].__subclasses__() }}
-{{ (''|attr('__class__')).__mro__ }}
-{{ messages.append(1) }}
-{% include '/etc/passwd' %}
-{% import 'os' as os %}
-{{ '{0.__class__.__mro__}'.format('') }}
-{{ raise_exception('no\x1b[31m') }}
-{{ messages[7]['role'] }}
-{{ range(10**9) | list }}
-{{ 'x'|center(10**10) }}
-{{ [0] * 10**9 }}
-{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}
-{{ 'x' * 2**25 }}
-{{ '\ud800' }}
-{% for %}""".splitlines()
 
 
 @pytest.mark.parametrize("template", [*HOSTILE, "{{" + "[" * 20000])
