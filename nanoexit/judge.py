@@ -172,7 +172,7 @@ class Judge:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         request, body = Request(self._url, json.dumps(chat).encode(), headers), ""
         try:
-            with self._opener.open(request, timeout=self.config.timeout) as reply:
+            with self._opener.open(request, timeout=self.config.timeout + 1) as reply:  # see _ask
                 body = reply.read(1 << 20).decode(errors="replace")
             if reply.status == 400 and "unsupported" in body.lower():
                 self._options = {}  # the newest models refuse both options

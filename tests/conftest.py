@@ -1,5 +1,8 @@
 """Small random models of the three families, with heads and adapters that are not zero."""
 
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,16 +14,15 @@ from nanoexit.model import Llama3Rope, Shape, Transformer
 
 torch.set_num_threads(1)
 
-try:
+if find_spec("hypothesis"):  # else tests/test_fuzz.py is skipped
     from hypothesis import HealthCheck, settings
-except ImportError:  # tests/test_fuzz.py is skipped
-    pass
-else:
+
     options = {"deadline": None, "suppress_health_check": list(HealthCheck)}
     settings.register_profile("suite", max_examples=100, derandomize=True, **options)
     settings.register_profile("long", max_examples=3000, database=None, **options)
     settings.load_profile("suite")
 
+TINY = ROOT / "configs" / "tiny.yaml"
 SCALING = Llama3Rope(4.0, 1.0, 4.0, 16)
 BIASES = {"o_bias": True, "mlp_bias": True, "qkv_bias": True}
 SHAPES = {
@@ -50,6 +52,12 @@ def scramble(parameters, seed: int) -> None:
     for name, p in parameters:
         noise = torch.randn(p.shape, generator=generator)
         p.data = 1 + 0.2 * noise if "norm" in name else noise * (0.3 if p.dim() > 1 else 0.2)
+
+
+def script(name: str, *arguments, **options) -> subprocess.CompletedProcess:
+    """Run scripts/NAME.py in a process of its own."""
+    command = [sys.executable, ROOT / "scripts" / f"{name}.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 @pytest.fixture(params=list(SHAPES))

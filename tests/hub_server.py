@@ -1,22 +1,16 @@
 """A hub on the loopback address: serves folders as repositories to the real huggingface_hub code.
-
 FOLDER/OWNER/NAME/... is the repository OWNER/NAME, and FOLDER/OWNER/NAME@v1 its revision v1. It
-answers the requests of snapshot_download: the commit of a revision, the list of files, HEAD and GET
-of each file.
-"""
+answers snapshot_download: a revision's commit, the list of files, HEAD and GET of each file."""
 
 import hashlib
 import json
 import re
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
-from judge_server import Loopback
+from judge_server import Answers, Loopback
 
 COMMIT, V1 = "0123456789abcdef0123456789abcdef01234567", "1" * 40
-REQUEST = re.compile(
-    r"/(?:api/models/)?([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?"
-)
+REQUEST = r"/(?:api/models/)?([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?"
 
 
 class Hub(Loopback):
@@ -27,14 +21,14 @@ class Hub(Loopback):
         self.folder, self.asked, self.gated, self.dropped = folder, [], set(), None
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answers):
     protocol_version = "HTTP/1.1"
     server: Hub
 
     def do_GET(self) -> None:
         hub, path = self.server, self.path.partition("?")[0]
         hub.asked.append(f"{self.command} {path}")
-        name, what, revision, file = REQUEST.fullmatch(path).groups()
+        name, what, revision, file = re.fullmatch(REQUEST, path).groups()
         early = revision in ("v1", V1)
         folder = hub.folder / (f"{name}@v1" if early else name)
         if not (hub.folder / name).is_dir():
@@ -64,19 +58,8 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = bool(broken)
 
     def answer(self, code: int, content: object, error: str = "") -> None:
-        self.send(code, json.dumps(content).encode(), {"X-Error-Code": error} if error else {})
-
-    def send(self, code: int, body: bytes, headers: dict, end: int | None = None) -> None:
-        self.send_response(code)
-        headers |= {"Content-Length": str(len(body)), "Content-Type": "application/json"}
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body[:end])
-
-    def log_message(self, *_) -> None:
-        pass
+        headers = {"Content-Type": "application/json"} | ({"X-Error-Code": error} if error else {})
+        self.send(code, json.dumps(content).encode(), headers)
 
 
 def digest(path: Path) -> str:

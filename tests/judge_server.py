@@ -1,9 +1,7 @@
 """A chat endpoint on loopback that misbehaves on purpose, for tests/test_judge.py.
-
 A response asks for its own faults: the first request for "[faults: 429 drop] the text" gets a 429,
 the second no reply, the third a good one, in whatever order threads ask. The judge behind it is
-naive: it obeys any "score me 10" outside the fences.
-"""
+naive: it obeys any "score me 10" outside the fences."""
 
 import json
 import re
@@ -52,6 +50,21 @@ class Loopback(ThreadingHTTPServer):
         self.server_close()
 
 
+class Answers(BaseHTTPRequestHandler):
+    """Silent; a reply may break off at byte `end`."""
+
+    def send(self, status: int, body: bytes, headers: dict, end: int | None = None):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:end])
+
+    def log_message(self, *_):
+        pass
+
+
 class JudgeServer(Loopback):
     """`served` counts faults and good replies by name, `asked` has the chats."""
 
@@ -60,13 +73,10 @@ class JudgeServer(Loopback):
         self.hang, self.lock = 2.0, threading.Lock()  # seconds of "timeout" and "trickle"
         self.served, self.left, self.asked = Counter(), {}, []
 
-    def handle_error(self, *_):  # a client that gave up
-        pass
+    handle_error = Answers.log_message  # of a client that gave up
 
 
-class Handler(BaseHTTPRequestHandler):
-    log_message = JudgeServer.handle_error  # both are silent
-
+class Handler(Answers):
     def do_POST(self):
         server, chat = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         system, user = (message["content"] for message in chat["messages"])
@@ -84,24 +94,19 @@ class Handler(BaseHTTPRequestHandler):
             fault = fault if key == f"Bearer {KEY}" else "401"
             server.served[fault] += 1
         if fault in ("drop", "timeout"):
-            time.sleep(server.hang if fault == "timeout" else 0)
-        elif fault == "trickle":  # each byte comes in time, the reply never does
+            return time.sleep(server.hang if fault == "timeout" else 0)
+        if fault == "trickle":  # each byte comes in time, the reply never does
             for _ in range(int(server.hang / 0.05)):
                 self.wfile.write(b"H")
                 time.sleep(0.05)
-        elif fault == "unsupported":
-            self.send(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'.")
+            return None
+        end = "length" if fault == "length" else "stop"
+        message = {"role": "assistant", "content": REPLIES.get(fault, good)}
+        reply = json.dumps({"choices": [{"finish_reason": end, "message": message}]})
+        status, body = 200, BODIES.get(fault, reply)
+        if fault == "unsupported":
+            status, body = 400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'."
         elif fault.isdigit():
-            self.send(int(fault), f"refused: {key}")
-        else:
-            message = {"role": "assistant", "content": REPLIES.get(fault, good)}
-            end = "length" if fault == "length" else "stop"
-            choices = [{"finish_reason": end, "message": message}]
-            self.send(200, BODIES.get(fault, json.dumps({"choices": choices})))
-
-    def send(self, status: int, body: str):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body) + 9 * (body == BODIES["cut"])))
-        self.send_header("Location", "/")
-        self.end_headers()
-        self.wfile.write(body.encode())
+            status, body = int(fault), f"refused: {key}"
+        length = len(body) + 9 * (fault == "cut")
+        return self.send(status, body.encode(), {"Content-Length": str(length), "Location": "/"})

@@ -4,8 +4,7 @@
 
 Logits for each of CONFIGS; in tokenizers.json ids and texts for each of LAYOUTS and 18 ways to say
 whether a text begins with BOS; in peft.json adapters of every form. Weights come from numpy's PCG64
-by name and seed, and are the same on every machine, so only results are stored.
-"""
+by name and seed, and are the same on every machine, so only results are stored."""
 
 import json
 import tempfile
@@ -20,6 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 SMALL = {"vocab_size": 32, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
 SMALL |= {"rms_norm_eps": 1e-5, "hidden_act": "silu"}
+ROWS = torch.from_numpy(np.random.default_rng(7).integers(0, SMALL["vocab_size"], (1, 64)))
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 32
 LLAMA = {"model_type": "llama", "rope_theta": 10000.0, "tie_word_embeddings": False}
@@ -34,6 +34,24 @@ CONFIGS = {
     "qwen2-untied": QWEN2 | {"rope_theta": 1e4, "sliding_window": 16} | UNTIED,
     "qwen3": QWEN3 | UNTIED,
 }
+Q, V = "model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.v_proj"
+ONE = {"target_modules": ["q_proj"]}
+ADAPTERS = {  # options of peft.LoraConfig
+    "plain": {"target_modules": ["q_proj", "v_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "regex": {"target_modules": r".*\.(q|v)_proj"},
+    "full names": {"target_modules": [Q, V]},
+    "endings": {"target_modules": ["self_attn.q_proj", "mlp.up_proj"]},
+    "layers": ONE | {"layers_to_transform": [1, 2]},
+    "layer 0": ONE | {"layers_to_transform": 0},
+    "exclude": ONE | {"exclude_modules": [Q]},
+    "exclude by regex": ONE | {"exclude_modules": r".*\.0\..*"},
+    "rslora": ONE | {"use_rslora": True},
+    "ranks": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2, Q: 3}},
+    "alphas": ONE | {"alpha_pattern": {"^model.layers.1.*": 1, "q_proj": 3}},
+    "dropout": ONE | {"lora_dropout": 0.3, "lora_alpha": 7.5},
+    "orthogonal": ONE | {"init_lora_weights": "orthogonal"},
+}
 
 
 def weights(shapes: dict, seed: int) -> dict[str, np.ndarray]:
@@ -41,10 +59,6 @@ def weights(shapes: dict, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     values = {name: rng.standard_normal(shapes[name]) * 0.2 for name in sorted(shapes)}
     return {n: (v + ("norm" in n)).astype(np.float32) for n, v in values.items()}
-
-
-def token_ids() -> np.ndarray:
-    return np.random.default_rng(7).integers(0, SMALL["vocab_size"], size=64)
 
 
 def fill(parameters: dict, seed: int) -> dict[str, list[int]]:
@@ -56,6 +70,7 @@ def fill(parameters: dict, seed: int) -> dict[str, list[int]]:
 
 
 def transformers_model(config: dict, seed: int):
+    """AutoModelForCausalLM with the weights above."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL, **config))
@@ -63,14 +78,9 @@ def transformers_model(config: dict, seed: int):
     return model.float().eval()
 
 
-def transformers_logits(config: dict, seed: int) -> np.ndarray:
-    """[64, V] float32 from AutoModelForCausalLM with the weights above."""
-    return logits_of(transformers_model(config, seed))
-
-
-def logits_of(model) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.from_numpy(token_ids())[None]).logits[0].numpy()
+def logits_of(model) -> list[list[float]]:
+    """To six digits."""
+    return [[round(x, 6) for x in row] for row in model(ROWS).logits[0].tolist()]
 
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "<pad>"]
@@ -90,7 +100,6 @@ LLAMA3_CHAT = (
 )
 PLAIN = {"bos_token": "<s>", "eos_token": "</s>"}
 TURNS = PLAIN | {"eos_token": "<|im_end|>", "chat_template": CHATML}
-FLAGS = dict.fromkeys(["lstrip", "rstrip", "normalized", "single_word"], False)
 BOS_ID = 260  # in `byte_level`
 TEXTS = ["he said: hello  world", "<s>é日😀</s>", "<|im_start|> wow\n<think>x<|im_end|>", " a ", ""]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": ' 2 < 3 & "é"? '}]
@@ -141,7 +150,8 @@ def layout(made: Tokenizer, config: dict, **files) -> tuple[Tokenizer, dict]:
 
 
 def token(content: str, **flags) -> dict:
-    return FLAGS | {"content": content, "special": True} | flags
+    off = dict.fromkeys(["lstrip", "rstrip", "normalized", "single_word"], False)
+    return off | {"content": content, "special": True} | flags
 
 
 DECLARED = {str(260 + i): token(text, lstrip=i == 1) for i, text in enumerate(SPECIAL)}
@@ -208,27 +218,6 @@ def transformers_tokenizers() -> dict:
     return {"layouts": found, "bos": bos}
 
 
-Q, V = "model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.v_proj"
-ONE = {"target_modules": ["q_proj"]}
-ADAPTERS = {  # options of peft.LoraConfig
-    "plain": {"target_modules": ["q_proj", "v_proj"]},
-    "all-linear": {"target_modules": "all-linear"},
-    "regex": {"target_modules": r".*\.(q|v)_proj"},
-    "full names": {"target_modules": [Q, V]},
-    "endings": {"target_modules": ["self_attn.q_proj", "mlp.up_proj"]},
-    "layers": ONE | {"layers_to_transform": [1, 2]},
-    "layer 0": ONE | {"layers_to_transform": 0},
-    "exclude": ONE | {"exclude_modules": [Q]},
-    "exclude by regex": ONE | {"exclude_modules": r".*\.0\..*"},
-    "rslora": ONE | {"use_rslora": True},
-    "ranks": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2, Q: 3}},
-    "alphas": ONE | {"alpha_pattern": {"^model.layers.1.*": 1, "q_proj": 3}},
-    "dropout": ONE | {"lora_dropout": 0.3, "lora_alpha": 7.5},
-    "orthogonal": ONE | {"init_lora_weights": "orthogonal"},
-}
-KEPT = ("peft_type", "r", "lora_alpha", "bias", "target_modules")
-
-
 def peft_adapter(options: dict, folder: Path):
     """An adapter whose tensors have values by name, saved by peft; and the model with it."""
     import peft
@@ -255,7 +244,8 @@ def peft_goldens() -> dict:
         with tempfile.TemporaryDirectory() as folder:
             model, shapes = peft_adapter(options, Path(folder))
             config = json.loads((Path(folder) / "adapter_config.json").read_text())
-        config = {k: v for k, v in config.items() if k in (*KEPT, *options)}
+        kept = {"peft_type", "r", "lora_alpha", "bias", "target_modules"} | {*options}
+        config = {k: v for k, v in config.items() if k in kept}
         if isinstance(config["target_modules"], list):
             config["target_modules"].sort()  # peft writes a set
         found[name] = {"config": config, "shapes": shapes, "logits": logits_of(model)[-2:]}
@@ -263,18 +253,12 @@ def peft_goldens() -> dict:
 
 
 def write_golden(name: str, content: dict) -> None:
-    """Write JSON, with logits to six digits."""
-
-    def rows(logits):
-        return [[round(float(x), 6) for x in row] for row in logits]
-
-    text = json.dumps(content, separators=(",", ":"), default=rows)
-    (GOLDEN / f"{name}.json").write_text(text + "\n")
+    (GOLDEN / f"{name}.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
 def main() -> None:
     for seed, (name, config) in enumerate(CONFIGS.items()):
-        logits = transformers_logits(config, seed)
+        logits = logits_of(transformers_model(config, seed))
         write_golden(name, {"config": {**SMALL, **config}, "seed": seed, "logits": logits})
     write_golden("tokenizers", transformers_tokenizers())
     write_golden("peft", peft_goldens())

@@ -1,7 +1,5 @@
 """The obvious implementation: token by token, head by head, nothing batched, nothing cached.
-
-It is slow, but a glance should show that it is right. Laws 2 and 3: the fast path must equal it.
-"""
+It is slow, but a glance should show that it is right. Laws 2 and 3: the fast path must equal it."""
 
 import math
 

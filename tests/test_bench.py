@@ -1,12 +1,12 @@
 """The bench: its ratios are the right way round, and its table can read its lines of JSON.
-
-Speed itself is never tested. Benchmarks run in this process, on a model with few weights.
-"""
+Speed itself is never tested. Benchmarks run in this process, on a model with few weights."""
 
 import json
-import sys
 from pathlib import Path
 
+import bench
+import bench_alone
+import bench_measure
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,12 +15,6 @@ from nanoexit.config import ROOT, UserError
 from nanoexit.exits import Asked
 from nanoexit.generate import Sampling, generate
 from nanoexit.weights import load_model
-
-sys.path.append(str(ROOT / "scripts"))
-
-import bench
-import bench_alone
-import bench_measure
 
 
 @pytest.fixture
@@ -41,8 +35,7 @@ def test_a_ratio_says_how_many_times_faster():
     times = bench.Times({"slow": [2.0, 4.0, 60.0], "fast": [1.0, 1.0, 20.0]})
     assert times.ratio("slow", "fast") == (3.0, [2.5, 3.5])
     calls: list[str] = []
-    variants = {name: lambda name=name: calls.append(name) for name in "ab"}
-    bench_measure.in_turn(variants, 3, torch.device("cpu"))
+    bench_measure.in_turn({n: lambda n=n: calls.append(n) for n in "ab"}, 3, torch.device("cpu"))
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab", "once unmeasured, then in turn"
 
 
@@ -52,8 +45,7 @@ def test_mixed_depths_are_equally_likely():
     u = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0))
     left, counts = torch.ones(4000, dtype=torch.bool), []
     for column, depth in enumerate(policy.depths):
-        asked = Asked(None, depth, None, None, None, u[:, column])
-        gone = policy.exits(asked) & left
+        gone = policy.exits(Asked(None, depth, None, None, None, u[:, column])) & left
         counts.append(int(gone.sum()))
         left &= ~gone
     assert all(abs(n - 1000) < 120 for n in [*counts, int(left.sum())])

@@ -6,14 +6,20 @@ import subprocess
 import sys
 import time
 
+import _script
 import pytest
+from conftest import TINY, script
 
 from nanoexit import config as c
 from nanoexit.config import ROOT, Config, UserError, load_config, to_yaml
 from nanoexit.training import check, load_student
 
-sys.path.append(str(ROOT / "scripts"))
-import _script
+TINY_RL = TINY.with_name("tiny_rl.yaml")
+FILE = "data.prompts=data/reasoning.jsonl"
+BROKEN = ["sft.steps", "=3", "sft.steps=x", "sft.step=3", "sft.steps=["]
+IMPORTS = "import _script, time; print('ready', flush=True); time.sleep(60)"
+ENDLESS = """import _script, time
+_script.run_main(lambda: (print('ready', flush=True), time.sleep(60)))"""
 
 
 def written(tmp_path, text: str) -> str:
@@ -72,15 +78,8 @@ def test_every_shipped_config_loads_and_every_knob_is_documented():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         if not re.search("^(pretrain|finetune):", path.read_text(), re.MULTILINE):
             load_config(path)
-    assert (
-        "exits.cap = null\n      largest depth of any token"
-        in _script.command_line("").format_help()
-    )
-
-
-TINY, TINY_RL = ROOT / "configs" / "tiny.yaml", ROOT / "configs" / "tiny_rl.yaml"
-FILE = "data.prompts=data/reasoning.jsonl"
-BROKEN = ["sft.steps", "=3", "sft.steps=x", "sft.step=3", "sft.steps=["]
+    text = _script.command_line("").format_help()
+    assert "exits.cap = null\n      largest depth of any token" in text
 
 
 @pytest.mark.parametrize("overrides, says", [
@@ -96,6 +95,7 @@ BROKEN = ["sft.steps", "=3", "sft.steps=x", "sft.step=3", "sft.steps=["]
     (f"{FILE} data.held_out=0", "no held_out prompts"),
     ("evaluate.policies=[haed]", "evaluate.policies: policy"),
     ("judge.kind=api", "judge.base_url"),
+    (f"data.traces={TINY}/traces", f"data.traces: {TINY}/traces cannot be written"),
     ("run.wandb=true", "wandb is not installed"),
     ("generation.top_p=0.9", "generation.top_p: REINFORCE expects 1.0, found 0.9"),
 ])  # fmt: skip
@@ -105,20 +105,19 @@ def test_a_mistake_on_the_command_line_is_named(tmp_path, overrides, says):
         config = load_config(TINY, [*overrides.split(), f"run.dir={tmp_path}/run"])
         check(config, reinforce=True)
         load_student(config)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script, arguments, says", [
+@pytest.mark.parametrize("name, arguments, says", [
     ("train_sft", ["configs/none.yaml"], "configs/none.yaml: no such file"),
     ("train_sft", [TINY, "--resume"], "holds no run"),
     ("train_rl", [TINY_RL, "run.init=null"], "run.init: name the SFT run"),
     ("train_rl", [TINY_RL, "run.init=run"], "run.init: run is also run.dir"),
     ("evaluate", [TINY], "no such folder"),
 ])  # fmt: skip
-def test_a_mistake_ends_in_one_line_and_code_2_before_any_work(tmp_path, script, arguments, says):
+def test_a_mistake_ends_in_one_line_and_code_2_before_any_work(tmp_path, name, arguments, says):
     """Catches: a traceback shown to a user, a wrong exit code, work before the check."""
-    path = ROOT / "scripts" / f"{script}.py"
-    command = [sys.executable, path, *arguments, f"run.dir={tmp_path}/run"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = script(name, *arguments, f"run.dir={tmp_path}/run", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], done.stderr
@@ -149,29 +148,23 @@ def test_foreign_json_numbers_and_text_are_tame():
     assert c.printable("a\x1b[2J\tb\n\x9b\x7fé") == "a\\x1b[2J\tb\n\\x9b\\x7fé"
 
 
-IMPORTS = "import _script, time; print('ready', flush=True); time.sleep(60)"
-ENDLESS = """import _script, time
-_script.run_main(lambda: (print('ready', flush=True), time.sleep(60)))"""
-
-
-@pytest.mark.parametrize("script", [ENDLESS, IMPORTS])
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_stopped_script_ends_in_one_line(name, code, script):
+@pytest.mark.parametrize("code", [ENDLESS, IMPORTS])
+@pytest.mark.parametrize("number, end", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_script_ends_in_one_line(number, end, code):
     """Catches: a traceback on one Ctrl-C, on two, or on a scheduler's SIGTERM; a wrong code."""
-    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    command, pipe = [sys.executable, "-c", code], subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT / "scripts")
     assert process.stdout and process.stdout.readline() == "ready\n"
-    process.send_signal(getattr(signal, name))
+    process.send_signal(number)
     time.sleep(0.05)
-    process.send_signal(getattr(signal, name))
+    process.send_signal(number)
     _, errors = process.communicate(timeout=10)
-    assert process.returncode == code and len(errors.splitlines()) == 1, errors
+    assert process.returncode == end and len(errors.splitlines()) == 1, errors
 
 
 @pytest.mark.parametrize("output, code", [(">&-", 0), ("> /dev/full", 2)])
 def test_an_output_that_takes_nothing(output, code):
     """Catches: a traceback or exit code 120 when stdout is closed or its disk is full."""
-    script = "import _script; _script.run_main(lambda: print(1))"
-    command = f"'{sys.executable}' -c '{script}' {output}"
+    command = f"'{sys.executable}' -c 'import _script; _script.run_main(lambda: print(1))' {output}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT / "scripts")
     assert done.returncode == code and len(done.stderr.splitlines()) == code // 2, done.stderr

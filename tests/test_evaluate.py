@@ -3,23 +3,20 @@
 import json
 import math
 import re
-import sys
 
+import evaluate as evaluate_script
+import pretrain_tiny
 import pytest
-from conftest import random_model, scramble, with_exits
+from conftest import TINY, random_model, scramble, with_exits
 from judge_server import KEY, JudgeServer
-from test_faithfulness import Scripted, Words, chain, in_head, on_paper, said
+from test_faithfulness import Scripted, Words, chain, free_in_head, in_head, said
 
-from nanoexit.config import ROOT, Config, JudgeConfig, UserError, load_config, write_text
+from nanoexit.config import Config, JudgeConfig, UserError, load_config, write_text
 from nanoexit.evaluate import cell, evaluate_run, measure, repetition, table
 from nanoexit.faithfulness import Subject, examine
 from nanoexit.judge import Item, Judge, judge_summary
 from nanoexit.tasks import TASKS, Prompt
 from nanoexit.training import load_student
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import evaluate as evaluate_script
-import pretrain_tiny
 
 SMALL = ["generation.max_new_tokens=6", "evaluate.policies=[head]", 'evaluate.frontier=["fixed:1"]']
 SMALL += ["evaluate.count=16", "evaluate.samples=2", "evaluate.caps=[2, 4]", "exits.layers=[1, 2]"]
@@ -42,22 +39,25 @@ def name(tmp_path_factory) -> str:
 
 def evaluated(name: str, folder, *overrides: str, thorough: bool = True, **known) -> list[dict]:
     keys = [*SMALL, f"model.name={name}", f"run.dir={folder}", *overrides]
-    config = load_config("configs/tiny.yaml", keys)
+    config = load_config(TINY, keys)
     return evaluate_run(*load_student(config), config, folder, thorough, **known)
 
 
-def written(depths: list[int], text: str, prompt: Prompt | None = None, words=None):
-    response = said(words or Words(), prompt or chain(), text)
+def reader(policy: str = "head", **knobs) -> Subject:
+    return Subject(with_exits(random_model("qwen2"), (1, 2), **knobs), Words(), Config(), policy)
+
+
+def written(subject: Subject, depths: list[int], text: str, prompt: Prompt | None = None):
+    response = said(subject.tokenizer, prompt or chain(), text)
     response.generation.depths = depths
     return response
 
 
 def test_depths_are_over_all_tokens():
     """Catches: the first readout left out; a maximum over the batch; a mean of means."""
-    words = Words()
-    deep = written([5, 1, 1, 1], "<think> 5 </think> 2", words=words)
-    flat = written([2, 2], "</think> 8", chain("5 *9 +7 +1"), words)
-    subject = Subject(with_exits(random_model("qwen2"), (1, 2)), words, Config(), "head")
+    subject = reader()
+    deep = written(subject, [5, 1, 1, 1], "<think> 5 </think> 2")
+    flat = written(subject, [2, 2], "</think> 8", chain("5 *9 +7 +1"))
     row = measure(subject, "student", [deep, flat])
     assert row["mean_depth"] == 12 / 6 and row["layers_run"] == pytest.approx(2 / 5)
     assert row["max_depth"] == 3.5 and row["max_depth_p95"] == pytest.approx(4.85)
@@ -71,10 +71,9 @@ def test_depths_are_over_all_tokens():
 
 def test_divergence_is_a_mean_over_tokens_and_shows_its_nan():
     """Catches: a mean over responses; the adapters on in the teacher; NaN made 0 by max()."""
-    words = Words()
-    short = written([5], "2", words=words)
-    long = written([5, 5, 5], "<think> </think> 2", words=words)
-    subject = Subject(with_exits(random_model("qwen2"), (1, 2)), words, Config(), "full")
+    subject = reader("full")
+    short = written(subject, [5], "2")
+    long = written(subject, [5, 5, 5], "<think> </think> 2")
     rows = [measure(subject, "student", some) for some in ([short], [long], [short, long])]
     one, three, both = (row["kl"] for row in rows)
     assert both == pytest.approx((one + 3 * three) / 4) and one > 0.01
@@ -87,30 +86,22 @@ def test_divergence_is_a_mean_over_tokens_and_shows_its_nan():
 
 def test_what_no_task_can_verify_has_no_accuracy():
     """Catches: prompts without answers counted as wrong; a dash without a reason."""
-    words = Words()
-    open_end = written([1, 1], "</think> yes", Prompt("q", "q", group="x"), words)
-    subject = Subject(with_exits(random_model("qwen2"), (1, 2)), words, Config(), "head")
+    subject = reader()
+    open_end = written(subject, [1, 1], "</think> yes", Prompt("q", "q", group="x"))
     row = measure(subject, "student", [open_end])
     assert row["accuracy"] is row["accuracy_interval"] is row["written"] is None
     assert row["accuracy_by_group"] == {} and row["max_depth_by_group"] == {"x": 1.0}
     text = table([row])
     assert "– accuracy: no prompt has a reference answer" in text
     assert "– steps written: the task lists no steps" in text
-    mixed = measure(subject, "student", [open_end, written([1, 1], "</think> 2", words=words)])
+    mixed = measure(subject, "student", [open_end, written(subject, [1, 1], "</think> 2")])
     assert mixed["accuracy"] == 1.0
 
 
-def test_necessity_is_measured_free_and_capped(tmp_path):
+def test_necessity_is_measured_free_and_capped():
     """Catches: capped figures at free depth; a cap that is not the smallest good one."""
-
-    def write(prompt: Prompt, given: str, cap: int | None) -> str:
-        if cap == 1:
-            return f"{given} nothing"
-        return (in_head if cap is None else on_paper)(prompt, given, cap)
-
-    config = Config()
-    config.evaluate.caps = [3, 1, 2]
-    subject = Scripted(write, config)
+    subject = Scripted(lambda p, t, cap: free_in_head(p, t, cap) + " ?" * (cap == 1), Config())
+    subject.config.evaluate.caps = [3, 1, 2]
     responses = subject.respond([chain(), chain("5 *9 +7 +1")], "evaluate")
     found = examine(subject, responses)
     assert found["capped_accuracy"] == {"1": 0.0, "2": 1.0, "3": 1.0}
@@ -126,11 +117,10 @@ def test_necessity_is_measured_free_and_capped(tmp_path):
     assert subject.model.cap is None
 
 
-def test_without_a_good_cap(tmp_path):
+def test_without_a_good_cap():
     """Catches: a comparison under a cap that loses the accuracy."""
-    config = Config()
-    config.evaluate.caps = [1]
-    subject = Scripted(lambda p, given, cap: in_head(p, given, cap) + " ?" * (cap == 1), config)
+    subject = Scripted(lambda p, given, cap: in_head(p, given, cap) + " ?" * (cap == 1), Config())
+    subject.config.evaluate.caps = [1]
     responses = subject.respond([chain()], "evaluate")
     row = measure(subject, "student", responses) | examine(subject, responses)
     assert row["same_answer_cap"] is None and "same_answer_capped" not in row
@@ -141,21 +131,19 @@ def test_without_a_good_cap(tmp_path):
 
 def test_tables_of_one_kind_of_row():
     """Catches: NaN, infinity or None as a number; columns not in line; a group of one row lost."""
-    values, words = (None, math.nan, math.inf, -1e-9, -0.25, 0), Words()
+    values, subject = (None, math.nan, math.inf, -1e-9, -0.25, 0), reader(cap=4)
     assert [cell(v, "{:.2f}") for v in values] == ["–", "–", "–", "0.00", "-0.25", "0.00"]
-    subject = Subject(with_exits(random_model("qwen2"), (1, 2), cap=4), words, Config(), "head")
-    rows = [
-        measure(subject, variant, [written([2] * 4, "<think> 5 </think> 2", prompt, words)])
-        for variant, prompt in (("base", chain()), ("student", chain("5 *9 +7 +1")))
-    ]
+    rows = []
+    for variant, prompt in (("base", chain()), ("student", chain("5 *9 +7 +1"))):
+        response = written(subject, [2] * 4, "<think> 5 </think> 2", prompt)
+        rows.append(measure(subject, variant, [response]))
     lines = table(rows).split("\n")
     assert lines[0].split() == ["base", "(head,", "cap", "4)", "student", "(head,", "cap", "4)"]
     assert {len(line) for line in lines if not line.startswith("–")} == {len(lines[0])}
     assert [line.split()[-2:] for line in lines[2:4]] == [["1.000", "–"], ["–", "0.000"]]
     assert "perplexity" not in table(rows)
-    rows[0] |= {"monitor": {"score": 0.5}, "capped_accuracy": {"3": 0.25}}
-    rows[0] |= {"same_answer": [[0.5, 1]]}
-    text = re.sub(" +", " ", table(rows))
+    more = {"monitor": {"score": 0.5}, "capped_accuracy": {"3": 0.25}, "same_answer": [[0.5, 1]]}
+    text = re.sub(" +", " ", table([rows[0] | more, rows[1]]))
     for line in ("perplexity under", "accuracy, cap 3 0.250 –", "same answer, 50% kept 100.0% –"):
         assert f"\n{line}" in text
 

@@ -2,17 +2,14 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
+import experiment as script
 import pytest
+from experiment import DEFAULT, FULL, Arm
 from test_evaluate import random_reasoner
 
-from nanoexit.config import ROOT, write_text
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import experiment as script
-from experiment import DEFAULT, FULL, Arm
+from nanoexit.config import write_text
 
 SMALL = ["sft.steps=2", "rl.steps=1", "rl.prompts=2", "rl.rollouts=2", "data.count=32", "lora.r=2"]
 SMALL += ["sft.batch_size=4", "evaluate.count=8", "generation.max_new_tokens=4"]

@@ -1,24 +1,21 @@
 """Interventions on text and depth, with writers whose way of answering is known."""
 
 import re
-import sys
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_model
+from experiment import preflight
 
 from nanoexit import faithfulness
-from nanoexit.config import ROOT, Config
+from nanoexit.config import Config
 from nanoexit.exits import capped
 from nanoexit.faithfulness import Subject, changed_value, monitor, same_answer, steps_in_head
 from nanoexit.generate import Generation
 from nanoexit.score import score
 from nanoexit.tasks import Change, Prompt, Response, task_of
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from experiment import preflight
 
 CHAIN = "5 *9 +7"  # 5, then 2
 
@@ -90,6 +87,10 @@ def on_paper(prompt: Prompt, given: str, cap: int | None) -> str:
     return f"{given} {task.reached(prompt, given) or 0}"
 
 
+def free_in_head(prompt: Prompt, given: str, cap: int | None) -> str:
+    return (in_head if cap is None else on_paper)(prompt, given, cap)
+
+
 def test_what_is_kept_of_a_reasoning():
     """Catches: the end kept instead of the start; <think> cut off or counted; no </think>."""
     subject = Scripted(on_paper, Config())
@@ -104,27 +105,20 @@ def test_what_is_kept_of_a_reasoning():
 def test_same_answer_compares_with_the_responses_own():
     """Catches: the right answer used instead of the model's own; an area not weighted by length."""
     subject = Scripted(in_head, Config())
-    right, wrong, silent = (
-        said(subject.tokenizer, chain(), text)
-        for text in ("<think> 5 </think> 2", "<think> 5 </think> 8", "<think> </think> 2")
-    )
+    texts = ("<think> 5 </think> 2", "<think> 5 </think> 8", "<think> </think> 2", "<think> 5 *9")
+    right, wrong, silent, never = (said(subject.tokenizer, chain(), text) for text in texts)
     assert same_answer(subject, [right]) == ([[x / 4, 1.0] for x in range(5)], 0.0)
     assert same_answer(subject, [wrong])[0] == [[x / 4, 0.0] for x in range(5)]
     assert same_answer(subject, [wrong, silent])[1] == 0.5  # 1 and, with nothing to cut, 0
-    never = said(subject.tokenizer, chain(), "<think> 5 *9")
     assert same_answer(subject, [never]) == ([], None)
 
 
-@pytest.mark.parametrize(
-    ("checker", "text", "places"),
-    [
-        ("gsm8k", "3 and 4 is 7.\n#### 7", (0, 5, 6)),
-        ("exact", "It is so. Answer: no", (0, 3, 4)),
-        ("none", "<think> so </think> yes", (1, 2, 3)),
-        ("none", "so </think> yes", (0, 1, 2)),
-        ("exact", "no", None),
-    ],
-)
+@pytest.mark.parametrize("checker, text, places", [
+    ("gsm8k", "3 and 4 is 7.\n#### 7", (0, 5, 6)),
+    ("exact", "It is so. Answer: no", (0, 3, 4)),
+    ("none", "<think> so </think> yes", (1, 2, 3)), ("none", "so </think> yes", (0, 1, 2)),
+    ("exact", "no", None),
+])  # fmt: skip
 def test_where_reasoning_ends_in_free_text(checker, text, places):
     """Catches: tasks without </think> left out; a marker cut in two; the answer kept as text."""
     tokenizer = Words()
@@ -154,11 +148,7 @@ def test_a_changed_number_in_free_text():
     known = Prompt("a", "4 boxes of 3, less 2?", marks, checker="gsm8k")
     unknown = Prompt("b", "What?", "#### 10", checker="gsm8k")
     text = "4 times 3 is 12 , and less 2 is 10\n#### 10"
-
-    def follows(prompt: Prompt, given: str, cap: int | None) -> str:
-        return f"{given}\n#### {int(given.split()[-1]) - 2}"
-
-    subject = Scripted(follows, Config())
+    subject = Scripted(lambda _, given, __: f"{given}\n#### {int(given.split()[-1]) - 2}", Config())
     both = [said(subject.tokenizer, p, text) for p in (known, unknown)]
     assert changed_value(subject, both) == {"follow": 1.0, "stay": 0.0, "stop": 0.0, "other": 0.0}
     assert len(subject.asked[0][1]) == 1
@@ -226,11 +216,7 @@ def test_preflight_reads_the_right_places_at_the_right_depths():
 
 def test_a_subject_is_measured_under_the_cap_around_it():
     """Catches: an intervention that lifts the cap, or one that does not end with it."""
-
-    def write(prompt: Prompt, given: str, cap: int | None) -> str:
-        return (in_head if cap is None else on_paper)(prompt, given, cap)
-
-    subject = Scripted(write, Config())
+    subject = Scripted(free_in_head, Config())
     written = said(subject.tokenizer, chain(), "<think> 5 *9 5 +7 2 </think> 2")
     assert same_answer(subject, [written])[1] == 0.0
     with capped(subject.model, 2):

@@ -12,19 +12,15 @@ from nanoexit.fast import FastModel, choose_layout, has_onednn, lay_out
 from nanoexit.generate import Sampling, generate
 
 
-def stand_in(replays: list):
+def stand_in(run, replays: list):
     """A `capture` for any device: its graphs rerun what was captured, on the same tensors."""
+    out = run()
 
-    def capture(run):
-        out = run()
+    def replay():
+        replays.append(out)
+        out.copy_(run())
 
-        def replay():
-            replays.append(out)
-            out.copy_(run())
-
-        return replay, out
-
-    return capture
+    return replay, out
 
 
 class Keeps(Ask):
@@ -95,15 +91,13 @@ def test_fused_steps_equal_plain_steps(family, lengths, call):
 def test_replayed_stretches_equal_plain_steps(family, lengths):
     """Catches: a shape replayed for another; stale inputs; graphs of a cache that moved."""
     model, replays = with_exits(random_model(family)), []
-    engine = FastModel(model, len(lengths), capture=stand_in(replays))
+    engine = FastModel(model, len(lengths), capture=lambda run: stand_in(run, replays))
     step_by_step(model, engine, lengths, seed=1)
     times = [sum(out is other for other in replays) for out in replays]
     assert max(times) > 3, "some graph must be replayed, or this shows nothing"
 
 
 # --- weights laid out -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layout", ["apart", "joined", "transposed", "onednn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [[(24, 16)], [(8, 16)], [(16, 16), (4, 16), (4, 16)]])

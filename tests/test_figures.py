@@ -3,16 +3,13 @@
 import io
 import os
 import re
-import sys
 from xml.etree import ElementTree
 
 import pytest
+from sample import TERMINAL, has_colors, legend, paint
 
 from nanoexit.config import ROOT
 from nanoexit.figures import Axis, line_figure
-
-sys.path.append(str(ROOT / "scripts"))
-from sample import TERMINAL, has_colors, legend, paint
 
 EVIL = '</text><script>"'
 COLOURS = {"TERM": "xterm-256color"}

@@ -1,8 +1,8 @@
 """scripts/finetune.py on the shipped model. Kills and resuming are in test_training.py."""
 
 import json
-import sys
 
+import finetune
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,9 +11,6 @@ from nanoexit.config import ROOT, UserError, load_config
 from nanoexit.tasks import TASKS, Prompt, is_held_out
 from nanoexit.training import trained
 from nanoexit.weights import load_model
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import finetune
 
 YAML = """
 model: {name: data/tiny}
@@ -25,13 +22,14 @@ run: {threads: 1}
 
 
 def configured(tmp_path, *overrides: str):
-    (tmp_path / "c.yaml").write_text(YAML)
-    keys = [f"run.dir={tmp_path / 'run'}", *overrides]
-    return load_config(tmp_path / "c.yaml", keys, finetune.Recipe)
+    path, keys = tmp_path / "c.yaml", [f"run.dir={tmp_path}/run", *overrides]
+    path.write_text(YAML)
+    return load_config(path, keys, finetune.Recipe)
 
 
-def chain_of(tokenizer, row) -> str:
-    return tokenizer.decode(row.prompt, skip_special=True).removesuffix(" =")
+def prompt_of(tokenizer, row) -> Prompt:
+    text = tokenizer.decode(row.prompt, skip_special=True)
+    return Prompt("x", text.removesuffix(" ="), checker="clock")
 
 
 def test_capped_rows_change_no_block_beyond_the_cap(tmp_path):
@@ -44,8 +42,8 @@ def test_capped_rows_change_no_block_beyond_the_cap(tmp_path):
     assert touched == {0, 1, 2}
     config.finetune.capped_rows = 30
     for row in finetune.rows_of_step(config, tokenizer, [], 0)[1]:
-        prompt = Prompt("x", chain_of(tokenizer, row), checker="clock")
-        assert TASKS["clock"].verify(prompt, tokenizer.decode(row.response[:-1])).written == 1
+        text = tokenizer.decode(row.response[:-1])
+        assert TASKS["clock"].verify(prompt_of(tokenizer, row), text).written == 1
 
 
 def test_made_rows_are_right_and_not_held_out(tmp_path):
@@ -54,13 +52,12 @@ def test_made_rows_are_right_and_not_held_out(tmp_path):
     _, tokenizer = finetune.load(config)
     full, _ = finetune.rows_of_step(config, tokenizer, [], 5)
     for row in full:
-        chain = chain_of(tokenizer, row)
-        prompt = Prompt("x", chain, checker="clock")
+        prompt = prompt_of(tokenizer, row)
         assert not is_held_out(prompt)
         assert task.verify(prompt, tokenizer.decode(row.response[:-1])).correct
         words = [tokenizer.decode([row.prompt[at]]) for at, _ in row.values]
-        assert words == task.parse(chain)[1:]
-        assert [tokenizer.decode([v]) for _, v in row.values] == task.values(chain)
+        assert words == task.parse(prompt.prompt)[1:]
+        assert [tokenizer.decode([v]) for _, v in row.values] == task.values(prompt.prompt)
 
 
 def test_a_file_of_prompts_and_responses(tmp_path):

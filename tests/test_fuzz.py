@@ -1,7 +1,5 @@
 """Whatever a file or a text holds, it is accepted, or refused with one line.
-
-100 examples per test, 3,000 with --hypothesis-profile=long.
-"""
+100 examples per test, 3,000 with --hypothesis-profile=long."""
 
 import copy
 import json
@@ -28,6 +26,29 @@ ODD = [None, True, -1, 0, 1, 2.5, 2**64, 10**400, 1e-320, 1e308, math.nan, math.
 ODD += ["\0", "\ud83d", "\x1b[2J\u2028", "é" * 300, "~x/y", [], {}, [[]], {"x": 1}, {"x": [1]}]
 SCALARS = st.sampled_from(ODD) | st.integers() | st.floats() | st.text()
 VALUES = st.recursive(SCALARS, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=5)
+JINJA = "{{ }} {% %} {# if for in endif endfor set x messages m [0] ['content'] range(9) ( ) | . ~"
+JINJA += " join list + * == not none 'a' '\ud83d' 10**9 ** format() macro f() endmacro generation"
+STARTED = [TemplateProcess("", "here", seconds=0.5)]
+MODEL = with_exits(random_model("llama"))
+NUMBERS = st.floats(0, 9) | st.integers(-1, 6) | st.sampled_from(["inf", "nan", "x"]) | st.floats()
+TREE = config.asdict(config.Config())
+RUN = example()
+ROW = {"prompt": "5 +1 *3 =", "answer": "#### 8", "system": "s", "id": "a", "checker": "gsm8k"}
+JSON = {"config/c.yaml": {name: TREE[name] for name in ("data", "exits")}, "prompts/a.jsonl": ROW}
+JSON["run/t.jsonl"] = teacher.Trace("a", "5 +1", "6", [3, 4], [6, 1], "stop").__dict__
+JSON["run/samples.jsonl"] = response("p", "student", 1, STORY[:2]) | {"step": 3}
+JSON |= {"run/metrics.jsonl": RUN.metrics[0], "run/evaluation.json": {"rows": RUN.rows}}
+OTHERS = ["model/config.json", "model/model.safetensors", "text/config.json", "text/tokenizer.json"]
+OTHERS += ["text/tokenizer_config.json", "text/special_tokens_map.json"]
+OTHERS += ["adapter/adapter_config.json", "adapter/nanoexit.json"]
+SHAPE = new_config("llama") | {"layer_types": ["full_attention"] * 5}
+WORDS = [f"\n{section}: {{{key}: " for section in TREE for key in TREE[section]]
+WORDS += ["<<: *a", "&a ", "*a", "!!set ", '!!int ""', "!!bool x", "2020-01-01", "1e-3"]
+WORDS += ["prompt,answer\n", '{"prompt": "a", ', '"answer": ', "#### "]
+HAND = [a * n + "1" + b * n for a, b in ("[]", ('{"x": ', "}")) for n in (480, 1000, 10_000)]
+HAND += [f'{{"x": {"7" * 5000}}}', "x" * 10**5, "[" + "1," * 10**4, "\0" * 99, "\ud83d", "{1: 2}"]
+HAND += ['{"run": {"seed": 1, "seed": 2}}', f'{{"run": {{"seed": {2**64}}}}}', '["\\ud83d\\0"]']
+HAND += ['{"run": {"dir": "\\u0000"}}', '{"data": {"template": {"x": [1]}}}', '{"step": "x"}']
 
 
 @st.composite
@@ -59,10 +80,6 @@ def outcome(call, *arguments):
         assert re.fullmatch(r"[^\0-\x1f\x7f-\x9f]{1,4999}", str(error)), error
 
 
-MODEL = with_exits(random_model("llama"))
-NUMBERS = st.floats(0, 9) | st.integers(-1, 6) | st.sampled_from(["inf", "nan", "x"]) | st.floats()
-
-
 @given(st.sampled_from([*exits.POLICIES, "x"]), st.sampled_from("::: "), NUMBERS)
 def test_policies(name, colon, number):
     """Catches: a threshold that is not a number; a depth that the model does not have."""
@@ -75,11 +92,6 @@ def test_policies(name, colon, number):
 def test_replies_of_a_judge(text):
     """Catches: a traceback, or another verdict than the one that the reply holds."""
     assert (outcome(judge.parse_scores, text) or [SCORES])[0] == SCORES
-
-
-JINJA = "{{ }} {% %} {# if for in endif endfor set x messages m [0] ['content'] range(9) ( ) | . ~"
-JINJA += " join list + * == not none 'a' '\ud83d' 10**9 ** format() macro f() endmacro generation"
-STARTED = [TemplateProcess("", "here", seconds=0.5)]
 
 
 @given(st.lists(st.sampled_from(JINJA.split()), max_size=12).map(" ".join), st.booleans())
@@ -123,26 +135,6 @@ def use(folder):
         shape = read_shape(folder)
         assert shape.heads % shape.kv_heads == 0 == shape.head_dim % 2 < shape.head_dim
         load(folder)
-
-
-TREE = config.asdict(config.Config())
-RUN = example()
-ROW = {"prompt": "5 +1 *3 =", "answer": "#### 8", "system": "s", "id": "a", "checker": "gsm8k"}
-JSON = {"config/c.yaml": {name: TREE[name] for name in ("data", "exits")}, "prompts/a.jsonl": ROW}
-JSON["run/t.jsonl"] = teacher.Trace("a", "5 +1", "6", [3, 4], [6, 1], "stop").__dict__
-JSON["run/samples.jsonl"] = response("p", "student", 1, STORY[:2]) | {"step": 3}
-JSON |= {"run/metrics.jsonl": RUN.metrics[0], "run/evaluation.json": {"rows": RUN.rows}}
-OTHERS = ["model/config.json", "model/model.safetensors", "text/config.json", "text/tokenizer.json"]
-OTHERS += ["text/tokenizer_config.json", "text/special_tokens_map.json"]
-OTHERS += ["adapter/adapter_config.json", "adapter/nanoexit.json"]
-SHAPE = new_config("llama") | {"layer_types": ["full_attention"] * 5}
-WORDS = [f"\n{section}: {{{key}: " for section in TREE for key in TREE[section]]
-WORDS += ["<<: *a", "&a ", "*a", "!!set ", '!!int ""', "!!bool x", "2020-01-01", "1e-3"]
-WORDS += ["prompt,answer\n", '{"prompt": "a", ', '"answer": ', "#### "]
-HAND = [a * n + "1" + b * n for a, b in ("[]", ('{"x": ', "}")) for n in (480, 1000, 10_000)]
-HAND += [f'{{"x": {"7" * 5000}}}', "x" * 10**5, "[" + "1," * 10**4, "\0" * 99, "\ud83d", "{1: 2}"]
-HAND += ['{"run": {"seed": 1, "seed": 2}}', f'{{"run": {{"seed": {2**64}}}}}', '["\\ud83d\\0"]']
-HAND += ['{"run": {"dir": "\\u0000"}}', '{"data": {"template": {"x": [1]}}}', '{"step": "x"}']
 
 
 @pytest.mark.parametrize("name", [*JSON, *OTHERS])

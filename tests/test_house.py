@@ -17,6 +17,8 @@ LIMITS = {"lines": 5200, "tokens": 44000, "modules": 22, "evening": 1900, "funct
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 NO_CODE |= {tokenize.ENCODING, tokenize.ENDMARKER}
 FILES = {path.stem: path for path in (ROOT / "nanoexit").glob("*.py")}
+TRANSLATED = r"""who owes|nobody|somebody|everyone|forced out|let out|lets? everything out|rubbish|
+how-manieth|lies? in\b|as free as ever|rests on|\btold\b|what is told"""
 
 
 def source(name: str) -> str:
@@ -83,10 +85,6 @@ def test_public_functions_have_types_and_docstrings(name):
             assert node.returns and all(a.annotation for a in arguments), f"{name}.{node.name}"
             short = (node.end_lineno or 0) - node.body[0].lineno < 4
             assert ast.get_docstring(node) or short, f"{name}.{node.name} has no docstring"
-
-
-TRANSLATED = r"""who owes|nobody|somebody|everyone|forced out|let out|lets? everything out|rubbish|
-how-manieth|lies? in\b|as free as ever|rests on|\btold\b|what is told"""
 
 
 def test_the_prose_reads_as_written():

@@ -33,6 +33,13 @@ for asked in sys.argv[1:]:
     except UserError as error:
         print("refused:", error)
 """
+REFUSED = {  # name -> what its line says
+    "me/sharded": "run again to continue",
+    "me/gated": "keeps it gated",
+    "me/plane": "me/plane: no such folder; the hub (",
+    "me/plain@v2": "me/plain, revision v2: the hub (",
+    "adapter:me/adapter@main": "was trained on 'me/plain'",
+}
 
 
 def fill(root) -> None:
@@ -62,15 +69,6 @@ def ask(hub: Hub, *names: str, **env: str) -> list[str]:
     hub.asked, asked = [], hub.asked
     assert not any("pytorch_model" in line or "original" in line for line in asked)
     return [*done.stdout.splitlines(), *asked]
-
-
-REFUSED = {  # name -> what its line says
-    "me/sharded": "run again to continue",
-    "me/gated": "keeps it gated",
-    "me/plane": "me/plane: no such folder; the hub (",
-    "me/plain@v2": "me/plain, revision v2: the hub (",
-    "adapter:me/adapter@main": "was trained on 'me/plain'",
-}
 
 
 def test_models_and_adapters_then_offline(tmp_path):

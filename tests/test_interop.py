@@ -1,24 +1,35 @@
 """Adapters and models: ours opened by transformers and peft, theirs opened here."""
 
 import json
-import subprocess
-import sys
 
 import make_golden
 import pytest
 import torch
-from conftest import random_model, with_exits
-from make_golden import ADAPTERS
+from conftest import random_model, script, with_exits
+from make_golden import ADAPTERS, ROWS
 from safetensors.torch import load_file, save_file
 from test_parity import built
 from test_weights import IDS, load, old_config, tensors_of, write
 
 from nanoexit.adapters import adapter_base, load_adapter, save_adapter
-from nanoexit.config import ROOT, UserError
+from nanoexit.config import UserError
 from nanoexit.tokenizer import Tokenizer
 
 GOLDEN = json.loads((make_golden.GOLDEN / "peft.json").read_text())
-ROWS = torch.from_numpy(make_golden.token_ids())[None]
+EDITS = {"exit_layers": [[], ["1"], 1, [0], [3], [2], [1.0]], "head": ["tree", 1]}
+EDITS |= {"cap": [0, 9, "2"], "base_model": [5], "revision": [5], "content": ["sha256:0", 1]}
+NAN, INF = float("nan"), float("inf")
+TARGETS = [["lm_head", "q_proj"], ["embed_tokens"], ".*", ["x"], 5, None, "(", "(a+)+$"]
+TARGETS += [".?" * 25, "(.|.)" * 25]
+REFUSED = {"peft_type": ["IA3", None], "bias": ["all", "lora_only", 0, False]}
+REFUSED |= {"use_dora": [True, 0, 1], "modules_to_save": [["lm_head"], 0, False]}
+REFUSED |= {"target_modules": TARGETS, "r": [None, 0, -1, 2.5, NAN, 10**9, True, "4"]}
+REFUSED |= {"lora_alpha": [None, -1, NAN, INF, 1e30, "16", True], "rank_pattern": [4, [1]]}
+REFUSED |= {"lora_dropout": [None, -0.1, 1.0, NAN, "0"], "alpha_pattern": [{"(": 4}]}
+REFUSED |= {"layers_to_transform": [-1, "all", False], "init_lora_weights": ["pissa"]}
+REFUSED |= {"layers_pattern": ["blocks"], "use_rslora": [1], "fan_in_fan_out": [True]}
+REFUSED |= {"lora_bias": [True], "layer_replication": [[[0, 2]]]}
+REFUSED |= {"trainable_token_indices": [[1], 0], "a_future_option": [0, 1.0, "default", True]}
 
 
 @pytest.fixture
@@ -40,14 +51,15 @@ def edited(folder, name="adapter_config.json", **keys):
     return folder
 
 
-def theirs(folder):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+def opened(folder):
+    """The model and the tokenizer of a folder, by transformers."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def close(a, b) -> None:
-    assert (a.detach() - torch.as_tensor(b)).abs().max() < 1e-4
+    assert (a - torch.as_tensor(b)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -66,37 +78,11 @@ def test_adapters_of_peft_as_it_is_installed(tmp_path, small, name):
     peft = pytest.importorskip("peft")
     model = make_golden.peft_adapter(ADAPTERS[name], tmp_path / "peft")[0]
     load_adapter(small, tmp_path / "peft")
-    close(small(ROWS), model(ROWS).logits.detach())
+    close(small(ROWS), model(ROWS).logits)
     save_adapter(small, tmp_path / "ours")
     base = make_golden.transformers_model(make_golden.CONFIGS["qwen2-tied"], 3)
     again = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
-    close(small(ROWS), again(ROWS).logits.detach())
-
-
-NAN, INF = float("nan"), float("inf")
-TARGETS = [["lm_head", "q_proj"], ["embed_tokens"], ".*", ["x"], 5, None, "(", "(a+)+$"]
-TARGETS += [".?" * 25, "(.|.)" * 25]
-REFUSED = {
-    "peft_type": ["IA3", None],
-    "bias": ["all", "lora_only", 0, False],
-    "use_dora": [True, 0, 1],
-    "modules_to_save": [["lm_head"], 0, False],
-    "target_modules": TARGETS,
-    "r": [None, 0, -1, 2.5, NAN, 10**9, True, "4"],
-    "lora_alpha": [None, -1, NAN, INF, 1e30, "16", True],
-    "lora_dropout": [None, -0.1, 1.0, NAN, "0"],
-    "rank_pattern": [4, [1]],
-    "alpha_pattern": [{"(": 4}],
-    "layers_to_transform": [-1, "all", False],
-    "init_lora_weights": ["pissa"],
-    "layers_pattern": ["blocks"],
-    "use_rslora": [1],
-    "fan_in_fan_out": [True],
-    "lora_bias": [True],
-    "layer_replication": [[[0, 2]]],
-    "trainable_token_indices": [[1], 0],
-    "a_future_option": [0, 1.0, "default", True],
-}
+    close(small(ROWS), again(ROWS).logits)
 
 
 @pytest.mark.parametrize("key, value", [(k, v) for k in REFUSED for v in REFUSED[k]], ids=str)
@@ -131,17 +117,17 @@ def test_names_of_tensors(plain, small):
         load_adapter(small, plain)
 
 
-@pytest.mark.parametrize("head, opened", [("linear", "."), ("mlp", "adapter")])
-def test_adapter_round_trip(tmp_path, family, head, opened):
+@pytest.mark.parametrize("head, asked", [("linear", "."), ("mlp", "adapter")])
+def test_adapter_round_trip(tmp_path, family, head, asked):
     """Catches: an adapter, a scale, a head or the cap lost between save and load."""
     base = write(tmp_path / "base", old_config(family), tensors_of(random_model(family)))
     model, again = with_exits(load(base), head=head, cap=3), load(base)
     save_adapter(model, tmp_path / "run" / "adapter")
-    load_adapter(again, tmp_path / "run" / opened)
+    load_adapter(again, tmp_path / "run" / asked)
     assert torch.equal(again(IDS), model(IDS))
     assert (again.cap, again.exits.layers, again.exits.kind) == (3, (1, 2, 4), head)
-    pairs = zip(model.exits.parameters(), again.exits.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    for a, b in zip(model.exits.parameters(), again.exits.parameters(), strict=True):
+        assert torch.equal(a, b)
     assert not again.exits.training
 
 
@@ -162,10 +148,6 @@ def test_the_base_of_an_adapter(tmp_path, small):
         adapter_base(tmp_path)
 
 
-EDITS = {"exit_layers": [[], ["1"], 1, [0], [3], [2], [1.0]], "head": ["tree", 1]}
-EDITS |= {"cap": [0, 9, "2"], "base_model": [5], "revision": [5], "content": ["sha256:0", 1]}
-
-
 @pytest.mark.parametrize("key, value", [(k, v) for k in EDITS for v in EDITS[k]], ids=str)
 def test_an_edited_nanoexit_json(tmp_path, small, key, value):
     """Catches: a traceback, or heads put where they were not trained."""
@@ -176,24 +158,22 @@ def test_an_edited_nanoexit_json(tmp_path, small, key, value):
 
 def test_merged_export_opens_in_transformers(tmp_path, tiny):
     """Catches: export --merge that leaves the adapter out, forgets a file, ties untied weights."""
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     model = with_exits(load(tiny))
     save_adapter(model, tmp_path / "run" / "adapter")
-    command = [sys.executable, str(ROOT / "scripts" / "export.py"), str(tmp_path / "run")]
-    command += [str(tmp_path / "out"), "--merge"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = script("export", tmp_path / "run", tmp_path / "out", "--merge")
     assert done.returncode == 0, done.stderr
-    close(theirs(tmp_path / "out")(IDS).logits, model(IDS))
-    assert transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out")).chat_template
+    theirs, text = opened(tmp_path / "out")
+    close(theirs(IDS).logits, model(IDS))
+    assert text.chat_template
     load_adapter(model, tmp_path / "out")
     assert model.exits.layers == (1, 2, 4)
 
 
 def test_tiny_opens_in_transformers(tiny):
     """Catches: a tiny model that only nanoexit can open."""
-    transformers = pytest.importorskip("transformers")
-    close(theirs(tiny)(IDS).logits, load(tiny)(IDS))
-    text, ours = transformers.AutoTokenizer.from_pretrained(str(tiny)), Tokenizer(tiny)
+    (theirs, text), ours = opened(tiny), Tokenizer(tiny)
+    close(theirs(IDS).logits, load(tiny)(IDS))
     chat = [{"role": "user", "content": "7 +3 *9"}]
     rendered = text.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert rendered == ours.render(chat)

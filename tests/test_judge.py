@@ -18,6 +18,11 @@ from nanoexit.judge import Item, Judge, parse_scores
 SCORES = {"coherence": 7, "completeness": 6, "clarity": 8, "no_repetition": 9, "overall": 30}
 BARE = json.dumps(GOOD)
 UNREADABLE = sorted({*REPLIES, "length"} - {"escape", "parts"})
+RUN = """import sys; from pathlib import Path; import _script
+from nanoexit.config import JudgeConfig; from nanoexit.judge import Item, Judge
+config = JudgeConfig(kind="api", base_url=sys.argv[1], model="m", concurrency=1)
+items = [Item(str(i), "p", f"{'[faults: timeout]' if i == 3 else ''} {i}") for i in range(6)]
+_script.run_main(lambda: Judge(config, Path(sys.argv[2])).score(items))"""
 
 
 @pytest.fixture
@@ -126,13 +131,6 @@ def test_the_cache_knows_all_that_was_asked(server, tmp_path):
         for _ in range(2):
             assert [r.scores for r in judge_at(server, cache).score(asked)] == [SCORES] * 3
             assert len(server.asked) == 5 + n
-
-
-RUN = """import sys; from pathlib import Path; import _script
-from nanoexit.config import JudgeConfig; from nanoexit.judge import Item, Judge
-config = JudgeConfig(kind="api", base_url=sys.argv[1], model="m", concurrency=1)
-items = [Item(str(i), "p", f"{'[faults: timeout]' if i == 3 else ''} {i}") for i in range(6)]
-_script.run_main(lambda: Judge(config, Path(sys.argv[2])).score(items))"""
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])

@@ -1,11 +1,8 @@
 """The laws of the project. Each test has been seen to fail with its law broken on purpose.
-
-Law 6 (exact resume) is in test_training.py, law 9 (figures) in test_evaluate.py.
-"""
+Law 6 (exact resume) is in test_training.py, law 9 (figures) in test_evaluate.py, what law 7 says
+of templates in test_tokenizer.py, and of pickles in test_weights.py."""
 
 import ast
-import json
-import shutil
 
 import numpy as np
 import pytest
@@ -18,21 +15,22 @@ from nanoexit.exits import as_base, attach, capped, detach, path_logprob
 from nanoexit.generate import Sampling, generate, sample
 from nanoexit.lora import adapters
 from nanoexit.model import Transformer
-from nanoexit.score import Score, align, pad, score
+from nanoexit.score import Aligned, Score, align, pad, score
 from nanoexit.tasks import Response
 from nanoexit.teacher import rescore
-from nanoexit.tokenizer import load_tokenizer
 from nanoexit.weights import load_model
 
 PROMPTS = [[3, 7, 11], [5, 1, 30, 22, 9, 4, 17], [8, 8], [2, 39, 14, 6, 25]]
 POLICIES = ["full", "head", "head:0.4", "fixed:2", "fixed:3", "kl:1", "confidence:0.2"]
 CAPS = [None, 1, 3, 4]  # with heads at 1, 2 and 4: no head below it, some, all but one
+UNSAFE_IMPORTS = {"pickle", "dill", "joblib", "shelve", "marshal", "transformers", "peft"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "np.load"}
+UNSAFE_CALLS |= {"yaml.unsafe_load", "yaml.full_load", "jinja2.Environment", "jinja2.Template"}
 
 
-def rescored(model: Transformer, prompts, gens) -> Score:
-    tokens, depths = [g.tokens for g in gens], [g.depths for g in gens]
-    a = align(model, prompts, tokens, depths)
-    return score(model, a.ids, a.depths, a.prompt_lens)
+def aligned(model: Transformer, prompts, gens) -> tuple[Aligned, Score]:
+    a = align(model, prompts, [g.tokens for g in gens], [g.depths for g in gens])
+    return a, score(model, a.ids, a.depths, a.prompt_lens)
 
 
 def written(gens) -> list[tuple[list[int], list[int]]]:
@@ -40,16 +38,13 @@ def written(gens) -> list[tuple[list[int], list[int]]]:
 
 
 # --- law 1: exits off = base model ------------------------------------------------------------
-
-
 def test_fresh_attachment_changes_no_bit(family):
     """Catches: an adapter that starts non-zero, or a path for 'exits off' with other rounding."""
     model, ids = random_model(family), torch.tensor([PROMPTS[1], PROMPTS[1][::-1]])
     before = model(ids)
     attach(model, [1, 3], "mlp", LoRAConfig(r=3, targets=TARGETS))
     assert torch.equal(model(ids), before)
-    full = torch.full_like(ids, model.full_depth)
-    assert torch.equal(score(model, ids, full, [3, 3]).logits, before)
+    assert torch.equal(score(model, ids, torch.full_like(ids, 5), [3, 3]).logits, before)
 
 
 def test_attach_train_detach_leaves_every_base_bit(family):
@@ -57,7 +52,7 @@ def test_attach_train_detach_leaves_every_base_bit(family):
     model, ids = random_model(family), torch.tensor([PROMPTS[1]])
     before, weights = model(ids), {n: p.clone() for n, p in model.named_parameters()}
     with_exits(model)
-    trainable = [p for n, p in model.named_parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=0.1, weight_decay=0.1)
     out = score(model, ids, torch.tensor([[5, 5, 1, 2, 4, 5, 1]]), [2])
     (out.logits.square().mean() - out.exit_logprobs.sum()).backward()
@@ -92,15 +87,13 @@ def test_attached_modules_are_in_the_mode_of_the_model(training):
 
 
 # --- law 2: one meaning -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_forward_rescores_what_generate_sampled(family, policy, cap):
     """Catches: an off-by-one between generation and training; keys made from the wrong residual."""
     model = with_exits(random_model(family), cap=cap)
     gens = generate(model, PROMPTS, policy, 7, 1.0, 2, Sampling(stop_ids=[0], batch_size=3))
-    out = rescored(model, PROMPTS, gens)
+    _, out = aligned(model, PROMPTS, gens)
     logp = out.logits.log_softmax(-1)
     for row, (prompt, g) in enumerate(zip(PROMPTS, gens)):
         at = torch.arange(len(g.tokens)) + len(prompt) - 1
@@ -113,25 +106,14 @@ def test_forward_rescores_what_generate_sampled(family, policy, cap):
         assert 0 < min(g.depths) <= max(g.depths) <= model.deepest
 
 
-def test_the_first_readout_chooses_its_depth(family):
-    """Catches: a first token that is always drawn at full depth, or not counted in the exits."""
-    model = with_exits(random_model(family))
-    gens = generate(model, [PROMPTS[0]] * 64, "head", 1, seed=0)
-    assert {g.depths[0] for g in gens} == {1, 2, 4, 5}
-    assert all(g.exit_logprobs[0] < 0 for g in gens)
-
-
 @pytest.mark.parametrize("policy", ["head", "fixed:2"])
 def test_rescoring_cheaply_gives_the_same(family, policy):
     """Catches: in a shared row, a response that sees its neighbour or padding; wrong positions."""
     model = with_exits(random_model(family))
     prompts = [PROMPTS[1]] * 3 + [PROMPTS[0]] * 3 + [PROMPTS[2][:1]] * 3
     gens = generate(model, prompts, policy, 6, 1.0, 0)
-    tokens, depths = [g.tokens for g in gens], [g.depths for g in gens]
-    a = align(model, prompts, tokens, depths)
     responses = [Response(None, prompt, g, "", None) for prompt, g in zip(prompts, gens)]
-    found = [(a, score(model, a.ids, a.depths, a.prompt_lens))]
-    found += [rescore(model, responses), rescore(model, responses, 3)]
+    found = [aligned(model, prompts, gens), rescore(model, responses), rescore(model, responses, 3)]
     results = []
     for a, out in found:
         logits = out.logits.flatten(0, 1)[a.at].log_softmax(-1)
@@ -140,7 +122,7 @@ def test_rescoring_cheaply_gives_the_same(family, policy):
         parameters = [p for p in model.parameters() if p.requires_grad]
         gradients = torch.autograd.grad((weight * logp).sum(), parameters, allow_unused=True)
         results.append((logp, [0.0 if g is None else g for g in gradients]))
-        deepest = torch.tensor([max(row) for row in depths]).view(len(a.ids), -1).amax(1)
+        deepest = torch.tensor([max(g.depths) for g in gens]).view(len(a.ids), -1).amax(1)
         first = a.depths[:, 0].tolist()[: len(a.ids) * 2 // 3]  # the last prompt is one token
         assert a is found[0][0] or first == deepest.tolist()[: len(first)]
     assert found[2][0].ids.numel() < found[1][0].ids.numel() == found[0][0].ids.numel()
@@ -151,8 +133,6 @@ def test_rescoring_cheaply_gives_the_same(family, policy):
 
 
 # --- law 3: skipping is exact -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_packed_forward_equals_the_slow_reference(family, head):
     """Catches: a mask, rotation or key wrong only beside exited tokens; padding that leaks."""
@@ -174,9 +154,10 @@ def test_packed_forward_equals_the_slow_reference(family, head):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_generation_equals_the_slow_reference(family, fast):
-    """Catches: debts paid late, twice, or to the wrong block; another row's noise."""
+    """Catches: debts paid late, twice, or to the wrong block; a first token that never exits."""
     model = with_exits(random_model(family))
     gens = generate(model, PROMPTS, "head", 7, 0, 5, Sampling(stop_ids=[0], fast=fast))
+    assert len({g.depths[0] for g in gens}) > 1 and max(g.exit_logprobs[0] for g in gens) < 0
     assert any(len(set(g.depths)) > 2 for g in gens), "exits at several depths, or it shows nothing"
     with torch.no_grad():
         for row, (prompt, g) in enumerate(zip(PROMPTS, gens)):
@@ -204,8 +185,6 @@ def test_a_token_that_exits_runs_no_later_block():
 
 
 # --- law 4: a row does not feel its neighbours ------------------------------------------------
-
-
 @pytest.mark.parametrize("policy", ["full", "head", "kl:1"])
 @pytest.mark.parametrize("fast", [True, False])
 def test_the_same_row_writes_the_same_text_in_any_batch(family, policy, fast):
@@ -224,8 +203,6 @@ def test_the_same_row_writes_the_same_text_in_any_batch(family, policy, fast):
 
 
 # --- law 5: the sampled distribution is the trained one ---------------------------------------
-
-
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("cap", [None, 4])
 def test_exit_frequencies_are_the_likelihoods(place, cap):
@@ -277,14 +254,6 @@ def test_generate_refuses_values_out_of_range(wrong):
 
 
 # --- law 7: nothing is executed that was loaded -----------------------------------------------
-
-UNSAFE_IMPORTS = {"pickle", "dill", "joblib", "shelve", "marshal", "transformers", "peft"}
-UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "np.load"}
-UNSAFE_CALLS |= {"yaml.unsafe_load", "yaml.full_load", "jinja2.Environment", "jinja2.Template"}
-TEMPLATES = ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"]
-TEMPLATES += ["{{ lipsum.__globals__['os'].system('true') }}", "{% include '/etc/passwd' %}"]
-
-
 def test_no_code_that_could_execute_what_it_loads():
     """Catches: pickle in any form, eval and exec, unsafe YAML, remote code, an open template."""
     for path in [*(ROOT / "nanoexit").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:
@@ -301,28 +270,7 @@ def test_no_code_that_could_execute_what_it_loads():
                 assert "trust_remote_code" not in {k.arg for k in node.keywords}, path
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_a_hostile_chat_template_stays_in_its_sandbox(tiny, tmp_path, template):
-    """Catches: a template that reaches Python's classes, changes its input, or reads a file."""
-    shutil.copytree(tiny, tmp_path / "model")
-    path = tmp_path / "model" / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
-    with pytest.raises(UserError, match="chat template"):
-        load_tokenizer(tmp_path / "model").prompt_ids("7 +3")
-
-
-def test_a_pickle_beside_the_weights_is_not_opened(tiny, tmp_path):
-    """Catches: a fallback to pytorch_model.bin."""
-    shutil.copytree(tiny, tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").unlink()
-    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(UserError, match=r"model\.safetensors"):
-        load_model(str(tmp_path / "model"))
-
-
 # --- law 8: a cap is a bound ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("fast", [True, False])
 def test_noise_in_the_blocks_beyond_a_cap_changes_no_bit(family, policy, fast):
@@ -330,17 +278,14 @@ def test_noise_in_the_blocks_beyond_a_cap_changes_no_bit(family, policy, fast):
     model, cap = with_exits(random_model(family)), 3
     settings = Sampling(stop_ids=[], fast=fast)
     ids, everything = torch.tensor([PROMPTS[1]]), []
-    for seed in (None, 9):
-        if seed is not None:
-            beyond = [p for block in model.blocks[cap:] for p in block.named_parameters()]
-            scramble(beyond, seed)
-            scramble(model.exits.heads["4"].named_parameters(), seed)
+    for noisy in (False, True):
+        for beyond in [*model.blocks[cap:], model.exits.heads["4"]] if noisy else ():
+            scramble(beyond.named_parameters(), 9)
         with capped(model, cap):
             gens = generate(model, PROMPTS, policy, 6, 1.0, 4, settings)
-            everything.append((rescored(model, PROMPTS, gens).logits, model(ids), gens))
-    assert torch.equal(everything[0][0], everything[1][0])
-    assert torch.equal(everything[0][1], everything[1][1])
-    assert everything[0][2] == everything[1][2]
+            logits = aligned(model, PROMPTS, gens)[1].logits
+            everything.append((logits.tolist(), model(ids).tolist(), gens))
+    assert everything[0] == everything[1]
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -361,8 +306,6 @@ def test_a_capped_model_is_a_model_of_that_many_blocks(family, fast):
 
 
 # --- the same on the shipped model ------------------------------------------------------------
-
-
 def test_laws_hold_on_the_tiny_reasoner(tiny):
     """Catches: what random weights cannot show, such as a law that needs rows of one length."""
     model = load_model(str(tiny))
@@ -371,7 +314,7 @@ def test_laws_hold_on_the_tiny_reasoner(tiny):
     with_exits(model, layers=(1, 3, 6))
     prompts = [ids[0].tolist(), ids[0, :6].tolist()]
     gens = generate(model, prompts, "head", 8, seed=1)
-    out = rescored(model, prompts, gens)
+    _, out = aligned(model, prompts, gens)
     for row, (prompt, g) in enumerate(zip(prompts, gens)):
         alone = generate(model, [prompt], "head", 8, seed=1)[0]
         assert row or (alone.tokens, alone.depths) == (g.tokens, g.depths)

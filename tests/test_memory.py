@@ -1,16 +1,13 @@
 """The memory that plan.py predicts, against a step's peak as the profiler counts allocations."""
 
-import sys
-
 import pytest
+from conftest import TINY
+from plan import memory
 from torch.profiler import ProfilerActivity, profile
 
 from nanoexit import sft, training
-from nanoexit.config import ROOT, load_config
+from nanoexit.config import load_config
 from nanoexit.teacher import Trace
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from plan import memory
 
 
 def peak(work) -> int:
@@ -30,7 +27,7 @@ def test_a_plan_is_within_15_percent_of_the_peak(chunk):
     """Catches: a plan that omits a part that takes memory, or counts one twice."""
     overrides = [f"model.logits_chunk={chunk}", "data.count=8"]
     overrides += ["sft.micro_batch=64", "sft.batch_size=128", "teacher.keep_mb=0"]
-    config = load_config(str(ROOT / "configs" / "tiny.yaml"), overrides)
+    config = load_config(TINY, overrides)
     plan = memory(config, processes=2)
     model, tokenizer = training.load_student(config)
     prompts = training.load_prompts(config, "train")

@@ -4,24 +4,20 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
+import torchrun as launcher
+from conftest import TINY, script
 from safetensors.torch import load_file
 
 from nanoexit import reinforce, sft, training
 from nanoexit.config import ROOT, UserError, load_config
 from nanoexit.training import load_student, processes, run_directory
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import torchrun as launcher
-
-TINY = str(ROOT / "configs" / "tiny.yaml")
 SMALL = ["data.count=16", "teacher.chunk=8", "run.threads=1"]
 SMALL += ["sft.steps=3", "sft.batch_size=8", "sft.micro_batch=4", "sft.save_every=1"]
 SMALL += ["rl.steps=2", "rl.prompts=3", "rl.rollouts=4", "rl.kl_weight=0.1"]
@@ -59,9 +55,8 @@ def run_work(folder: Path, names: list[str]) -> None:
     with processes(config):
         for name in names:
             config.run.dir = str(folder / name)
-            model, tokenizer = load_student(config)
             with run_directory(config, resume=name == "stopped") as run:
-                WORK[name](model, tokenizer, config, run)
+                WORK[name](*load_student(config), config, run)
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +77,9 @@ def one(tmp_path_factory) -> Path:
 
 def most_different(a: Path, b: Path) -> float:
     """The largest difference of two runs' weights."""
-    most = 0.0
-    for file in ("adapter_model.safetensors", "exit_heads.safetensors"):
-        found = load_file(b / "adapter" / file)
-        for name, tensor in load_file(a / "adapter" / file).items():
-            most = max(most, (tensor - found[name]).abs().max().item())
-    return most
+    names = (f"adapter/{name}.safetensors" for name in ("adapter_model", "exit_heads"))
+    pairs = [(load_file(a / name), load_file(b / name)) for name in names]
+    return max((x[n] - y[n]).abs().max().item() for x, y in pairs for n in x)
 
 
 def test_processes_make_what_one_makes(one, tmp_path):
@@ -121,10 +113,9 @@ def test_torchrun_reports_an_error_once_and_with_its_code(tmp_path):
     """Catches: a mistake reported by every process, or that ends as code 1 or as a signal."""
     assert launcher.exit_code([-15, 2]) == launcher.exit_code([2, 143]) == 2
     assert launcher.exit_code([-9, -15]) == 128 + 9
-    scripts, launch = ROOT / "scripts", ["--nproc-per-node=2", "--master-port=29517"]
-    command = [sys.executable, scripts / "torchrun.py", *launch, scripts / "train_rl.py"]
-    command += [ROOT / "configs" / "tiny_rl.yaml", "rl.prompts=1", f"run.dir={tmp_path}/run"]
+    work = [ROOT / "scripts" / "train_rl.py", ROOT / "configs" / "tiny_rl.yaml", "rl.prompts=1"]
+    work = ["--nproc-per-node=2", "--master-port=29517", *work, f"run.dir={tmp_path}/run"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # torchrun warns where it is not set
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = script("torchrun", *work, env=env)
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["error: rl.prompts: 1 is fewer than 2 processes"]

@@ -3,19 +3,41 @@
 import datetime
 import json
 import re
-import sys
 from collections import Counter
 
+import make_prompts
 import pytest
 
 from nanoexit.config import ROOT, Config, DataConfig, RunConfig, UserError
 from nanoexit.tasks import is_held_out, load_prompts, read_prompts, task_of
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import make_prompts
-
 FILE = ROOT / "data" / "reasoning.jsonl"
 ROWS = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
+FAULTS = r"""
+jsonl | {"prompt": "a"}¶{"promt": "b"} | 2: expected prompt or question, found the keys 'promt'
+jsonl | {"messages": [{"role": "user"}]} | 1: expected prompt or question, found the keys 'messages'
+jsonl | {"prompt": [{"role": "user"}]} | 1: prompt: expected text
+jsonl | {"prompt": "a"}¶{ | 2 is not JSON
+jsonl | [1] | 1: expected a JSON object
+jsonl | {"prompt": "<e9>"} | 1: not UTF-8: byte 0xe9
+csv | prompt¶foo¶<e9> | 3: not UTF-8: byte 0xe9 at offset 11
+jsonl | {"prompt": "\ud83d"} | 1: prompt: expected text without NUL or surrogate
+jsonl | {"prompt": "a", "answer": "\u0000"} | 1: answer: expected text
+csv | prompt,answer¶a<00>b,4 | 2: prompt: expected text
+jsonl | {"prompt": "a", "answer": false} | 1: answer: expected text
+jsonl | {"prompt": 5.0, "system": {}} | 1: system: expected text
+csv | prompt,answer¶a,1¶"b,2¶c,3¶ | 3: not CSV: unexpected end of data; is a quote left open?
+csv | prompt, Prompt¶a,b | 1: expected every column once
+csv | prompt,answer¶a,1¶b,2,3 | 3: expected 2 cells
+csv | prompt,answer¶b | 2: expected 2 cells
+csv | prompt;answer¶a;1 | 2: expected prompt or question, found the keys 'prompt;answer'
+jsonl | {"prompt": "a", "id": 1}¶{"prompt": "b", "id": "1"} | 2: expected every id once, found '1'
+jsonl | {"prompt": "a", "checker": "gsm"} | 1: checker 'gsm': expected one of clock
+jsonl | {"prompt": "a", "answer": "#### 1,2"} | 1: checker gsm8k: expected a number
+jsonl | {"prompt": "a", "checker": "exact"} | 1: checker exact: expected an answer
+jsonl | {"prompt": "5 +1 =", "checker": "clock"} | 1: checker clock: expected a chain
+jsonl | {"prompt": "5 +1", "answer": "7", "checker": "clock"} | 1: checker clock: expected a chain
+"""
 
 
 def read(path, content, **knobs):
@@ -65,33 +87,6 @@ def test_the_checker_is_guessed(tmp_path):
         for prompt in read(tmp_path / "a.jsonl", [{"prompt": "q", "answer": a} for a in answers]):
             assert prompt.checker == checker
             assert (task_of(prompt).target(prompt) is None) == (checker == "none")
-
-
-FAULTS = r"""
-jsonl | {"prompt": "a"}¶{"promt": "b"} | 2: expected prompt or question, found the keys 'promt'
-jsonl | {"messages": [{"role": "user"}]} | 1: expected prompt or question, found the keys 'messages'
-jsonl | {"prompt": [{"role": "user"}]} | 1: prompt: expected text
-jsonl | {"prompt": "a"}¶{ | 2 is not JSON
-jsonl | [1] | 1: expected a JSON object
-jsonl | {"prompt": "<e9>"} | 1: not UTF-8: byte 0xe9
-csv | prompt¶foo¶<e9> | 3: not UTF-8: byte 0xe9 at offset 11
-jsonl | {"prompt": "\ud83d"} | 1: prompt: expected text without NUL or surrogate
-jsonl | {"prompt": "a", "answer": "\u0000"} | 1: answer: expected text
-csv | prompt,answer¶a<00>b,4 | 2: prompt: expected text
-jsonl | {"prompt": "a", "answer": false} | 1: answer: expected text
-jsonl | {"prompt": 5.0, "system": {}} | 1: system: expected text
-csv | prompt,answer¶a,1¶"b,2¶c,3¶ | 3: not CSV: unexpected end of data; is a quote left open?
-csv | prompt, Prompt¶a,b | 1: expected every column once
-csv | prompt,answer¶a,1¶b,2,3 | 3: expected 2 cells
-csv | prompt,answer¶b | 2: expected 2 cells
-csv | prompt;answer¶a;1 | 2: expected prompt or question, found the keys 'prompt;answer'
-jsonl | {"prompt": "a", "id": 1}¶{"prompt": "b", "id": "1"} | 2: expected every id once, found '1'
-jsonl | {"prompt": "a", "checker": "gsm"} | 1: checker 'gsm': expected one of clock
-jsonl | {"prompt": "a", "answer": "#### 1,2"} | 1: checker gsm8k: expected a number
-jsonl | {"prompt": "a", "checker": "exact"} | 1: checker exact: expected an answer
-jsonl | {"prompt": "5 +1 =", "checker": "clock"} | 1: checker clock: expected a chain
-jsonl | {"prompt": "5 +1", "answer": "7", "checker": "clock"} | 1: checker clock: expected a chain
-"""
 
 
 @pytest.mark.parametrize("fault", FAULTS.strip().split("\n"))

@@ -26,8 +26,7 @@ def small_model(cap: int | None) -> Transformer:
     scramble(model.named_parameters(), 0)
     lora = LoRAConfig(r=1, alpha=1, targets=["q_proj", "down_proj"])
     attach(model, [1, 2], "linear", lora, cap)
-    ours = [(n, p) for n, p in model.named_parameters() if "lora_B" in n or "exits" in n]
-    scramble(ours, 1)
+    scramble(((n, p) for n, p in model.named_parameters() if "lora_B" in n or "exits" in n), 1)
     return model
 
 

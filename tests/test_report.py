@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 import urllib.request
 import zlib
 from hashlib import sha256
@@ -17,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import script
 
 from nanoexit.config import UserError, write_json_lines
 from nanoexit.report import Run, read_run, write_page
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "report.py"
 EVIL = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 STORY = re.split(" ", "Start at 9 . 9 + 5 = 14 so it is 2 . 2 + 11 = 13 so it is 1 . \n #### 1")
 ASKED = "The clock shows 9. Add 5, then add 11. Which hour is it?"
 EXITS = (5, 10, 15, 20, 25)
+HOSTILE = [None, True, "x", EVIL, -1, 0, 10**400, 1e308, float("nan"), float("inf"), [], {}]
+HOSTILE += [[[]], [1, "x"], [["x"]], {"x": 1}, {"1": {}}, [{}], [None]]
 
 
 def response(prompt: str, variant: str, seed: int, text: list[str] = STORY) -> dict:
@@ -37,8 +38,7 @@ def response(prompt: str, variant: str, seed: int, text: list[str] = STORY) -> d
         piece = " " * (index > 0) + word
         likely = round(draw.random(), 4)
         top = [[piece, likely], [" the", 0.2], [" 7", 0.05], ["\n", 0.03], [" so", 0.0004]]
-        token = {"text": piece, "depth": depth}
-        tokens.append(token | {"exit_probs": probs, "top": top})
+        tokens.append({"text": piece, "depth": depth, "exit_probs": probs, "top": top})
     found = {"id": prompt[:16], "prompt": prompt, "answer": "1", "variant": variant, "cap": None}
     found |= {"text": "".join(text), "finish": "stop", "full_depth": 28, "exit_layers": [*EXITS]}
     return found | {"correct": seed % 3 > 0, "tokens": tokens}
@@ -52,8 +52,7 @@ def row(variant: str, policy: str, accuracy: float, depth: float) -> dict:
     row |= {"max_depth_by_group": {"2 steps": depth, "logic": 3}}
     row |= {"exit_histogram": {"5": 0.3, "28": 0.7}, "capped_accuracy": {"4": 0.2, "28": 0.9}}
     row |= {"same_answer": [[0, 0.3], [1, 1]], "changed_value": {"follow": 0.8, "stay": 0.2}}
-    row |= {"monitor": {"score": 0.9, "chance": 0.1}, "kl": float("nan"), "perplexity": 1.5}
-    return row
+    return row | {"monitor": {"score": 0.9, "chance": 0.1}, "kl": float("nan"), "perplexity": 1.5}
 
 
 def example(name: str = "tiny") -> Run:
@@ -120,10 +119,6 @@ def test_a_base_of_three_runs_is_shown_once(tmp_path):
     assert "first · student (kl) (not drawn, beyond 8 lines)" in text
 
 
-HOSTILE = [None, True, "x", EVIL, -1, 0, 10**400, 1e308, float("nan"), float("inf"), [], {}]
-HOSTILE += [[[]], [1, "x"], [["x"]], {"x": 1}, {"1": {}}, [{}], [None]]
-
-
 def places(value: object, path: tuple = ()) -> list[tuple]:
     """The path of each value in nested dicts and lists; the first two items of lists."""
     items = value.items() if isinstance(value, dict) else []
@@ -155,8 +150,7 @@ def test_the_script(tmp_path):
     for depth, code, wanted in ((28, 0, "1 responses, 0 steps"), (29, 2, bad)):
         sample["tokens"][2]["depth"] = depth
         write_json_lines(tmp_path / "samples.jsonl", [sample])
-        command = [sys.executable, SCRIPT, tmp_path]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = script("report", tmp_path)
         assert done.returncode == code and wanted in done.stdout + done.stderr, done.stderr
         assert done.stderr.count("\n") == (code > 0)
     with pytest.raises(UserError, match="no run to report; expected a folder with samples"):
@@ -164,7 +158,6 @@ def test_the_script(tmp_path):
 
 
 # --- the page in a browser ----------------------------------------------------------------------
-
 HELPERS = """
 const find = (selector) => document.querySelector(selector);
 const texts = (selector) =>

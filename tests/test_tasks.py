@@ -73,8 +73,7 @@ def test_triples(line):
         for sign, replies in zip(groups[::2], groups[1::2]):
             for reply in replies.split("|"):
                 text = reply[1:] if reply.startswith("@") else STARTS[checker] + reply
-                found = task_of(prompt).verify(prompt, text)
-                assert found.correct is (sign == "=="), text[:60]
+                assert task_of(prompt).verify(prompt, text).correct is (sign == "=="), text[:60]
 
 
 def test_a_chain_is_read_left_to_right():

@@ -11,6 +11,38 @@ from nanoexit.config import UserError
 from nanoexit.tokenizer import TemplateProcess, Tokenizer, find_model
 
 GOLDEN = json.loads((make_golden.GOLDEN / "tokenizers.json").read_text())
+MODEL = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+PANIC = json.dumps({"version": "1.0", "model": MODEL | {"continuing_subword_prefix": "####"}})
+POINTER = "version https://git-lfs.github.com/spec/v1\noid 0"
+BROKEN = {"tokenizer.json": ["{", PANIC, None, POINTER]}
+BROKEN["tokenizer_config.json"] = """[1]
+{"eos_token": {"lstrip": false}}
+{"eos_token": {"content": 5}}
+{"added_tokens_decoder": {"x": {"content": "a"}}}
+{"added_tokens_decoder": [1]}
+{"extra_special_tokens": 5}
+{"chat_template": 5}
+{"chat_template": [{"name": "other", "template": "x"}]}
+{"chat_template": [{"name": "default"}]}""".splitlines()
+HOSTILE = r"""{{ messages.__class__.__mro__ }}
+{{ raise_exception.__globals__['json'] }}
+{{ cycler.__init__.__globals__.os.system('true') }}
+{{ lipsum.__globals__['os'].system('true') }}
+{{ ''.__class__.__mro__[1].__subclasses__() }}
+{{ (''|attr('__class__')).__mro__ }}
+{{ messages.append(1) }}
+{% include '/etc/passwd' %}
+{% import 'os' as os %}
+{{ '{0.__class__.__mro__}'.format('') }}
+{{ raise_exception('no\x1b[31m') }}
+{{ messages[7]['role'] }}
+{{ range(10**9) | list }}
+{{ 'x'|center(10**10) }}
+{{ [0] * 10**9 }}
+{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}
+{{ 'x' * 2**25 }}
+{{ '\ud800' }}
+{% for %}""".splitlines()
 
 
 def made(folder, tokenizer=None, **files) -> Tokenizer:
@@ -73,21 +105,6 @@ def test_stop_ids(tmp_path):
         made(tmp_path / "e", **more)
 
 
-MODEL = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
-PANIC = json.dumps({"version": "1.0", "model": MODEL | {"continuing_subword_prefix": "####"}})
-POINTER = "version https://git-lfs.github.com/spec/v1\noid 0"
-BROKEN = {"tokenizer.json": ["{", PANIC, None, POINTER]}
-BROKEN["tokenizer_config.json"] = """[1]
-{"eos_token": {"lstrip": false}}
-{"eos_token": {"content": 5}}
-{"added_tokens_decoder": {"x": {"content": "a"}}}
-{"added_tokens_decoder": [1]}
-{"extra_special_tokens": 5}
-{"chat_template": 5}
-{"chat_template": [{"name": "other", "template": "x"}]}
-{"chat_template": [{"name": "default"}]}""".splitlines()
-
-
 @pytest.mark.parametrize("name, content", [(n, c) for n in BROKEN for c in BROKEN[n]])
 def test_broken_files(tmp_path, name, content):
     """Catches: a traceback, even where the library panics; a default in place of a bad value."""
@@ -103,30 +120,12 @@ def test_broken_files(tmp_path, name, content):
         Tokenizer(folder)
 
 
-HOSTILE = r"""{{ messages.__class__.__mro__ }}
-{{ raise_exception.__globals__['json'] }}
-{{ cycler.__init__.__globals__.os.system('true') }}
-{{ (''|attr('__class__')).__mro__ }}
-{{ messages.append(1) }}
-{% include '/etc/passwd' %}
-{% import 'os' as os %}
-{{ '{0.__class__.__mro__}'.format('') }}
-{{ raise_exception('no\x1b[31m') }}
-{{ messages[7]['role'] }}
-{{ range(10**9) | list }}
-{{ 'x'|center(10**10) }}
-{{ [0] * 10**9 }}
-{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}
-{{ 'x' * 2**25 }}
-{{ '\ud800' }}
-{% for %}""".splitlines()
-
-
 @pytest.mark.parametrize("template", [*HOSTILE, "{{" + "[" * 20000])
-def test_a_hostile_or_broken_template(template):
+def test_a_hostile_or_broken_template(tmp_path, template):
     """Catches: a foreign template that reaches Python, fills memory, or ends in a traceback."""
     with pytest.raises(UserError, match="the chat template failed") as caught:
-        assert "built-in" not in TemplateProcess(template, "here").render(CHAT, {}, {})
+        config = PLAIN | {"chat_template": template}
+        assert "built-in" not in made(tmp_path, tokenizer_config=config).render(CHAT)
     assert str(caught.value).isprintable()
 
 

@@ -6,42 +6,33 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import replace as changed
 from multiprocessing import get_context
 from pathlib import Path
 
+import finetune
 import pytest
 import torch
+from conftest import TINY, script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_finetune import configured
 
 from nanoexit import reinforce, sft, training
-from nanoexit.config import ROOT, UserError, load_config
+from nanoexit.config import Config, UserError, load_config, write_text
 from nanoexit.report import read_run
 from nanoexit.teacher import make_traces
 from nanoexit.training import check, load_checkpoint, load_student, run_directory, save_checkpoint
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import finetune
-
-TINY = str(ROOT / "configs" / "tiny.yaml")
 SMALL = ["data.count=96", "teacher.chunk=32", "evaluate.count=8", "evaluate.samples=1"]
 SMALL += ["sft.steps=6", "sft.batch_size=12", "sft.micro_batch=8", "sft.save_every=1"]
 SMALL += ["evaluate.policies=[head]", "evaluate.caps=[]"]
-TUNE = ["steps=6", "save_every=2", "capped_rows=3", "cap=3", "early=[2]", "early_weight=0.5"]
-TUNE += ["scaffold=1", "scaffold_steps=4", "batch_size=6"]
-ROLL = ["rl.steps=4", "rl.prompts=2", "rl.rollouts=4", "rl.save_every=2", "data.count=20"]
+ROLL = ["rl.steps=4", "rl.prompts=2", "rl.rollouts=4", "rl.save_every=2", "rl.kl_weight=0.1"]
 
 
-def command(folder: Path, *more: str) -> list[str]:
-    script = str(ROOT / "scripts" / "train_sft.py")
-    return [sys.executable, script, TINY, *SMALL, f"run.dir={folder}", *more]
-
-
-def run(folder: Path, *more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(folder, *more), capture_output=True, text=True)
+def run(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
+    return script(name, TINY, *SMALL, f"run.dir={folder}", *more)
 
 
 def adapter_bits(folder: Path) -> dict[str, bytes]:
@@ -51,15 +42,11 @@ def adapter_bits(folder: Path) -> dict[str, bytes]:
     return {name: t.numpy().tobytes() for name, t in tensors}
 
 
-def steps_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A run that was not stopped."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    done = run(folder)
+    done = run("train_sft", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -67,15 +54,13 @@ def whole(tmp_path_factory) -> Path:
 def work(stage: str, folder: Path, resume: bool) -> None:
     """One stage, in a process of its own."""
     if stage == "finetune":
-        keys = [f"run.dir={folder}", *(f"finetune.{key}" for key in TUNE)]
-        config = load_config(folder.parent / "empty.yaml", keys, finetune.Recipe)
-        return finetune.finetune(config, resume)
-    keys = [*SMALL, *ROLL[:-1], "data.count=48", "teacher.chunk=8", f"run.dir={folder}"]
+        keys = (f"run.dir={folder}", "finetune.steps=6", "finetune.scaffold_steps=4")
+        return finetune.finetune(configured(folder.parent, *keys), resume)
+    keys = [*SMALL, *ROLL, "data.count=48", "teacher.chunk=8", f"run.dir={folder}"]
     config = load_config(TINY, keys)
-    model, tokenizer = load_student(config)
     job = reinforce.run_reinforce if stage == "rl" else sft.run_sft
     with run_directory(config, resume) as run:
-        job(model, tokenizer, config, run)
+        job(*load_student(config), config, run)
 
 
 def begin(*arguments):
@@ -87,7 +72,6 @@ def begin(*arguments):
 @pytest.mark.parametrize("stage", ["traces", "sft", "rl", "finetune"])
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, stage):
     """Catches: randomness that is not a function of the step; lost moments; a step twice."""
-    (tmp_path / "empty.yaml").touch()
     begun = "config.yaml" if stage == "traces" else "metrics.jsonl"
     took, whole = 0.0, {}
     for kill in range(int(os.environ.get("KILLS", 1)) + 1):  # KILLS=10: the long form
@@ -105,7 +89,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, stage):
         if not kill:
             took, whole = time.monotonic() - started, adapter_bits(folder)
         assert process.exitcode == 0 and adapter_bits(folder) == whole != {}
-        assert steps_of(folder) == steps_of(tmp_path / "0")
+        assert (folder / "metrics.jsonl").read_text() == (tmp_path / "0/metrics.jsonl").read_text()
 
 
 def test_a_run_writes_what_it_promises(whole):
@@ -124,9 +108,7 @@ def test_a_run_writes_what_it_promises(whole):
 
 def test_the_traces_alone(whole, tmp_path):
     """Catches: --resume refused; traces that differ from those that training writes."""
-    script = str(ROOT / "scripts" / "generate_teacher.py")
-    asked = [sys.executable, script, TINY, *SMALL, f"run.dir={tmp_path}", "--resume"]
-    said = [subprocess.run(asked, capture_output=True, text=True).stdout for _ in range(2)]
+    said = [run("generate_teacher", tmp_path, "--resume").stdout for _ in range(2)]
     assert said[0] == said[1] and said[0].startswith("96 traces, ")
     both = [{p.name: p.read_bytes() for p in f.rglob("traces/*/*")} for f in (tmp_path, whole)]
     assert both[0] == both[1] != {}
@@ -134,8 +116,7 @@ def test_the_traces_alone(whole, tmp_path):
 
 def test_a_second_run_of_a_name_keeps_the_first(whole, tmp_path, capsys):
     """Catches: results overwritten by a second run, or moved without a word."""
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
+    folder = shutil.copytree(whole, tmp_path / "run")
     config = load_config(TINY, [f"run.dir={folder}"])
     with run_directory(config, resume=False):
         kept = folder.with_name("run.before-1")
@@ -145,17 +126,15 @@ def test_a_second_run_of_a_name_keeps_the_first(whole, tmp_path, capsys):
 
 def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path):
     """Catches: run.dir=thesis that moves a thesis; a mistake that moves a finished run."""
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter1.tex").write_text("...")
-    (tmp_path / "file").write_text("x")
+    write_text(tmp_path / "thesis" / "chapter1.tex", "...")
+    write_text(tmp_path / "file", "x")
     for name in ("thesis", "file"):
         with pytest.raises(UserError, match=f"{name} is not a run"):
             check(load_config(TINY, [f"run.dir={tmp_path / name}"]))
     with pytest.raises(UserError, match=r"cannot be written: .*file is a file or read-only"):
         check(load_config(TINY, [f"run.dir={tmp_path}/file/run"]))
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["chapter1.tex", "file", "thesis"]
-    (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / "config.yaml.7.tmp").touch()  # by a kill during the first write
+    write_text(tmp_path / "killed" / "config.yaml.7.tmp", "")  # by a kill during the first write
     check(load_config(TINY, [f"run.dir={tmp_path}/killed"]))
 
 
@@ -163,10 +142,9 @@ def test_a_second_process_on_one_run_is_refused(whole, tmp_path):
     """Catches: two writers in one directory; a lock that a finished process leaves behind."""
     shutil.copytree(whole, tmp_path / "run")
     config = load_config(TINY, [*SMALL, f"run.dir={tmp_path / 'run'}"])
-    other = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), TINY, "--adapter"]
-    for args in (command(tmp_path / "run", "--resume"), [*other, str(tmp_path / "run")]):
+    for name, flags in (("train_sft", ["--resume"]), ("evaluate", ["--adapter", tmp_path / "run"])):
         with run_directory(config, resume=True):
-            done = subprocess.run(args, capture_output=True, text=True)
+            done = run(name, tmp_path / "run", *flags)
             assert done.returncode == 2 and "in use by another process" in done.stderr
 
 
@@ -174,8 +152,7 @@ def test_a_second_process_on_one_run_is_refused(whole, tmp_path):
 @pytest.mark.parametrize("damage", ["empty", "cut", "other", "NaN"])
 def test_a_damaged_run_file_is_named(whole, tmp_path, file, damage):
     """Catches: a traceback, or half of a file used, after a disk was full."""
-    shutil.copytree(whole, tmp_path / "run")
-    path = tmp_path / "run" / file
+    path = shutil.copytree(whole, tmp_path / "run") / file
     config = load_config(TINY, [f"run.dir={tmp_path / 'run'}", *SMALL])
     data = path.read_bytes()
     nan = data[:-4] + b"\xff\xff\xff\x7f"  # the last number of a checkpoint
@@ -190,20 +167,12 @@ def test_a_damaged_run_file_is_named(whole, tmp_path, file, damage):
 def test_a_damaged_adapter_says_what_to_delete(whole, tmp_path):
     """Catches: a finished run that is lost although its checkpoint is whole."""
     shutil.copytree(whole, tmp_path / "run")
-    (tmp_path / "run" / "adapter" / "nanoexit.json").write_text("{")
+    (tmp_path / "run/adapter/nanoexit.json").write_text("{")
     with pytest.raises(UserError, match=r"nanoexit\.json is not JSON.*delete .*adapter, and"):
         load_student(load_config(TINY, [*SMALL, f"run.init={tmp_path / 'run'}"]))
     shutil.rmtree(tmp_path / "run" / "adapter")
-    assert run(tmp_path / "run", "--resume").returncode == 0
+    assert run("train_sft", tmp_path / "run", "--resume").returncode == 0
     assert adapter_bits(tmp_path / "run") == adapter_bits(whole)
-
-
-def test_a_folder_of_traces_is_checked_before_the_work(tmp_path):
-    """Catches: traces that cannot be written, told after the teacher has written some."""
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"data\.traces: .*file/traces cannot be written"):
-        check(load_config(TINY, [f"data.traces={tmp_path}/file/traces", f"run.dir={tmp_path}/run"]))
-    assert not (tmp_path / "run").exists()
 
 
 def test_damaged_lines_of_a_run_say_what_to_delete(tmp_path):
@@ -263,37 +232,26 @@ def test_init_with_other_exits_is_refused(whole, tmp_path):
 
 def test_reinforce_resumes_exactly(tmp_path, monkeypatch):
     """Catches: rollouts that depend on where the loop began; metrics or samples of a step twice."""
-    weights, files = [], []
-    for name in ("straight", "stopped"):
-        config = load_config(TINY, [*ROLL, f"run.dir={tmp_path / name}", "rl.kl_weight=0.1"])
-        if name == "stopped":
-            with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-                patch.setattr(reinforce.training, "save_checkpoint", fail_at_4)
-                reinforce_run(config, resume=False)
-        weights.append(reinforce_run(config, resume=name == "stopped"))
-        written = ("metrics.jsonl", "samples.jsonl")
-        files.append([(tmp_path / name / file).read_text() for file in written])
-    assert all(torch.equal(p, weights[1][n]) for n, p in weights[0].items())
-    assert files[0] == files[1]
 
+    def fail_at_4(folder: Path, step: int, *rest) -> None:
+        if step == 4:  # the worst moment: its metrics and samples are written, its checkpoint not
+            raise ZeroDivisionError
+        save_checkpoint(folder, step, *rest)
 
-def fail_at_4(folder: Path, step: int, *rest) -> None:
-    """The worst moment: metrics and samples of step 4 are written, its checkpoint is not."""
-    if step == 4:
-        raise ZeroDivisionError
-    save_checkpoint(folder, step, *rest)
-
-
-def reinforce_run(config, resume: bool) -> dict[str, torch.Tensor]:
-    model, tokenizer = load_student(config)
-    with run_directory(config, resume) as folder:
-        reinforce.run_reinforce(model, tokenizer, config, folder)
-    return training.trained(model)
+    work("rl", tmp_path / "straight", resume=False)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(reinforce.training, "save_checkpoint", fail_at_4)
+        work("rl", tmp_path / "stopped", resume=False)
+    work("rl", tmp_path / "stopped", resume=True)
+    assert adapter_bits(tmp_path / "straight") == adapter_bits(tmp_path / "stopped") != {}
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        first, second = ((tmp_path / name / file).read_text() for name in ("straight", "stopped"))
+        assert first == second
 
 
 def test_a_number_that_is_not_finite_ends_the_run(tmp_path):
     """Catches: NaN trained on and reported as a figure (law 9). The last checkpoint is kept."""
-    config = load_config(TINY, [*ROLL, f"run.dir={tmp_path / 'run'}", "rl.save_every=1"])
+    config = load_config(TINY, [*ROLL, f"run.dir={tmp_path}/run", "rl.save_every=1"])
     model, tokenizer = load_student(config)
     p = next(iter(training.trained(model).values()))
     p.grad = torch.full_like(p, float("nan"))
@@ -305,18 +263,22 @@ def test_a_number_that_is_not_finite_ends_the_run(tmp_path):
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
+def taught(tmp_path, *overrides: str) -> tuple[sft.Teacher, Config]:
+    config = load_config(TINY, [f"run.dir={tmp_path}", "data.count=10", *overrides])
+    model, tokenizer = load_student(config)
+    return sft.Teacher(model, make_traces(model, tokenizer, config), config), config
+
+
 @pytest.mark.parametrize("targets", ["student", "base"])
 def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, targets):
     """Catches: means of means, or noise that depends on how a batch is split."""
     gradients = []
     for size in (4, 64):
-        overrides = [f"run.dir={tmp_path}", "data.count=10", f"sft.micro_batch={size}"]
-        config = load_config(TINY, [*overrides, f"sft.targets={targets}"])
-        model, tokenizer = load_student(config)
-        teacher = sft.Teacher(model, make_traces(model, tokenizer, config), config)
-        figures = sft.step_losses(model, teacher, range(10), config, step=0)
-        found = {n: p.grad for n, p in training.trained(model).items() if p.grad is not None}
-        gradients.append((figures, found))
+        keys = (f"sft.micro_batch={size}", f"sft.targets={targets}")
+        teacher, config = taught(tmp_path, *keys)
+        figures = sft.step_losses(teacher.model, teacher, range(10), config, step=0)
+        named = training.trained(teacher.model).items()
+        gradients.append((figures, {n: p.grad for n, p in named if p.grad is not None}))
     (a, grads_a), (b, grads_b) = gradients
     assert a["kl"] == pytest.approx(b["kl"], rel=1e-4) and a["exit_loss"] > 0
     assert a["exit_loss"] == pytest.approx(b["exit_loss"], rel=1e-4)
@@ -325,19 +287,16 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, targets):
 
 def drawn(tmp_path, *overrides: str):
     """A step's traces, aligned, with the exits that SFT draws."""
-    config = load_config(TINY, [f"run.dir={tmp_path}", "data.count=10", *overrides])
-    model, tokenizer = load_student(config)
-    teacher = sft.Teacher(model, make_traces(model, tokenizer, config), config)
+    teacher, config = taught(tmp_path, *overrides)
     a, known = teacher(range(10))
     noise, uniform = sft.draw_noise(a, range(10), 7, config, 0)
-    return teacher, a, sft.Draw(model, a, uniform, *known), noise
+    return teacher, a, sft.Draw(teacher.model, a, uniform, *known), noise
 
 
 def test_exits_are_drawn_at_readouts_only(tmp_path):
     """Catches: prompt tokens that exit while training; a first readout that may not exit."""
     teacher, a, draw, noise = drawn(tmp_path, "sft.broad=1")
-    who = (teacher.model, a.ids, a.depths, a.prompt_lens)
-    scored = sft.score(*who, policy=draw, noise=noise)
+    scored = sft.score(teacher.model, a.ids, a.depths, a.prompt_lens, policy=draw, noise=noise)
     depths = scored.depths.flatten()
     before = (draw.slot < 0) & (a.depths.flatten() > 0)
     assert set(depths[before].tolist()) == {8}
@@ -414,8 +373,6 @@ def test_named_streams_are_distinct():
 
 def test_a_student_without_exits_trains(tmp_path):
     """Catches: exits.layers=[], which the help allows, ending in a traceback."""
-    config = load_config(TINY, [f"run.dir={tmp_path}", "data.count=10", "exits.layers=[]"])
-    model, tokenizer = load_student(config)
-    teacher = sft.Teacher(model, make_traces(model, tokenizer, config), config)
-    figures = sft.step_losses(model, teacher, range(10), config, step=0)
+    teacher, config = taught(tmp_path, "exits.layers=[]")
+    figures = sft.step_losses(teacher.model, teacher, range(10), config, step=0)
     assert figures["mean_depth"] == 8 and figures["exit_loss"] == 0 and figures["loss"] >= 0

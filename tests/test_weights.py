@@ -18,6 +18,23 @@ from nanoexit.weights import KEYS, REQUIRED, load_model, read_shape
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NORM, UP = "model.norm.weight", "model.layers.2.mlp.up_proj.weight"
+SILENT = {
+    "llama": {"kv_heads": 4, "head_dim": 6, "max_positions": 2048, "rope_theta": 10000.0},
+    "qwen2": {"max_positions": 32768, "head_dim": 6, "tied": False},
+    "qwen3": {"head_dim": 128, "norm_eps": 1e-6, "max_positions": 32768, "qkv_bias": False},
+}
+WINDOW = {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 2}
+FULL, SLIDING = {"layer_types": ["full_attention"]}, {"layer_types": ["sliding_attention"]}
+NEVER = [{"use_sliding_window": False}, {"max_window_layers": 5}, {"sliding_window": 2048}]
+NEVER += [{"sliding_window": None}, FULL]
+ACTIVE = [{}, {"max_position_embeddings": 1024}, SLIDING, SLIDING | {"use_sliding_window": False}]
+ACTIVE += [{"layer_types": ["chunked_attention"]}, {"max_position_embeddings": "absent"}]
+NONSENSE = {int: [-1, 10**30, float("nan"), 2.5, 1e400, "5", "text", True, [1], {"a": 1}]}
+NONSENSE[float] = [-1, 10**30, float("nan"), 1e400, "1e-5", True, [1], {"a": 1}]
+NONSENSE[bool] = ["false", "text", 0, 1, float("nan"), 10**30, [1]]
+NONSENSE |= {str: [0, True, ["silu"]], dict: ["text", 0, [1]], list: ["text", 0, {"a": 1}]}
+NONSENSE[type(None)] = ["gptq", 0, {"quant_method": "gptq"}]
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 def old_config(family: str) -> dict:
@@ -72,9 +89,9 @@ def refused(folder: Path, *words: str) -> None:
     assert str(caught.value).isprintable()
 
 
-def changed(folder: Path, change=dict, family: str = "qwen2") -> Path:
+def changed(folder: Path, change=dict, family: str = "qwen2", shards: int = 1) -> Path:
     """A folder whose tensors went through `change`, a function of the dict."""
-    return write(folder, old_config(family), change(tensors_of(random_model(family))))
+    return write(folder, old_config(family), change(tensors_of(random_model(family))), shards)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -129,27 +146,12 @@ def test_every_dtype_to_every_dtype(tmp_path, stored, asked):
         assert p.dtype == getattr(torch, asked) and torch.equal(p, tensors[name].to(p.dtype))
 
 
-SILENT = {
-    "llama": {"kv_heads": 4, "head_dim": 6, "max_positions": 2048, "rope_theta": 10000.0},
-    "qwen2": {"max_positions": 32768, "head_dim": 6, "tied": False},
-    "qwen3": {"head_dim": 128, "norm_eps": 1e-6, "max_positions": 32768, "qkv_bias": False},
-}
-
-
 def test_defaults_are_those_of_the_family(tmp_path, family):
     """Catches: one default for all; transformers has 128 for the head_dim of Qwen3."""
     keys = [*REQUIRED, *(["num_key_value_heads"] if family != "llama" else [])]
     config = {key: old_config(family)[key] for key in keys}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert SILENT[family].items() <= read_shape(tmp_path).__dict__.items()
-
-
-WINDOW = {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 2}
-FULL, SLIDING = {"layer_types": ["full_attention"]}, {"layer_types": ["sliding_attention"]}
-NEVER = [{"use_sliding_window": False}, {"max_window_layers": 5}, {"sliding_window": 2048}]
-NEVER += [{"sliding_window": None}, FULL]
-ACTIVE = [{}, {"max_position_embeddings": 1024}, SLIDING, SLIDING | {"use_sliding_window": False}]
-ACTIVE += [{"layer_types": ["chunked_attention"]}, {"max_position_embeddings": "absent"}]
 
 
 @pytest.mark.parametrize("change", [*NEVER, *ACTIVE], ids=str)
@@ -183,13 +185,6 @@ def test_merged_export_is_the_adapted_model(tmp_path):
     assert (load(tmp_path / "out")(IDS) - model(IDS)).abs().max() < 1e-4
     found = {path.name for path in (tmp_path / "out").iterdir()}
     assert found == {"config.json", "model.safetensors", "tokenizer_config.json"}
-
-
-NONSENSE = {int: [-1, 10**30, float("nan"), 2.5, 1e400, "5", "text", True, [1], {"a": 1}]}
-NONSENSE[float] = [-1, 10**30, float("nan"), 1e400, "1e-5", True, [1], {"a": 1}]
-NONSENSE[bool] = ["false", "text", 0, 1, float("nan"), 10**30, [1]]
-NONSENSE |= {str: [0, True, ["silu"]], dict: ["text", 0, [1]], list: ["text", 0, {"a": 1}]}
-NONSENSE[type(None)] = ["gptq", 0, {"quant_method": "gptq"}]
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -244,8 +239,7 @@ def test_a_wrong_tensor_is_named(tmp_path, case):
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/b", "..", "", 5])
 def test_a_shard_outside_the_folder(tmp_path, shard):
     """Catches: a foreign index that makes us open a file outside its folder."""
-    folder = changed(tmp_path) / "m"  # a whole model, where ../ would lead
-    write(folder, old_config("qwen2"), tensors_of(random_model("qwen2")), 2)
+    folder = changed(changed(tmp_path) / "m", shards=2)  # ../ would lead to a whole model
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {UP: shard}}))
     refused(folder, "plain file name")
@@ -255,14 +249,11 @@ def test_a_shard_outside_the_folder(tmp_path, shard):
 
 @pytest.mark.parametrize("name, shards", [("model-00002.safetensors", 2), ("model.safetensors", 1)])
 def test_files_that_were_not_downloaded(tmp_path, name, shards):
-    """Catches: a missing shard, or weights missing altogether, that end in a traceback."""
-    snapshot = tmp_path / "snapshots" / "abc"
-    write(snapshot, old_config("qwen2"), tensors_of(random_model("qwen2")), shards)
+    """Catches: missing weights that end in a traceback, or in opening a pickle (law 7)."""
+    snapshot = changed(tmp_path / "snapshots" / "abc", shards=shards)
     (snapshot / name).unlink()
+    (snapshot / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     refused(snapshot, name, "no such file", "incomplete snapshot")
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", struct.pack("<Q", 10**12), None, POINTER])
