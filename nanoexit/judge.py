@@ -172,7 +172,8 @@ class Judge:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         request, body = Request(self._url, json.dumps(chat).encode(), headers), ""
         try:
-            with self._opener.open(request, timeout=self.config.timeout + 1) as reply:  # see _ask
+            late = self.config.timeout + 1  # after the deadline of _ask, which names judge.timeout
+            with self._opener.open(request, timeout=late) as reply:
                 body = reply.read(1 << 20).decode(errors="replace")
             if reply.status == 400 and "unsupported" in body.lower():
                 self._options = {}  # the newest models refuse both options

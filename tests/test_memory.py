@@ -1,7 +1,7 @@
 """The memory that plan.py predicts, against a step's peak as the profiler counts allocations."""
 
 import pytest
-from conftest import TINY
+from conftest import TINY, script
 from plan import memory
 from torch.profiler import ProfilerActivity, profile
 
@@ -50,3 +50,15 @@ def test_a_plan_is_within_15_percent_of_the_peak(chunk):
     assert plan["base"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     moments = [v.nbytes for state in optimizer.state.values() for v in state.values() if v.dim()]
     assert plan["moments"] == sum(moments)
+
+
+def test_a_plan_that_cannot_be_made():
+    """Catches: a traceback for a config or model that is not there, or a plan of half a config."""
+    for arguments, says in (
+        (["nope.yaml"], "config nope.yaml: no such file"),
+        ([TINY, "model.name=none/such/folder"], "'none/such/folder': no such folder"),
+    ):
+        done = script("plan", *arguments)
+        assert done.returncode == 2 and not done.stdout
+        assert done.stderr.startswith("error: ") and says in done.stderr
+        assert done.stderr.count("\n") == 1
