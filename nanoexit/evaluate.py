@@ -186,10 +186,8 @@ def evaluate_run(
     thorough: add `examine` and the frontier. base: the base's row, if already measured."""
     started = time.time()
     prompts = load_prompts(config, "held_out")
-    rows, samples = (
-        [base] if base else [],
-        lines_until(folder / "samples.jsonl").decode("utf-8", "replace"),
-    )
+    rows = [base] if base else []
+    samples = lines_until(folder / "samples.jsonl").decode()
     judge = Judge(config.judge, folder / "judge.jsonl") if thorough else None
     for variant, policy in variants(model, config)[len(rows) :]:
         subject = Subject(model, tokenizer, config, policy)
@@ -229,8 +227,8 @@ def evaluate_variant(
         row = measure(subject, variant, responses)
         if judge is not None:
             if judge.config.kind == "api":
-                asked = [(r.prompt.id, r.prompt.prompt, r.text, r.prompt.answer) for r in responses]
-                items = [Item(*each) for each in asked]
+                asked = [(r.prompt, r.text) for r in responses]
+                items = [Item(p.id, p.prompt, text, p.answer) for p, text in asked]
                 row["judge"] = judge_summary(judge.score(items), judge.config.model)
             row |= examine(subject, responses)
     shown = responses[: evaluate.samples]

@@ -124,7 +124,7 @@ def show_response(model: Transformer, tokenizer: Tokenizer, response: Response, 
 
 @dataclass
 class Trace:
-    """One response of the teacher, as SFT reads it; `tokens` includes the end token."""
+    """One response of the teacher, as SFT reads it; `completion` includes the end token."""
 
     id: str
     prompt: str
@@ -148,17 +148,17 @@ def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> lis
         for number in missing:
             seed, show = stream("traces", config.run.seed, number), f"chunk {number}"
             written = respond(model, tokenizer, chunks[number], config, "full", seed, show=show)
-            write_json_lines(paths[number], map(trace_row, written))
+            write_json_lines(paths[number], [trace_row(tokenizer, r) for r in written])
             bar.update()
     barrier()
     vocab = model.shape.vocab
     return [t for path, chunk in zip(paths, chunks) for t in read_traces(path, chunk, vocab)]
 
 
-def trace_row(r: Response) -> dict:
+def trace_row(tokenizer: Tokenizer, r: Response) -> dict:
     """A response as a line of a chunk's file."""
-    p, g = r.prompt, r.generation
-    return asdict(Trace(p.id, p.prompt, r.text, r.prompt_ids, g.tokens, g.finish))
+    g, text = r.generation, tokenizer.decode(r.generation.tokens)
+    return asdict(Trace(r.prompt.id, r.prompt.prompt, text, r.prompt_ids, g.tokens, g.finish))
 
 
 def read_traces(path: Path, prompts: Sequence[Prompt], vocab: int) -> list[Trace]:

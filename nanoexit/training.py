@@ -32,7 +32,16 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from nanoexit.adapters import adapter_base, copy_in, load_adapter
-from nanoexit.config import Config, UserError, load_config, replace, rounded, to_yaml, write_text
+from nanoexit.config import (
+    Config,
+    UserError,
+    load_config,
+    parse_json,
+    replace,
+    rounded,
+    to_yaml,
+    write_text,
+)
 from nanoexit.exits import attach, check_cap, parse_policy
 from nanoexit.judge import check_judge
 from nanoexit.lora import adapters
@@ -297,10 +306,16 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
 
 
 def lines_until(path: Path, step: int = sys.maxsize) -> bytes:
-    """The complete lines {"step": n, ...} of a file up to this step."""
+    """The complete lines {"step": n, ...} of a file up to this step. UserError if it is damaged."""
     found = path.read_bytes() if path.is_file() else b""
-    lines = re.finditer(rb'(?m)^{"step": (\d+)\b.*}\n', found)
-    return b"".join(line[0] for line in lines if int(line[1]) <= step)
+    kept = b""
+    try:
+        for number, line in enumerate(found.split(b"\n")[:-1], start=1):  # the last was cut off
+            row = parse_json(line.decode(), f"{path}:{number}", dict)
+            kept += line + b"\n" if row.get("step", step + 1) <= step else b""
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to go on without it") from None
+    return kept
 
 
 def stream(name: str, seed: int, *numbers: int) -> list[int]:

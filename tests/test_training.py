@@ -181,7 +181,11 @@ def test_damaged_lines_of_a_run_say_what_to_delete(tmp_path):
         (tmp_path / name).write_text('{"step": 1}\n{"st')
         with pytest.raises(UserError, match=rf"{name}:2 is not JSON.*delete"):
             read_run(tmp_path)
-        assert training.lines_until(tmp_path / name) == b'{"step": 1}\n'
+        assert training.lines_until(tmp_path / name) == b'{"step": 1}\n'  # killed while writing
+        for line in (b'{"st', b'{"step": "x"}', b'{"step": \xff}'):
+            (tmp_path / name).write_bytes(b'{"step": 1}\n' + line + b"\n")
+            with pytest.raises(UserError, match=rf"{name} is damaged.*delete it"):
+                training.lines_until(tmp_path / name)
         (tmp_path / name).unlink()
 
 
