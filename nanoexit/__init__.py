@@ -1,7 +1,6 @@
 """nanoexit: early exits for transformers, so that language models write their reasoning down.
 
 The modules in order; each imports only from those before it:
-
     config                              knobs, errors, files
     cache, model, lora, exits, score    residuals at any depth; adapters, heads, policies, caps
     fast, generate                      decoding, plain and fused

@@ -181,13 +181,10 @@ def save_merged(model: Transformer, source: Path, out: Path) -> None:
             shutil.copy(path, out)
     config = read_json(source / "config.json") | {"tie_word_embeddings": model.shape.tied}
     _write_json(out / "config.json", config)
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if not name.startswith("exits.") and ".adapter." not in name:
-            tensors[name] = parameter
-    for name, linear in linear_maps(model):
-        tensors[f"{name}.weight"] = merged_weight(linear)
-    _save(out / "model.safetensors", tensors)
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    base = {n: p for n, p in named.items() if not (n.startswith("exits.") or ".adapter." in n)}
+    merged = {f"{name}.weight": merged_weight(linear) for name, linear in linear_maps(model)}
+    _save(out / "model.safetensors", base | merged)
 
 
 def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, LoRAConfig]:

@@ -3,8 +3,7 @@
 Contract. Row i of the batch keeps the key of its token at position p in slot p. Positions are
 explicit, so rows may differ in length. `write` stores one block's keys and values for the tokens of
 this call, and returns everything that they can attend to. A token that exits leaves its keys and
-values in the later blocks within the same call, so every block has them for every earlier position.
-(fast.py writes them later, but always before they are read.)"""
+values in the later blocks too, within the same call or, in fast.py, before they are read."""
 
 import torch
 from torch import Tensor

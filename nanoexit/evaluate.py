@@ -28,6 +28,9 @@ from nanoexit.teacher import against_base, show_response
 from nanoexit.tokenizer import Tokenizer
 from nanoexit.training import lines_until, progress
 
+SUMMARY = ["accuracy", "accuracy_by_group", "mean_depth", "max_depth", "full_depth", "layers_run"]
+SUMMARY += ["kl", "tokens", "policy"]  # what summary.json has of a row
+
 
 def measure(subject: Subject, variant: str, responses: Sequence[Response]) -> dict:
     """One row of evaluation.json."""
@@ -202,8 +205,9 @@ def evaluate_run(
     write_text(folder / "evaluation.json", json.dumps(rounded(found), indent=1) + "\n")
     tables = "\n\n".join(table(part) for part in (rows, frontier) if part)
     write_text(folder / "evaluation.md", f"```\n{tables}\n```\n")
-    summary = {**summary_of(rows[1]), "teacher": summary_of(rows[0])}
-    summary["evaluation_seconds"] = round(time.time() - started, 1)
+    teacher, student = ({key: row[key] for key in SUMMARY} for row in rows[:2])
+    took = {"evaluation_seconds": round(time.time() - started, 1)}
+    summary = {**student, "teacher": teacher, **took}
     write_text(folder / "summary.json", json.dumps(rounded(summary), indent=2) + "\n")
     return rows
 
@@ -242,9 +246,3 @@ def origin(model: Transformer, config: Config) -> dict:
     if (ROOT / ".git").exists():
         commit = subprocess.check_output(command, cwd=ROOT, text=True).strip()
     return {"config": asdict(config), "model": weights, "commit": commit}
-
-
-def summary_of(row: dict) -> dict:
-    """The part of a row that goes into summary.json."""
-    keys = ["accuracy", "accuracy_by_group", "mean_depth", "max_depth", "full_depth", "layers_run"]
-    return {key: row[key] for key in [*keys, "kl", "tokens", "policy"]}

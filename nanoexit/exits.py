@@ -6,14 +6,12 @@ deepest depth D, which is L or the cap, takes the rest:
 
     log p(exit at d) = logsigmoid(z_d) + sum over earlier heads of logsigmoid(-z),
 
-all in log space and float32. With E heads below D there are E + 1 outcomes; heads at D and beyond
-are not asked.
+in float32. With E heads below D there are E + 1 outcomes; heads at D and beyond are not asked.
 
 Decisions. Heads read the residual divided by its RMS, so that one learning rate suits all depths
 (residuals grow with depth). Generation, scoring and training all use the same `stop`, `Ask`.
 
-Sources: stick-breaking as in PonderNet (Banino et al. 2021); `confidence` is the rule of CALM
-(Schuster et al. 2022)."""
+Stick-breaking: PonderNet (Banino et al. 2021). `confidence`: CALM (Schuster et al. 2022)."""
 
 import contextlib
 import math
@@ -131,6 +129,11 @@ def path_logprob(z: Tensor, depths: Tensor, layers: Sequence[int], deepest: int)
     return terms.sum(-1).masked_fill(~possible, -torch.inf)
 
 
+def chance_kl(z: Tensor, before: Tensor) -> Tensor:
+    """KL of one chance to exit from another, in nats [...], from log-odds [...]."""
+    return z.sigmoid() * (z - before) + F.logsigmoid(-z) - F.logsigmoid(-before)
+
+
 def target_chance(kl: Tensor, strength: float) -> Tensor:
     """KL(P || Q_d) in nats -> the chance 2 (1 - sigmoid(s KL)) to exit where d is reached."""
     return 2 * torch.sigmoid(-strength * kl)
@@ -197,7 +200,6 @@ class Prescribed(Policy):
 
 def parse_policy(text: str, model: Transformer | None = None, where: str = "") -> Policy:
     """Text -> Policy. Raises UserError, prefixed by `where`; without a model it checks syntax only.
-
     full           no token exits
     head           sample the heads; head:0.5 exits where the chance exceeds 0.5
     fixed:3        every token is forced to exit at depth 3, with or without a head there

@@ -13,13 +13,13 @@ What makes it fast.
    they need keys and values, and cutting out their queries costs more than it saves. Attention
    output and MLP run only for the other rows. So does attention on a CPU, where that saves reading.
 4. Once every row has exited, nothing more is computed. The frozen residuals wait as debts until a
-   later token runs the deeper blocks, where they join its q, k, v product. A run of shallow tokens
-   never touches the deep blocks.
+   later token runs the deeper blocks, where they join its q, k, v product.
 5. On CUDA, the blocks between two exits are replayed as one graph.
 
 Host syncs: one at each depth where a row may exit, one if some rows are idle, one for new debts."""
 
 import functools
+import gc
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -228,7 +228,7 @@ class FastModel:
         self.attention_call = ATTENTION_CALL
         if capture is None and model.device.type == "cuda":
             capture = capture_cuda
-        self.graphs = None if capture is None else Graphs(self, capture)
+        self.graphs = None if capture is None else Graphs(capture)
         self.debts: dict[int, list[Debt]] = defaultdict(list)  # by the first block that lacks them
         self.names = torch.empty(0)  # the rows' ids, as in the cache
 
@@ -255,7 +255,7 @@ class FastModel:
             step = Step(self, at, cache.kv, cache.span, cache.aligned)
             blocks = functools.partial(self.stretch, step)
         else:
-            blocks = functools.partial(self.graphs, cache, at)
+            blocks = functools.partial(self.graphs, self, cache, at)
         asked = set() if stop is None else {depth for depth in stop.layers if depth < D}
         bounds = sorted({*asked, *self.debts})
         for start, depth in zip([0, *bounds], [*bounds, D]):
@@ -306,7 +306,6 @@ class FastModel:
         self, step: Step, start: int, end: int, h: Tensor, going: Tensor | None, due: Debt | None
     ) -> Tensor:
         """Residuals h [B, D] -> after blocks start..end-1, between which no row exits.
-
         going [n]: the running rows; None: all. due: debts that are paid along with them."""
         step.keep(going, due)
         B, on = len(h), h
@@ -319,29 +318,34 @@ class FastModel:
 
 
 def capture_cuda(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-    """-> a function that repeats the kernels of `run` on the same memory, and their output."""
+    """-> a function that repeats the kernels of `run` on the same memory, and their output. Freeing
+    another graph would spoil the capture, so the garbage collector waits."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph):
+            out = run()
+    finally:
+        gc.enable()
     return graph.replay, out
 
 
 class Graphs:
-    """Graphs of the stretches between exits: shapes are fixed, so a stretch is one launch. Running
-    rows and debts are padded to a power of two by repeating the last one, which writes the same
-    values again. The span is rounded up to a multiple of SPAN and masked. A stretch is captured,
-    for this cache, the third time (WARM) that it runs in one shape."""
+    """Graphs of the stretches between exits, one launch each. Running rows and debts are padded to
+    a power of two by repeating the last one, which writes the same values again; the span is
+    rounded up to a multiple of SPAN and masked. A shape is captured the third time (WARM)."""
 
     SPAN, WARM = 256, 3
 
-    def __init__(self, fast: FastModel, capture: Capture):
-        self.fast, self.capture = fast, capture
+    def __init__(self, capture: Capture):
+        self.capture = capture
         self.kv: Tensor | None = None
         self.seen: Counter[tuple[int, ...]] = Counter()
         self.captured: dict[tuple[int, ...], tuple[Callable[[], object], Tensor, list[Tensor]]] = {}
 
     def __call__(
         self,
+        fast: FastModel,
         cache: Cache,
         positions: Tensor,
         start: int,
@@ -362,8 +366,8 @@ class Graphs:
             given += [_pad(going)[: len(h)], *map(_pad, due or ())]
 
         def run(positions: Tensor, h: Tensor, going: Any = None, *due: Tensor) -> Tensor:
-            step = Step(self.fast, positions, kv, span, aligned=False)
-            return self.fast.stretch(step, start, end, h, going, Debt(*due) if due else None)
+            step = Step(fast, positions, kv, span, aligned=False)
+            return fast.stretch(step, start, end, h, going, Debt(*due) if due else None)
 
         key = (start, end, span, *map(len, given))
         self.seen[key] += 1

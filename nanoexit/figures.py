@@ -1,5 +1,4 @@
-"""Figures as SVG. `Figure.svg()` is a self-contained file that follows the reader's light or dark
-setting."""
+"""Figures as SVG files of their own, which follow the reader's light or dark setting."""
 
 import math
 import textwrap

@@ -3,10 +3,8 @@
 Contract. Ragged prompts in, one `Generation` per prompt out, in the same order. The noise of row i
 is a function of (seed, i) and is drawn before the row starts, so a row writes the same text alone
 or in a batch of any size.
-
 Every readout chooses its depth, including the first. So prefill runs the prompt except for its last
 token, at full depth (or to the cap), and that last token is decoded like all later ones.
-
 Decisions. Equal prompts in a batch are prefilled once. A token is drawn by inverting the cumulative
 distribution at one uniform number. Host syncs per step: those of `run`, and one for the tokens."""
 
@@ -86,10 +84,8 @@ def generate(
     settings: Sampling = Sampling(),
 ) -> list[Generation]:
     """Continue every prompt (token ids) by up to max_new_tokens tokens.
-
-    policy: see exits.parse_policy. temperature 0 takes the likeliest token. UserError for an empty
-    prompt, one too long for the model's positions, a value out of range, or logits that are not
-    finite."""
+    policy: see exits.parse_policy. temperature 0 takes the likeliest token. UserError for a prompt
+    that is empty or too long, a value out of range, and logits that are not finite."""
     policy = parse_policy(policy, model) if isinstance(policy, str) else policy
     seeds = seed if isinstance(seed, Sequence) else [seed]
     decoder = _Decoder(model, policy, prompts, max_new_tokens, temperature, seeds, settings)
@@ -243,7 +239,6 @@ class _Decoder:
 
 def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
     """Logits [n, V] float32 and uniform numbers u [n] in [0, 1) -> tokens [n].
-
     Temperature 0 takes the likeliest token. top_k applies first, then top_p (Holtzman et al. 2020)
     to what is left; the likeliest token is always kept."""
     if temperature == 0:

@@ -46,9 +46,7 @@ def attach_lora(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
 
 def linear_maps(model: Transformer) -> Iterator[tuple[str, Linear]]:
     """(name, map) of every linear map that can hold an adapter, in order."""
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            yield name, module
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, Linear))
 
 
 def adapters(model: Transformer) -> dict[str, LoRA]:

@@ -67,7 +67,6 @@ class Shape:
 
 class Stop(Protocol):
     """Decides which tokens exit.
-
     Called at each depth d in `layers` (1 <= d < deepest) with h [n, D], the residuals after d
     blocks of the n tokens still running, and index [n], their indices into B*T (None: all, in
     order). Returns which of them exit here, [n] bool, or None if none do."""
@@ -279,7 +278,6 @@ class Transformer(nn.Module):
         sees: Tensor | None = None,
     ) -> Run:
         """ids [B, T] -> the residual of each token at the depth where it stopped.
-
         positions [B, T]: absolute; default 0..T-1. cache: keys and values of earlier tokens; those
         of this call are added. stop: None runs every block. alive [B, T] bool: the tokens to run;
         others (padding, idle rows) only leave keys and values. sees [B, T, T] bool, for calls

@@ -14,10 +14,13 @@ an unbiased estimate of the gradient of the expected reward. R has four parts, e
 where depth is the maximum (the opaque serial depth), mean or sum over the response's tokens. The
 likelihood must be that of the samples, so any temperature but 1 and any truncation are refused.
 
-Simpler than GRPO and PPO: 1. no reference model in the loss, as the KL is part of the reward;
-2. one step per batch, so no ratio and no clipping; 3. advantages are not divided by their standard
-deviation; 4. no value network."""
+Exits that no reward holds would drift: all at lambda = 0, and those of easy prompts. So the loss
+adds exit_kl_weight * KL(heads || heads before REINFORCE), summed over all heads reached.
 
+Simpler than GRPO and PPO: 1. one step per batch, so no ratio and no clipping; 2. advantages are not
+divided by their standard deviation; 3. no value network; 4. the KL of tokens is in the reward."""
+
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ from torch import Tensor
 from nanoexit import training
 from nanoexit.adapters import save_adapter
 from nanoexit.config import Config, RLConfig
+from nanoexit.exits import chance_kl
 from nanoexit.model import Transformer
 from nanoexit.score import readout_logprobs
 from nanoexit.tasks import Prompt, Response, load_prompts
@@ -91,21 +95,38 @@ def collect(
     return [Rollout(*row) for row in zip(responses, parts, advantages)]
 
 
-def accumulate(model: Transformer, rollouts: Sequence[Rollout], config: Config, count: int) -> None:
-    """Backward through the mean over `count` rollouts, a micro-batch at a time. Short rollouts of a
-    prompt share one row, which holds it once; attention makes long rows too expensive for that."""
-    K = config.rl.rollouts
-    active = [r for group in unequal(rollouts, K) for r in group]
+def copy_trained(model: Transformer) -> Transformer:
+    """A copy that shares the base's weights and has its own heads and adapters."""
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared | {id(model.fast_products): {}})
+
+
+def accumulate(
+    model: Transformer, rollouts: Sequence[Rollout], rl: RLConfig, start: Transformer | None = None
+) -> Tensor:
+    """Backward through the mean over a step's rollouts, a micro-batch at a time. Short rollouts of
+    a prompt share one row, which holds it once; attention makes long rows too expensive for that.
+    start: the model before REINFORCE, if exits are held -> their mean divergence, nats."""
+    K, count, held = rl.rollouts, rl.prompts * rl.rollouts, torch.zeros((), device=model.device)
+    active = [r for group in ([rollouts] if start else unequal(rollouts, K)) for r in group]
     longest = max((len(r.response.generation.tokens) for r in active), default=0)
     together = K if K * longest <= LONGEST_ROW else 1
-    size = max(1, config.rl.micro_batch // together) * together
-    for start in range(0, len(active), size):
-        batch = active[start : start + size]
-        a, scored = rescore(model, [r.response for r in batch], together)
+    size = max(1, rl.micro_batch // together) * together
+    for first in range(0, len(active), size):
+        batch = active[first : first + size]
+        responses = [r.response for r in batch]
+        a, scored = rescore(model, responses, together)
         logp = readout_logprobs(model, scored.hidden.flatten(0, 1)[a.at], a.tokens)
         logp = logp + scored.exit_logprobs.flatten()[a.at]  # [n]: of token and exit
         weight = torch.tensor([r.advantage for r in batch], device=model.device)[a.rows]
-        (-(weight * logp).sum() / count).backward()
+        loss = -(weight * logp).sum() / count
+        if start:
+            with torch.no_grad():
+                before = rescore(start, responses, together)[1].head_logits
+            kl = chance_kl(scored.head_logits, before).flatten(0, 1)[a.at].sum() / count
+            loss, held = loss + rl.exit_kl_weight * kl, held + kl.detach()
+        loss.backward()
+    return held
 
 
 def unequal(rollouts: Sequence[Rollout], K: int) -> list[Sequence[Rollout]]:
@@ -139,6 +160,7 @@ def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, fold
     """The whole job, from folder/checkpoint on: pick prompts, roll out, update, log, save."""
     rl, seed = config.rl, config.run.seed
     prompts = load_prompts(config, "train")
+    start = copy_trained(model) if rl.exit_kl_weight else None
     optimizer = training.make_optimizer(model, rl.lr)
     done = training.load_checkpoint(folder, model, optimizer)
     metrics = training.Metrics(folder, done, config)
@@ -147,8 +169,10 @@ def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, fold
         for step in range(done, rl.steps):
             chosen = [prompts[i] for i in training.batch_at(step, len(prompts), rl.prompts, seed)]
             rollouts = collect(model, tokenizer, chosen, config, step)
-            accumulate(model, rollouts, config, rl.prompts * rl.rollouts)
+            held = accumulate(model, rollouts, rl, start)
             row = step_figures(rollouts, config)
+            if start:
+                row["exit_kl"] = training.total(held).item()
             norm = training.clip_and_step(optimizer, rl.lr * training.cosine_share(step, rl.steps))
             metrics.write(step + 1, **row, grad_norm=norm)
             for r in rollouts[:SHOWN] if training.is_main() else ():

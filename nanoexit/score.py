@@ -47,7 +47,6 @@ def align(
     model: Transformer, prompts: Rows, responses: Rows, depths: Rows = (), together: int = 1
 ) -> Aligned:
     """Token ids of prompts and responses, a depth for each response token; (): full depth.
-
     together: how many adjacent responses to one prompt share a row. The row holds the prompt once,
     except for its last token, which each response repeats as its first readout."""
     device, full_depth = model.device, model.full_depth
@@ -112,7 +111,6 @@ def score(
     noise: Tensor | None = None,
 ) -> Score:
     """One forward over ids [B, T], right-padded, in which each token exits at its given depth.
-
     depths [B, T]: of the input positions, 0 on padding; above the cap they count as the cap.
     prompt_lens [B]: no exit is chosen before the last prompt position. positions, sees: as in
     Aligned. policy: decides the exits instead, with this noise; depths then only mark padding."""

@@ -319,7 +319,6 @@ class Made(Task):
 class Chains(Made):
     """A digit and up to six operations, left to right. Each operation permutes the ten digits, so
     every step matters, and a guessed answer is right one time in ten.
-
     `clock` adds and multiplies, and keeps the last digit: `5 *9 +7` has the values 5 and 2, written
     as `5 *9 5 +7 2`. A chain of any length equals one of 40 maps. Each letter of `permute` agrees
     with any of these on three digits at most, and letters do not compose to anything shorter."""

@@ -2,8 +2,7 @@
 
 Exact resume: every random draw of step t is a function of (run.seed, t), so a checkpoint is the
 trained tensors, the optimizer's moments and a step number, in one safetensors file. Processes of
-torchrun share the work of a step and sum their gradients: the result is that of one process. Only
-process 0 writes."""
+torchrun share a step and sum gradients, with the result of one process. Only process 0 writes."""
 
 import contextlib
 import dataclasses
@@ -277,10 +276,8 @@ def training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> None:
     """State after `step` steps, into folder/checkpoint/state.safetensors."""
     state = training_state(model, optimizer)
-    about = {
-        "step": str(step),
-        "metrics": str(zlib.crc32(lines_until(folder / "metrics.jsonl", step))),
-    }
+    metrics = zlib.crc32(lines_until(folder / "metrics.jsonl", step))
+    about = {"step": str(step), "metrics": str(metrics)}
     replace(folder / "checkpoint" / "state.safetensors", lambda p: save_file(state, p, about))
 
 

@@ -1,10 +1,13 @@
 """On a GPU: captured and replayed graphs compute what the plain forward computes."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
 from conftest import random_model, with_exits
 
+from nanoexit.fast import capture_cuda
 from nanoexit.generate import Sampling, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -22,6 +25,21 @@ def test_graphs_write_what_is_written_without(family, policy, batch_size):
     for a, b in zip(*ways):
         assert (a.tokens, a.depths) == (b.tokens, b.depths)
         assert np.allclose(a.token_logprobs, b.token_logprobs, atol=1e-3)
+
+
+def test_an_old_graph_does_not_spoil_a_new_one():
+    """Catches: the garbage collector freeing a graph while another is captured."""
+    model, before = with_exits(random_model("llama")).cuda(), gc.get_threshold()
+    settings = Sampling(stop_ids=[0, 1, 2], batch_size=5)
+    x = torch.zeros(4, device="cuda")
+    for _ in range(10):
+        loop: list = [capture_cuda(lambda: x + 1)]
+        loop.append(loop)
+    gc.set_threshold(1)
+    try:
+        generate(model, PROMPTS, "head", 12, 1.0, 5, settings)
+    finally:
+        gc.set_threshold(*before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,5 +1,8 @@
 """fast.py held equal to the plain path: random steps side by side, layouts, kept copies."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +98,25 @@ def test_replayed_stretches_equal_plain_steps(family, lengths):
     step_by_step(model, engine, lengths, seed=1)
     times = [sum(out is other for other in replays) for out in replays]
     assert max(times) > 3, "some graph must be replayed, or this shows nothing"
+
+
+@torch.inference_mode()
+def test_graphs_go_when_their_model_goes():
+    """Catches: graphs that wait for the garbage collector, which may spoil another's capture."""
+    model = with_exits(random_model("llama"))
+    engine = FastModel(model, 1, capture=lambda run: (int, run()))
+    cache = Cache(torch.zeros(5, 1, 2, 2, 4, 6))
+    for i in range(4):
+        cache.span = i + 1
+        engine.run(torch.tensor([[i]]), torch.tensor([[i]]), cache, None, None)
+    assert engine.graphs.captured
+    gone = weakref.ref(engine)
+    gc.disable()
+    try:
+        del engine
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 # --- weights laid out -------------------------------------------------------------------------

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import scramble
+from torch.distributions import Bernoulli, kl_divergence
 
 from nanoexit.config import Config, LoRAConfig
 from nanoexit.exits import attach
 from nanoexit.generate import Generation, Sampling, generate
 from nanoexit.model import Shape, Transformer
-from nanoexit.reinforce import Rollout, accumulate, leave_one_out, reward_parts
+from nanoexit.reinforce import Rollout, accumulate, copy_trained, leave_one_out, reward_parts
 from nanoexit.score import score
 from nanoexit.tasks import Prompt, Response, Verdict
 from nanoexit.training import trained
@@ -72,7 +73,7 @@ def estimate(model: Transformer, groups: int, seed: int, baseline: bool) -> torc
     responses = [Response(Prompt("x", "x"), PROMPT, g, "", Verdict(False)) for g in gens]
     rollouts = [Rollout(r, {}, a) for r, a in zip(responses, advantages.tolist())]
     model.zero_grad()
-    accumulate(model, rollouts, Config(), len(rollouts))
+    accumulate(model, rollouts, Config().rl)
     return -flat([p.grad for p in trained(model).values()])
 
 
@@ -97,20 +98,49 @@ def test_the_estimator_is_unbiased_and_the_baseline_helps(cap):
 def test_rollouts_of_several_prompts_are_a_sum():
     """Catches: a row that is shared by rollouts of different prompts; a flat group that is kept."""
     model, config = small_model(None), Config()
-    config.rl.rollouts, gradients, rollouts = K, [], []
+    config.rl.prompts, config.rl.rollouts, gradients, rollouts = 1, K, [], []
     for prompt, scale in (([0, 1], 1.0), ([1, 0, 0], -2.0), ([1], 0.0)):
         gens = generate(model, [prompt] * K, "head", LONGEST, 1.0, 3, Sampling(stop_ids=[STOP]))
         responses = [Response(Prompt("x", "x"), prompt, g, "", Verdict(False)) for g in gens]
         group = [Rollout(r, {}, scale * (i + 1)) for i, r in enumerate(responses)]
         rollouts += group
         model.zero_grad()
-        accumulate(model, group, config, 1)
+        accumulate(model, group, config.rl)
         gradients += [flat([p.grad for p in trained(model).values()])] if scale else []
         assert scale or all(p.grad is None for p in trained(model).values())
     model.zero_grad()
-    accumulate(model, rollouts, config, 1)
+    accumulate(model, rollouts, config.rl)
     whole = flat([p.grad for p in trained(model).values()])
     assert torch.allclose(whole, sum(gradients), atol=1e-4) and whole.norm() > 1
+
+
+def test_exits_are_held_where_they_began():
+    """Catches: a reference that moves along; heads that no token reached; the KL the other way."""
+    model, config, rollouts = small_model(None), Config(), []
+    config.rl.prompts, config.rl.rollouts, config.rl.exit_kl_weight = 2, K, 0.5
+    start = copy_trained(model)
+    for prompt in ([0, 1], [1, 0, 0]):
+        gens = generate(model, [prompt] * K, "head", LONGEST, 1.0, 3, Sampling(stop_ids=[STOP]))
+        responses = [Response(Prompt("x", "x"), prompt, g, "", Verdict(False)) for g in gens]
+        rollouts += [Rollout(r, {}, 0.0) for r in responses]
+    assert accumulate(model, rollouts, config.rl, start) == pytest.approx(0, abs=1e-5)
+    scramble(((n, p) for n, p in model.named_parameters() if "lora_B" in n or "exits" in n), 2)
+    model.zero_grad()
+    found = accumulate(model, rollouts, config.rl, start)
+    expected = torch.zeros(())
+    for r in rollouts:
+        g, n = r.response.generation, len(r.response.prompt_ids)
+        ids = torch.tensor([r.response.prompt_ids + g.tokens[:-1]])
+        depths = torch.tensor([[3] * (n - 1) + g.depths])
+        now, then = (score(m, ids, depths, [n]).head_logits[0, n - 1 :] for m in (model, start))
+        reached = depths[0, n - 1 :, None] >= torch.tensor([1, 2])
+        chances = Bernoulli(logits=now), Bernoulli(logits=then.detach())
+        expected = expected + kl_divergence(*chances)[reached].sum() / (2 * K)
+    assert found == pytest.approx(expected.item(), rel=1e-4) and found > 0.1
+    weights = list(trained(model).values())
+    exact = torch.autograd.grad(0.5 * expected, weights, allow_unused=True)
+    for p, g in zip(weights, exact):
+        assert torch.allclose(p.grad, torch.zeros_like(p) if g is None else g, atol=1e-4)
 
 
 @pytest.mark.parametrize("penalty, cost", [("max", 1.0), ("mean", 14 / 24), ("sum", 14 / 8)])

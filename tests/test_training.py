@@ -29,6 +29,7 @@ SMALL = ["data.count=96", "teacher.chunk=32", "evaluate.count=8", "evaluate.samp
 SMALL += ["sft.steps=6", "sft.batch_size=12", "sft.micro_batch=8", "sft.save_every=1"]
 SMALL += ["evaluate.policies=[head]", "evaluate.caps=[]"]
 ROLL = ["rl.steps=4", "rl.prompts=2", "rl.rollouts=4", "rl.save_every=2", "rl.kl_weight=0.1"]
+ROLL += ["rl.exit_kl_weight=0.1"]
 
 
 def run(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
