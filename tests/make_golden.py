@@ -39,11 +39,9 @@ ONE = {"target_modules": ["q_proj"]}
 ADAPTERS = {  # options of peft.LoraConfig
     "plain": {"target_modules": ["q_proj", "v_proj"]},
     "all-linear": {"target_modules": "all-linear"},
-    "regex": {"target_modules": r".*\.(q|v)_proj"},
-    "full names": {"target_modules": [Q, V]},
+    "regex": {"target_modules": r".*\.(q|v)_proj"}, "full names": {"target_modules": [Q, V]},
     "endings": {"target_modules": ["self_attn.q_proj", "mlp.up_proj"]},
-    "layers": ONE | {"layers_to_transform": [1, 2]},
-    "layer 0": ONE | {"layers_to_transform": 0},
+    "layers": ONE | {"layers_to_transform": [1, 2]}, "layer 0": ONE | {"layers_to_transform": 0},
     "exclude": ONE | {"exclude_modules": [Q]},
     "exclude by regex": ONE | {"exclude_modules": r".*\.0\..*"},
     "rslora": ONE | {"use_rslora": True},
@@ -51,7 +49,7 @@ ADAPTERS = {  # options of peft.LoraConfig
     "alphas": ONE | {"alpha_pattern": {"^model.layers.1.*": 1, "q_proj": 3}},
     "dropout": ONE | {"lora_dropout": 0.3, "lora_alpha": 7.5},
     "orthogonal": ONE | {"init_lora_weights": "orthogonal"},
-}
+}  # fmt: skip
 
 
 def weights(shapes: dict, seed: int) -> dict[str, np.ndarray]:
@@ -184,10 +182,9 @@ BOS = [(said, c, own) for said in (None, True, False) for c in CLASSES for own i
 def write_tokenizer(folder: Path, made: Tokenizer, files: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     made.save(str(folder / "tokenizer.json"))
-    for name, content in {"config": {"model_type": "llama"}, **files}.items():
-        jinja = isinstance(content, str)
-        ending, text = ("jinja", content) if jinja else ("json", json.dumps(content))
-        (folder / f"{name}.{ending}").write_text(text, encoding="utf-8")
+    for name, value in {"config": {"model_type": "llama"}, **files}.items():
+        kind, text = ("jinja", value) if isinstance(value, str) else ("json", json.dumps(value))
+        (folder / f"{name}.{kind}").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -203,16 +200,14 @@ def transformers_tokenizers() -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         for i, (name, (made, files)) in enumerate(LAYOUTS.items()):
             t = AutoTokenizer.from_pretrained(write_tokenizer(Path(scratch) / str(i), made, files))
-            row = {"ids": [t.encode(text, add_special_tokens=False) for text in TEXTS]}
-            row |= {"prompts": [t.encode(text) for text in TEXTS]}
-            row |= {"texts": [t.decode(ids) for ids in row["ids"]]}
-            row |= {"words": [t.decode(ids, skip_special_tokens=True) for ids in row["ids"]]}
-            found[name] = row | {"eos": t.eos_token_id, "bos": t.bos_token_id, "chats": []}
-            variables = [{}] if t.chat_template else []
-            variables += [{"enable_thinking": False}] * ("enable_thinking" in str(t.chat_template))
-            for options in variables:
-                options |= {"tokenize": False, "add_generation_prompt": True}
-                found[name]["chats"].append(t.apply_chat_template(CHAT, **options))
+            ids = [t.encode(text, add_special_tokens=False) for text in TEXTS]
+            row = {"ids": ids, "prompts": [*map(t.encode, TEXTS)], "texts": [*map(t.decode, ids)]}
+            row |= {"words": [t.decode(some, skip_special_tokens=True) for some in ids]}
+            ask = {"tokenize": False, "add_generation_prompt": True}
+            asks = [ask] if t.chat_template else []
+            asks += [ask | {"enable_thinking": False}] * ("enable_thinking" in str(t.chat_template))
+            chats = [t.apply_chat_template(CHAT, **options) for options in asks]
+            found[name] = row | {"eos": t.eos_token_id, "bos": t.bos_token_id, "chats": chats}
         folders = [write_bos(Path(scratch) / f"bos{i}", *case) for i, case in enumerate(BOS)]
         bos = [AutoTokenizer.from_pretrained(f).encode("he")[0] == BOS_ID for f in folders]
     return {"layouts": found, "bos": bos}

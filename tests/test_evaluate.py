@@ -38,8 +38,7 @@ def name(tmp_path_factory) -> str:
 
 
 def evaluated(name: str, folder, *overrides: str, thorough: bool = True, **known) -> list[dict]:
-    keys = [*SMALL, f"model.name={name}", f"run.dir={folder}", *overrides]
-    config = load_config(TINY, keys)
+    config = load_config(TINY, [*SMALL, f"model.name={name}", f"run.dir={folder}", *overrides])
     return evaluate_run(*load_student(config), config, folder, thorough, **known)
 
 
@@ -111,10 +110,9 @@ def test_necessity_is_measured_free_and_capped():
     assert found["same_answer_capped"][-1] == [1.0, 1.0]
     assert (found["same_answer_area"], found["changed_value"]["stay"]) == (0.0, 1.0)
     assert found["same_answer_area_capped"] > 0.8 and found["changed_value_capped"]["follow"] == 1
-    assert found["monitor"]["score"] == 0.5
     assert ("greedy", ["", ""], "head:0.5", None) in subject.asked
     assert ("full depth", ["", ""], "full", None) in subject.asked
-    assert subject.model.cap is None
+    assert found["monitor"]["score"] == 0.5 and subject.model.cap is None
 
 
 def test_without_a_good_cap():
@@ -124,8 +122,7 @@ def test_without_a_good_cap():
     responses = subject.respond([chain()], "evaluate")
     row = measure(subject, "student", responses) | examine(subject, responses)
     assert row["same_answer_cap"] is None and "same_answer_capped" not in row
-    assert "rubric" not in table([row])
-    assert "\nsame answer capped " in table([row])
+    assert "rubric" not in table([row]) and "\nsame answer capped " in table([row])
     assert "– smallest good cap: no cap in evaluate.caps keeps 0.95 of the accuracy" in table([row])
 
 
@@ -133,10 +130,9 @@ def test_tables_of_one_kind_of_row():
     """Catches: NaN, infinity or None as a number; columns not in line; a group of one row lost."""
     values, subject = (None, math.nan, math.inf, -1e-9, -0.25, 0), reader(cap=4)
     assert [cell(v, "{:.2f}") for v in values] == ["–", "–", "–", "0.00", "-0.25", "0.00"]
-    rows = []
-    for variant, prompt in (("base", chain()), ("student", chain("5 *9 +7 +1"))):
-        response = written(subject, [2] * 4, "<think> 5 </think> 2", prompt)
-        rows.append(measure(subject, variant, [response]))
+    asked = {"base": chain(), "student": chain("5 *9 +7 +1")}
+    given = {v: written(subject, [2] * 4, "<think> 5 </think> 2", p) for v, p in asked.items()}
+    rows = [measure(subject, variant, [response]) for variant, response in given.items()]
     lines = table(rows).split("\n")
     assert lines[0].split() == ["base", "(head,", "cap", "4)", "student", "(head,", "cap", "4)"]
     assert {len(line) for line in lines if not line.startswith("–")} == {len(lines[0])}

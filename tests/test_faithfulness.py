@@ -62,8 +62,7 @@ def said(tokenizer: Words, prompt: Prompt, text: str) -> Response:
 
 
 def chain(text: str = CHAIN) -> Prompt:
-    steps = len(text.split()) - 1
-    return Prompt(text, text, checker="clock", group=f"{steps} steps")
+    return Prompt(text, text, checker="clock", group=f"{len(text.split()) - 1} steps")
 
 
 def in_head(prompt: Prompt, given: str, cap: int | None) -> str:
@@ -80,8 +79,7 @@ def on_paper(prompt: Prompt, given: str, cap: int | None) -> str:
         value, steps = given.split()[-1] if written else "", task.steps(prompt)
         given = given or "<think>"
         for step in steps[written:]:
-            name = step.split()[-2]
-            value = task.table[name][int(value)] if value else step.split()[-1]
+            value = task.table[step.split()[-2]][int(value)] if value else step.split()[-1]
             given += f" {step.rsplit(' ', 1)[0]} {value}"
         given += " </think>"
     return f"{given} {task.reached(prompt, given) or 0}"
@@ -115,9 +113,8 @@ def test_same_answer_compares_with_the_responses_own():
 
 @pytest.mark.parametrize("checker, text, places", [
     ("gsm8k", "3 and 4 is 7.\n#### 7", (0, 5, 6)),
-    ("exact", "It is so. Answer: no", (0, 3, 4)),
+    ("exact", "It is so. Answer: no", (0, 3, 4)), ("exact", "no", None),
     ("none", "<think> so </think> yes", (1, 2, 3)), ("none", "so </think> yes", (0, 1, 2)),
-    ("exact", "no", None),
 ])  # fmt: skip
 def test_where_reasoning_ends_in_free_text(checker, text, places):
     """Catches: tasks without </think> left out; a marker cut in two; the answer kept as text."""

@@ -112,11 +112,10 @@ def test_graphs_go_when_their_model_goes():
     assert engine.graphs.captured
     gone = weakref.ref(engine)
     gc.disable()
-    try:
-        del engine
-        assert gone() is None
-    finally:
-        gc.enable()
+    del engine
+    left = gone()
+    gc.enable()
+    assert left is None
 
 
 # --- weights laid out -------------------------------------------------------------------------

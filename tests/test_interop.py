@@ -46,8 +46,7 @@ def plain(tmp_path):
 
 def edited(folder, name="adapter_config.json", **keys):
     """The same folder with keys of a JSON file changed; None stands for null."""
-    content = json.loads((folder / name).read_text()) | keys
-    (folder / name).write_text(json.dumps(content))
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | keys))
     return folder
 
 
@@ -101,11 +100,9 @@ def test_names_of_tensors(plain, small):
     load_adapter(small, plain)
     close(small(ROWS)[0, -2:], GOLDEN["plain"]["logits"])
     name = sorted(tensors)[0]
-    for change, word in (
-        ({name: tensors[name][:2]}, "expected"),
-        ({name: tensors[name] * INF}, "not finite"),
-        ({name.replace("q_proj", "k_proj"): torch.ones(2)}, r"k_proj.* is unexpected"),
-    ):
+    changes = {"expected": {name: tensors[name][:2]}, "not finite": {name: tensors[name] * INF}}
+    changes["k_proj.* is unexpected"] = {name.replace("q_proj", "k_proj"): torch.ones(2)}
+    for word, change in changes.items():
         save_file(tensors | change, path)
         with pytest.raises(UserError, match=word):
             load_adapter(small, plain)

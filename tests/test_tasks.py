@@ -94,12 +94,11 @@ def test_a_chain_is_read_left_to_right():
     ("clock", "5 *9 5 *9 5 +7 2 </think> 6", "1100", 3),  # twice
     ("clock", "5 +3 6 *9 5 +7 2 +1 3 </think> 6", "1110", 4),  # the last one first
     ("clock", "5 2 3 6 </think> 6", "0000", 0),  # values alone are no steps
-    ("clock", "5 *9 55 </think> 6", "0000", 0),
+    ("clock", "5 *9 55 </think> 6", "0000", 0), ("clock", "<think> 5 *9 5", "1000", 1),
     ("clock-values", "<think> 5 2 3 6 </think> 6", "1111", 4),
     ("clock-values", "5 4 3 6 6 </think> 6", "1011", 5),
     ("clock-values", "2 3 6 </think> 6", "0000", 3),  # in other places
     ("clock", "5 *9 5 +7 2 +1 3 +3 6", "0000", 0),  # no end: all of it is conclusion
-    ("clock", "<think> 5 *9 5", "1000", 1),
 ])  # fmt: skip
 def test_written_steps(name, text, steps, claimed):
     """Catches: a false, repeated or misplaced step that counts; no credit after a skipped one."""
@@ -118,8 +117,7 @@ def test_written_steps(name, text, steps, claimed):
     ("gsm8k", "#### Step 1: add\n#### 18", ("#### Step 1: add\n", "####", " 18")),
     ("gsm8k", "<think>#### 1</think>#### 18", ("<think>#### 1", "</think>", "#### 18")),
     ("exact", "so\nAnswer: x\nANSWER: y", ("so\nAnswer: x\n", "ANSWER:", " y")),
-    ("exact", "y", ("", "", "y")),
-    ("none", "<think>a", ("<think>a", "", "")),
+    ("exact", "y", ("", "", "y")), ("none", "<think>a", ("<think>a", "", "")),
 ])  # fmt: skip
 def test_where_a_response_is_split(checker, text, split):
     """Catches: a conclusion read out of the reasoning; a heading taken for the answer's mark."""
@@ -175,8 +173,7 @@ def test_chains_in_english():
             true_text = task.written(prompt, len(true) + 1)
             assert moved and change.text == f"{true_text.rpartition(' ')[0]} {wrong}"
             assert change.follow == task.numbers[values[-1] + moved]
-    for bad in ("nine. Ann adds one.", "seven. Ann adds one.", "two."):
-        bad = f"Start with {bad}"
+    for bad in map("Start with {}".format, ("nine. Ann adds one.", "seven. Ann adds one.", "two.")):
         assert task.values(bad) == [] and task.target(Prompt("x", bad)) is None
 
 
@@ -184,18 +181,16 @@ def test_operations():
     """Catches: an operation that is no permutation; letters whose chains can be shortened."""
     clock, letters = TASKS["clock"].table, TASKS["permute"].table
     assert all(sorted(row) == [*"0123456789"] for row in [*clock.values(), *letters.values()])
-    for a in range(10):
-        for b in range(10):
-            line = "".join(str((a * d + b) % 10) for d in range(10))
-            assert all(sum(map(str.__eq__, line, row)) <= 3 for row in letters.values())
+    for a, b in itertools.product(range(10), repeat=2):
+        line = "".join(str((a * d + b) % 10) for d in range(10))
+        assert all(sum(map(str.__eq__, line, row)) <= 3 for row in letters.values())
     pairs = {"".join(g[int(d)] for d in f) for f in letters.values() for g in letters.values()}
     assert len(pairs) == 144 and not pairs & {*letters.values()}
 
 
 def test_made_prompts_favour_the_long():
     """Catches: lengths out of proportion; ids that repeat."""
-    source = TASKS["clock"].prompts(np.random.default_rng(0))
-    prompts = [next(source) for _ in range(4200)]
+    prompts = list(itertools.islice(TASKS["clock"].prompts(np.random.default_rng(0)), 4200))
     counts = Counter(p.group[0] for p in prompts)
     assert [round(counts[k] / 200) for k in "123456"] == [1, 2, 3, 4, 5, 6]
     assert len({p.id for p in prompts}) == 4200

@@ -15,34 +15,22 @@ MODEL = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
 PANIC = json.dumps({"version": "1.0", "model": MODEL | {"continuing_subword_prefix": "####"}})
 POINTER = "version https://git-lfs.github.com/spec/v1\noid 0"
 BROKEN = {"tokenizer.json": ["{", PANIC, None, POINTER]}
-BROKEN["tokenizer_config.json"] = """[1]
-{"eos_token": {"lstrip": false}}
-{"eos_token": {"content": 5}}
-{"added_tokens_decoder": {"x": {"content": "a"}}}
-{"added_tokens_decoder": [1]}
-{"extra_special_tokens": 5}
-{"chat_template": 5}
-{"chat_template": [{"name": "other", "template": "x"}]}
-{"chat_template": [{"name": "default"}]}""".splitlines()
-HOSTILE = r"""{{ messages.__class__.__mro__ }}
-{{ raise_exception.__globals__['json'] }}
-{{ cycler.__init__.__globals__.os.system('true') }}
-{{ lipsum.__globals__['os'].system('true') }}
-{{ ''.__class__.__mro__[1].__subclasses__() }}
-{{ (''|attr('__class__')).__mro__ }}
-{{ messages.append(1) }}
-{% include '/etc/passwd' %}
-{% import 'os' as os %}
-{{ '{0.__class__.__mro__}'.format('') }}
-{{ raise_exception('no\x1b[31m') }}
-{{ messages[7]['role'] }}
-{{ range(10**9) | list }}
-{{ 'x'|center(10**10) }}
-{{ [0] * 10**9 }}
-{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}
-{{ 'x' * 2**25 }}
-{{ '\ud800' }}
-{% for %}""".splitlines()
+BROKEN["tokenizer_config.json"] = [
+    "[1]", '{"eos_token": {"lstrip": false}}', '{"eos_token": {"content": 5}}',
+    '{"added_tokens_decoder": {"x": {"content": "a"}}}', '{"added_tokens_decoder": [1]}',
+    '{"chat_template": [{"name": "other", "template": "x"}]}', '{"extra_special_tokens": 5}',
+    '{"chat_template": 5}', '{"chat_template": [{"name": "default"}]}',
+]  # fmt: skip
+HOSTILE = [
+    "{{ messages.__class__.__mro__ }}", "{{ raise_exception.__globals__['json'] }}",
+    "{{ cycler.__init__.__globals__.os.system('true') }}", "{{ (''|attr('__class__')).__mro__ }}",
+    "{{ lipsum.__globals__['os'].system('true') }}", "{{ '{0.__class__.__mro__}'.format('') }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", r"{{ raise_exception('no\x1b[31m') }}",
+    "{{ messages.append(1) }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
+    "{{ messages[7]['role'] }}", "{{ range(10**9) | list }}", "{{ 'x'|center(10**10) }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ [0] * 10**9 }}", "{{ 'x' * 2**25 }}",
+    r"{{ '\ud800' }}", "{% for %}",
+]  # fmt: skip
 
 
 def made(folder, tokenizer=None, **files) -> Tokenizer:

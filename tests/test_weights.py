@@ -40,16 +40,13 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 def old_config(family: str) -> dict:
     """config.json as transformers 4 writes it."""
     s = SHAPES[family]
-    c = {"model_type": family, "vocab_size": s.vocab, "hidden_size": s.width}
-    c |= {"intermediate_size": s.ffn, "num_hidden_layers": s.blocks}
-    c |= {"num_attention_heads": s.heads, "num_key_value_heads": s.kv_heads}
-    c |= {"head_dim": s.head_dim, "rms_norm_eps": s.norm_eps, "rope_theta": s.rope_theta}
-    c |= {"hidden_act": "silu", "tie_word_embeddings": s.tied, "eos_token_id": [7, 9]}
-    c |= {"max_position_embeddings": 2048, "rope_scaling": None, "torch_dtype": "float32"}
-    if s.rope_scaling:
-        c |= {"attention_bias": True, "mlp_bias": True}
-        c["rope_scaling"] = {"rope_type": "llama3", **s.rope_scaling._asdict()}
-    return c
+    c = {"model_type": family, "vocab_size": s.vocab, "hidden_size": s.width, "hidden_act": "silu"}
+    c |= {"intermediate_size": s.ffn, "num_hidden_layers": s.blocks, "num_attention_heads": s.heads}
+    c |= {"num_key_value_heads": s.kv_heads, "head_dim": s.head_dim, "rms_norm_eps": s.norm_eps}
+    c |= {"rope_theta": s.rope_theta, "tie_word_embeddings": s.tied, "eos_token_id": [7, 9]}
+    c |= {"max_position_embeddings": 2048, "torch_dtype": "float32"}
+    c["rope_scaling"] = s.rope_scaling and {"rope_type": "llama3", **s.rope_scaling._asdict()}
+    return c | {"attention_bias": True, "mlp_bias": True} if s.rope_scaling else c
 
 
 def new_config(family: str) -> dict:
@@ -120,9 +117,8 @@ def oddities(tensors: dict) -> dict:
     """Names of a compiled model without `model.`, biases of zeros, an old buffer."""
     found = {"layers.1.mlp.up_proj.bias": torch.zeros(40)}
     found["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
-    for name, tensor in tensors.items():
-        found[name.replace("model.", "").replace("layers.", "_orig_mod.layers.")] = tensor
-    return found
+    bare = {name.replace("model.", ""): tensor for name, tensor in tensors.items()}
+    return found | {n.replace("layers.", "_orig_mod.layers."): t for n, t in bare.items()}
 
 
 @pytest.mark.parametrize("family, change", [
@@ -149,8 +145,7 @@ def test_every_dtype_to_every_dtype(tmp_path, stored, asked):
 def test_defaults_are_those_of_the_family(tmp_path, family):
     """Catches: one default for all; transformers has 128 for the head_dim of Qwen3."""
     keys = [*REQUIRED, *(["num_key_value_heads"] if family != "llama" else [])]
-    config = {key: old_config(family)[key] for key in keys}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({k: old_config(family)[k] for k in keys}))
     assert SILENT[family].items() <= read_shape(tmp_path).__dict__.items()
 
 
