@@ -117,7 +117,7 @@ def test_a_deadline_holds_for_the_whole_reply(server):
 
 
 def test_the_cache_knows_all_that_was_asked(server, tmp_path):
-    """Catches: a key with too much in it (id, marker) or too little; half a line that ends a run."""
+    """Catches: a key with too much in it (id, marker) or too little; half a line that ends it."""
     cache, item = tmp_path / "judge.jsonl", Item("a", "p", "2")
     asked = [item, Item("b", "p", "2", "2"), Item("c", "q", "2")]
     for items in (asked, [*asked, Item("twin", "p", "2")]):
@@ -159,7 +159,7 @@ def test_the_key_is_written_nowhere(server, tmp_path):
 
 
 def test_settings_that_cannot_work_are_named_before_any_work(monkeypatch):
-    """Catches: a run that starts without its settings, or needs a key offline; a leaked password."""
+    """Catches: a run that starts without settings, or needs a key offline; a password leaked."""
     monkeypatch.setenv("JUDGE_API_KEY", "sk-hunter2\nx")
     urls = (None, "localhost:8000", "http://me:hunter2@host/v1", "http://host/\x1b")
     bad = {"base_url": urls, "model": (None,), "api_key_env": ("NO_SUCH_KEY", "JUDGE_API_KEY")}
