@@ -16,8 +16,8 @@ alone, with both kinds of targets at four strengths, first seed only.
 Arms of --real: lambda 0, 1 and 2, and a control that was not taught to write at a shallow depth.
 
 Lambda must be small enough for a right answer to pay: a written route d blocks deep earns more than
-a wrong response e blocks deep only if lambda (d - e) / L < 1. On the second base d is 5, and wrong
-responses 2 blocks deep are easy, so lambda 3 is too much."""
+a wrong response e blocks deep only if lambda (d - e) / L < 1. On the second base and on `permute`,
+d is 4 to 5, and wrong responses 2 blocks deep are easy, so lambda 2 is too much."""
 
 import argparse
 import json
@@ -159,8 +159,7 @@ WORDS = [
 FULL = [
     *(SFT, UNCHARGED, Arm(0.3), Arm(1.0), CHARGED, Arm(3.0)),
     *(Arm(3.0, "mean"), Arm(3.0, "sum"), Arm(0.0, cap=4), Arm(0.0, exits=False)),
-    *(Arm(weight, base="second-base") for weight in (None, 0.0, 2.0, 3.0)),
-    *(Arm(w, base=base) for base in ("third-base", "permute") for w in (None, 0.0, 2.0)),
+    *(Arm(w, base=b) for b in ("second-base", "third-base", "permute") for w in (None, 0.0, 2.0)),
     *(Arm(weight, base=base) for base in ("values", "designed") for weight in (None, 2.0)),
     *(Arm(weight, targets="base") for weight in (None, 2.0)),
     *(Arm(targets=t, strength=s) for t in ("student", "base") for s in (4.0, 8.0, 16.0, 32.0)),
