@@ -130,7 +130,7 @@ def path_logprob(z: Tensor, depths: Tensor, layers: Sequence[int], deepest: int)
 
 
 def chance_kl(z: Tensor, before: Tensor) -> Tensor:
-    """KL of one chance to exit from another, in nats [...], from log-odds [...]."""
+    """KL(now || before) of chances to exit, nats [...], from log-odds z and `before` [...]."""
     return z.sigmoid() * (z - before) + F.logsigmoid(-z) - F.logsigmoid(-before)
 
 

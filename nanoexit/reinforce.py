@@ -14,8 +14,8 @@ an unbiased estimate of the gradient of the expected reward. R has four parts, e
 where depth is the maximum (the opaque serial depth), mean or sum over the response's tokens. The
 likelihood must be that of the samples, so any temperature but 1 and any truncation are refused.
 
-Exits that no reward holds would drift: all at lambda = 0, and those of easy prompts. So the loss
-adds exit_kl_weight * KL(heads || heads before REINFORCE), summed over all heads reached.
+At lambda = 0, and on easy prompts, nothing holds exits in place, so the loss also has
+exit_kl_weight * KL(heads || heads before REINFORCE), summed over the heads a response reached.
 
 Simpler than GRPO and PPO: 1. one step per batch, so no ratio and no clipping; 2. advantages are not
 divided by their standard deviation; 3. no value network; 4. the KL of tokens is in the reward."""
@@ -96,7 +96,7 @@ def collect(
 
 
 def copy_trained(model: Transformer) -> Transformer:
-    """A copy that shares the base's weights and has its own heads and adapters."""
+    """A copy with its own heads and adapters. Shares base weights, leaves out fast.py's layouts."""
     shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared | {id(model.fast_products): {}})
 
@@ -106,7 +106,7 @@ def accumulate(
 ) -> Tensor:
     """Backward through the mean over a step's rollouts, a micro-batch at a time. Short rollouts of
     a prompt share one row, which holds it once; attention makes long rows too expensive for that.
-    start: the model before REINFORCE, if exits are held -> their mean divergence, nats."""
+    start: the model before REINFORCE, for exit_kl_weight. -> the mean KL from its heads, or 0."""
     K, count, held = rl.rollouts, rl.prompts * rl.rollouts, torch.zeros((), device=model.device)
     active = [r for group in ([rollouts] if start else unequal(rollouts, K)) for r in group]
     longest = max((len(r.response.generation.tokens) for r in active), default=0)

@@ -16,8 +16,9 @@ alone, with both kinds of targets at four strengths, first seed only.
 Arms of --real: lambda 0, 1 and 2, and a control that was not taught to write at a shallow depth.
 
 Lambda must be small enough for a right answer to pay: a written route d blocks deep earns more than
-a wrong response e blocks deep only if lambda (d - e) / L < 1. On the second base and on `permute`,
-d is 4 to 5, and wrong responses 2 blocks deep are easy, so lambda 2 is too much."""
+text e blocks deep that is right with chance p only if lambda (d - e) / L < 1 - p. On the second
+base and on `permute`, d is 4 to 5, and text 2 to 4 blocks deep is right 0.5 to 0.9 of the time, so
+lambda 2 is too much."""
 
 import argparse
 import json

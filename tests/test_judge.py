@@ -50,7 +50,7 @@ def test_scores_are_read_in_every_wrapping():
 
 
 def test_what_is_not_clearly_a_score_is_no_number():
-    """Catches: guesses: clipping to the range, filling in a part, half a number, one of two."""
+    """Catches: guesses, such as clipping to the range, filling in a part, one of two numbers."""
     odd = (0, 11, -7, None, True, "high", "7/10", float("nan"), float("inf"), [7], 10**9)
     replies = [json.dumps({**GOOD, "clarity": value}) for value in odd]
     replies += ["", "I refuse.", BARE[:60], BARE + BARE, BARE.replace("7", "7" * 5000)]

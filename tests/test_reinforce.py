@@ -73,7 +73,7 @@ def estimate(model: Transformer, groups: int, seed: int, baseline: bool) -> torc
     responses = [Response(Prompt("x", "x"), PROMPT, g, "", Verdict(False)) for g in gens]
     rollouts = [Rollout(r, {}, a) for r, a in zip(responses, advantages.tolist())]
     model.zero_grad()
-    accumulate(model, rollouts, Config().rl)
+    accumulate(model, rollouts, replace(Config().rl, prompts=groups, rollouts=K))
     return -flat([p.grad for p in trained(model).values()])
 
 
