@@ -105,7 +105,7 @@ class RLConfig:
     lr: float = knob(1e-3, "peak learning rate of AdamW, as in SFT", high=10)
     micro_batch: int = knob(256, "rollouts in one forward; smaller needs less memory", 1)
     kl_weight: float = knob(0.0, "beta: cost of KL to the teacher, in mean nats per token")
-    exit_kl_weight: float = knob(0.0, "cost of KL(heads || heads at the start), nats per response")
+    exit_kl_weight: float = knob(0.0, "cost of exits that moved later: KL(now || start) in nats")
     depth_weight: float = knob(1.0, "lambda: cost of depth, in units of L")
     depth_penalty: str = knob("max", "which depth is charged", choices=["max", "mean", "sum"])
     length_weight: float = knob(0.005, "eta: cost of each token written")

@@ -129,9 +129,9 @@ def path_logprob(z: Tensor, depths: Tensor, layers: Sequence[int], deepest: int)
     return terms.sum(-1).masked_fill(~possible, -torch.inf)
 
 
-def chance_kl(z: Tensor, before: Tensor) -> Tensor:
-    """KL(now || before) of chances to exit, nats [...], from log-odds z and `before` [...]."""
-    return z.sigmoid() * (z - before) + F.logsigmoid(-z) - F.logsigmoid(-before)
+def delay_kl(z: Tensor, before: Tensor) -> Tensor:
+    """KL(now || before) of chances to exit, nats [...], from log-odds [...]; 0 where z grew."""
+    return (z < before) * (z.sigmoid() * (z - before) + F.softplus(before) - F.softplus(z))
 
 
 def target_chance(kl: Tensor, strength: float) -> Tensor:

@@ -14,8 +14,8 @@ an unbiased estimate of the gradient of the expected reward. R has four parts, e
 where depth is the maximum (the opaque serial depth), mean or sum over the response's tokens. The
 likelihood must be that of the samples, so any temperature but 1 and any truncation are refused.
 
-At lambda = 0, and on easy prompts, nothing holds exits in place, so the loss also has
-exit_kl_weight * KL(heads || heads before REINFORCE), summed over the heads a response reached.
+Where depth is free, exits drift later and gain nothing. So the loss adds exit_kl_weight * KL(heads
+|| heads before REINFORCE), summed over the heads reached that now exit less. Exiting more is free.
 
 Simpler than GRPO and PPO: 1. one step per batch, so no ratio and no clipping; 2. advantages are not
 divided by their standard deviation; 3. no value network; 4. the KL of tokens is in the reward."""
@@ -32,7 +32,7 @@ from torch import Tensor
 from nanoexit import training
 from nanoexit.adapters import save_adapter
 from nanoexit.config import Config, RLConfig
-from nanoexit.exits import chance_kl
+from nanoexit.exits import delay_kl
 from nanoexit.model import Transformer
 from nanoexit.score import readout_logprobs
 from nanoexit.tasks import Prompt, Response, load_prompts
@@ -123,7 +123,7 @@ def accumulate(
         if start:
             with torch.no_grad():
                 before = rescore(start, responses, together)[1].head_logits
-            kl = chance_kl(scored.head_logits, before).flatten(0, 1)[a.at].sum() / count
+            kl = delay_kl(scored.head_logits, before).flatten(0, 1)[a.at].sum() / count
             loss, held = loss + rl.exit_kl_weight * kl, held + kl.detach()
         loss.backward()
     return held

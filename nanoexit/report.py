@@ -39,7 +39,7 @@ TITLES |= {"mean_depth": "Mean depth, in blocks", "max_depth": "Opaque serial de
 TITLES |= {"target_exit": "Targets at the heads", "student_exit": "Chance to exit at the heads"}
 TITLES |= {"written": "Steps written", "flat_groups": "Prompts whose rewards are all equal"}
 TITLES |= {"reward_verify": "Reward: right answer", "reward_kl": "Reward: KL to the teacher"}
-TITLES |= {"exit_kl": "KL of the exit heads from their start, nats per response"}
+TITLES |= {"exit_kl": "KL of the heads that now exit less, nats per response"}
 TITLES |= {"reward_depth": "Reward: depth", "reward_length": "Reward: tokens written"}
 SHARES = re.compile("(?i)accuracy|share|at the heads|steps written")  # their axis reaches 1
 

@@ -10,18 +10,18 @@ import argparse
 from pathlib import Path
 
 import _script
-from experiment import CHARGED, Arm
+from experiment import Arm
 
 from nanoexit.config import ROOT, read_json
 from nanoexit.report import read_run, write_page
 
 TITLE = "Charge a model for depth, and it writes its reasoning down"
 NOTE = """{base} Three students of it answer the same prompts, the first {count} of seed {seed}. SFT
-taught one to write what the base writes at less depth. REINFORCE then rewarded two copies of it
-for right answers; it charged one of them, lambda 2, for the deepest token of each response. Base
-and SFT choose at random whether to write. What to notice: without the charge nothing is written,
-and the answer is one deep token. With it nearly every step is written, and no token runs deep,
-however long the chain. Under a low cap (Accuracy under a cap) only the charged model is still
+taught one to write what the base writes at less depth. REINFORCE then rewarded two copies of it for
+right answers; it charged one of them, lambda {charge:g}, for the deepest token of each response.
+Base and SFT choose at random whether to write. What to notice: without the charge nothing is
+written, and the answer is one deep token. With it nearly every step is written, and no token runs
+deep, however long the chain. Under a low cap (Accuracy under a cap) only the charged model is still
 right. With the reasoning cut (Reasoning cut), its answer changes and the others' stay."""
 TINY = "A base of 8 blocks answers chains of operations, of which only the last digit is kept."
 REAL = "SmolLM2 135M, 30 blocks, was taught to answer chains in English, written out or at once."
@@ -38,14 +38,15 @@ def main() -> None:
     base, about = ("words", REAL) if args.real else ("shipped", TINY)
     folder = Path(args.runs or ("runs/real" if args.real else "runs/experiment"))
     runs = []
-    for weight in (None, 0.0, CHARGED.weight):
+    charge = Arm(base=base).study.charge
+    for weight in (None, 0.0, charge):
         arm = Arm(weight, base=base)
         run = read_run(arm.folder(folder, args.seed))
         run.name = arm.name
         run.samples = [sample for sample in run.samples if "step" not in sample]  # no rollouts
         runs.append(run)
     prompts = {sample["id"] for sample in runs[0].samples}
-    note = NOTE.format(base=about, count=len(prompts), seed=args.seed)
+    note = NOTE.format(base=about, count=len(prompts), seed=args.seed, charge=charge)
     look = read_json(folder / "bases" / f"{base}.json")
     runs[0].samples = [*look.get("samples", []), *runs[0].samples]
     out = Path(args.out or ROOT / "data" / "demo" / ("real.html" if args.real else "index.html"))

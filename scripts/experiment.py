@@ -1,6 +1,6 @@
 """The experiment: charge a small reasoner for its deepest token, and see what it writes down.
 
-    python scripts/experiment.py                    SFT, lambda 0 and lambda 2, one seed
+    python scripts/experiment.py                    SFT, lambda 0 and lambda 3, one seed
     python scripts/experiment.py --full --jobs 2    every arm, three seeds, other bases
     python scripts/experiment.py --real             the same on SmolLM2 135M, taught English chains
 
@@ -18,7 +18,7 @@ Arms of --real: lambda 0, 1 and 2, and a control that was not taught to write at
 Lambda must be small enough for a right answer to pay: a written route d blocks deep earns more than
 text e blocks deep that is right with chance p only if lambda (d - e) / L < 1 - p. On the second
 base and on `permute`, d is 4 to 5, and text 2 to 4 blocks deep is right 0.5 to 0.9 of the time, so
-lambda 2 is too much."""
+lambda 3 is too much; they are charged lambda 1 too."""
 
 import argparse
 import json
@@ -100,10 +100,11 @@ class Study:
     around: int
     longest: int  # operations of a prompt
     caps: tuple[int, ...]  # in the table
+    charge: float  # lambda of the charged arm
 
 
-TINY = Study("configs/tiny_rl.yaml", range(2, 7), 98, 23, 6, (2, 3, 4, 6, 8))
-REAL = Study("configs/words.yaml", (8, 12, 16, 20, 24), 132, 29, 3, (8, 10, 12, 20))
+TINY = Study("configs/tiny_rl.yaml", range(2, 7), 98, 23, 6, (2, 3, 4, 6, 8), 3)
+REAL = Study("configs/words.yaml", (8, 12, 16, 20, 24), 132, 29, 3, (8, 10, 12, 20), 2)
 
 
 # --- arms -------------------------------------------------------------------------------------
@@ -150,19 +151,19 @@ class Arm:
         return runs / f"{'-'.join(words)}-seed{seed}"
 
 
-BASE, SFT, UNCHARGED, CHARGED = Arm(trained=False), Arm(), Arm(0.0), Arm(2.0)
+BASE, SFT, UNCHARGED, CHARGED = Arm(trained=False), Arm(), Arm(0.0), Arm(TINY.charge)
 DEFAULT = [SFT, UNCHARGED, CHARGED]
-MAIN = [arm.name for arm in (BASE, *DEFAULT)]
 WORDS = [
-    *(Arm(weight, base="words") for weight in (None, 0.0, 1.0, 2.0)),
-    *(Arm(weight, base="words-head") for weight in (None, 2.0)),  # no shallow written route
+    *(Arm(weight, base="words") for weight in (None, 0.0, 1.0, REAL.charge)),
+    *(Arm(weight, base="words-head") for weight in (None, REAL.charge)),  # no shallow written route
 ]
 FULL = [
-    *(SFT, UNCHARGED, Arm(0.3), Arm(1.0), CHARGED, Arm(3.0)),
+    *(SFT, UNCHARGED, Arm(0.3), Arm(1.0), Arm(2.0), CHARGED),
     *(Arm(3.0, "mean"), Arm(3.0, "sum"), Arm(0.0, cap=4), Arm(0.0, exits=False)),
-    *(Arm(w, base=b) for b in ("second-base", "third-base", "permute") for w in (None, 0.0, 2.0)),
-    *(Arm(weight, base=base) for base in ("values", "designed") for weight in (None, 2.0)),
-    *(Arm(weight, targets="base") for weight in (None, 2.0)),
+    *(Arm(weight, base="third-base") for weight in (None, 0.0, 3.0)),
+    *(Arm(w, base=base) for base in ("second-base", "permute") for w in (None, 0.0, 1.0, 3.0)),
+    *(Arm(weight, base=base) for base in ("values", "designed") for weight in (None, 3.0)),
+    *(Arm(weight, targets="base") for weight in (None, 3.0)),
     *(Arm(targets=t, strength=s) for t in ("student", "base") for s in (4.0, 8.0, 16.0, 32.0)),
 ]
 
@@ -405,6 +406,11 @@ def preflight_text(base: str, found: dict) -> str:
 SHARES = ("0%", "25%")  # of the reasoning kept
 
 
+def study_of(results: Sequence[dict]) -> Study:
+    """The study whose entries these are."""
+    return Arm(base=results[0]["base"]).study
+
+
 def table_rows(study: Study) -> dict[str, tuple[str, str]]:
     """Title of a row of the table -> figure or figure.entry, format."""
     ends = ("1 step", f"{study.longest} steps")
@@ -456,6 +462,11 @@ FIGURES = {  # figure of an entry -> title, x, y, the least top of the y axis
 }
 
 
+def main_arms(results: Sequence[dict]) -> list[str]:
+    """Names of the arms that everything shows: base, SFT, without a charge, and charged."""
+    return [arm.name for arm in (BASE, SFT, UNCHARGED, Arm(study_of(results).charge))]
+
+
 def by_arm(results: Sequence[dict], key: str = "arm") -> dict[str, list[dict]]:
     """Entries of all seeds by the name of their arm."""
     names = dict.fromkeys(row[key] for row in results)
@@ -491,12 +502,13 @@ def entry_figure(
 def draw(results: Sequence[dict]) -> dict[str, Figure]:
     """File name -> figure, over all seeds."""
     arms = by_arm([row for row in results if not row["strength"]])
-    main = {name: rows for name, rows in arms.items() if name in MAIN}
+    main = {name: arms[name] for name in main_arms(results) if name in arms}
     colors: dict[str, str] = {}  # of the lines of all figures
     found = {key: entry_figure(main, key, *about, colors) for key, about in FIGURES.items()}
-    charged = {name: rows for name, rows in arms.items() if rows[0]["lambda"] == CHARGED.weight}
+    charge = study_of(results).charge
+    charged = {name: rows for name, rows in arms.items() if rows[0]["lambda"] == charge}
     title, x, y, top = FIGURES["capped_accuracy"]
-    about = f"{title}, {CHARGED.name}", x, y, top, colors
+    about = f"{title}, lambda {charge:g}", x, y, top, colors
     found["charged"] = entry_figure(charged, "capped_accuracy", *about)
     plain = [row for weight in (0.0, 0.3, 1.0, 2.0, 3.0) for row in arms.get(Arm(weight).name, [])]
     pairs = {key: [(row["lambda"], row[key]) for row in plain] for key in ("written", "accuracy")}
@@ -533,7 +545,7 @@ def write(results: Sequence[dict], out: Path, command: str) -> None:
     """Write results.json, table.md, one SVG per figure, and index.html with table and figures."""
     arms, figures = by_arm(results), draw(results)
     lines = [["", *arms]]
-    for title, (key, form) in table_rows(Arm(base=results[0]["base"]).study).items():
+    for title, (key, form) in table_rows(study_of(results)).items():
         lines.append([title, *(over_seeds(rows, key, form) for rows in arms.values())])
     write_text(out / "results.json", json.dumps(list(results), separators=(",", ":")) + "\n")
     write_text(out / "table.md", f"`{command}`\n\n{markdown_table(lines)}\n\n{LEGEND}\n")
@@ -566,7 +578,7 @@ def main() -> None:
     flags += ["--seeds", *map(str, seeds)] if args.seeds else []
     command = " ".join(["python scripts/experiment.py", *flags, *args.overrides])
     write(results, out, f"{command} (commit {results[0]['made_by']['commit']})")
-    shown = [row for row in results if row["seed"] == seeds[0] and row["arm"] in MAIN]
+    shown = [row for row in results if row["seed"] == seeds[0] and row["arm"] in main_arms(results)]
     print(f"\n{table(shown)}\n\n{out / 'index.html'} has all arms; see also table.md, results.json")
 
 

@@ -48,14 +48,14 @@ def test_the_experiment_runs_and_writes(runs, tmp_path, capsys):
     results = script.experiment(DEFAULT, [0], folder, 1, overrides)
     out = capsys.readouterr().out
     assert "pre-flight, base shipped" in out and "REINFORCE can only shift" in out
-    assert [row["arm"] for row in results] == ["base", "SFT", "lambda 0", "lambda 2"]
+    assert [row["arm"] for row in results] == ["base", "SFT", "lambda 0", "lambda 3"]
     promised = "arm base lambda penalty cap seed accuracy written mean_depth max_depth tokens "
     promised += "max_depth_p95 capped_accuracy same_answer same_answer_cap follow stay monitor "
     promised += "steps_in_head greedy_accuracy unwritten_run max_depth_by_group operations made_by"
     assert all(set(promised.split()) <= set(row) for row in results)
     base, sft, _, charged = results
     assert (base["max_depth"], base["operations"], base["lambda"]) == (8, 98 * 8 + 23, None)
-    assert abs(base["kl"]) < 1e-6 < charged["kl"] and charged["lambda"] == 2.0
+    assert abs(base["kl"]) < 1e-6 < charged["kl"] and charged["lambda"] == 3.0
     assert list(base["preflight"]) == [*"23456"] and "preflight" not in sft
     assert sft["made_by"]["model"]["content"].startswith("sha256:") and sft["made_by"]["commit"]
     script.write(results, tmp_path, "this test")
@@ -66,7 +66,7 @@ def test_the_experiment_runs_and_writes(runs, tmp_path, capsys):
     for title, cells in (("", [row["arm"] for row in results]), ("accuracy", found)):
         assert f"\n| {' | '.join([title, *cells])} |\n" in text, "a row for each figure"
     page = (tmp_path / "index.html").read_text()
-    assert "lambda 2" in page and "{" not in page.split("</style>")[1].split("<svg")[0]
+    assert "lambda 3" in page and "{" not in page.split("</style>")[1].split("<svg")[0]
 
 
 def test_what_is_reused_and_what_is_not(runs, capsys):

@@ -114,8 +114,9 @@ def test_rollouts_of_several_prompts_are_a_sum():
     assert torch.allclose(whole, sum(gradients), atol=1e-4) and whole.norm() > 1
 
 
-def test_exits_are_held_where_they_began():
-    """Catches: a reference that moves along; heads that no token reached; the KL the other way."""
+def test_exits_are_kept_from_moving_later():
+    """Catches: a reference that moves along; heads that no token reached; the KL the other way; a
+    cost of exiting more."""
     model, config, rollouts = small_model(None), Config(), []
     config.rl.prompts, config.rl.rollouts, config.rl.exit_kl_weight = 2, K, 0.5
     start = copy_trained(model)
@@ -127,7 +128,7 @@ def test_exits_are_held_where_they_began():
     scramble(((n, p) for n, p in model.named_parameters() if "lora_B" in n or "exits" in n), 2)
     model.zero_grad()
     found = accumulate(model, rollouts, config.rl, start)
-    expected = torch.zeros(())
+    expected, seen = torch.zeros(()), []
     for r in rollouts:
         g, n = r.response.generation, len(r.response.prompt_ids)
         ids = torch.tensor([r.response.prompt_ids + g.tokens[:-1]])
@@ -135,8 +136,10 @@ def test_exits_are_held_where_they_began():
         now, then = (score(m, ids, depths, [n]).head_logits[0, n - 1 :] for m in (model, start))
         reached = depths[0, n - 1 :, None] >= torch.tensor([1, 2])
         chances = Bernoulli(logits=now), Bernoulli(logits=then.detach())
-        expected = expected + kl_divergence(*chances)[reached].sum() / (2 * K)
+        expected = expected + kl_divergence(*chances)[reached & (now < then)].sum() / (2 * K)
+        seen += [bool(row) for row in (now < then)[reached]]
     assert found == pytest.approx(expected.item(), rel=1e-4) and found > 0.1
+    assert {*seen} == {True, False}
     weights = list(trained(model).values())
     exact = torch.autograd.grad(0.5 * expected, weights, allow_unused=True)
     assert all(torch.allclose(p.grad, 0 * p if g is None else g) for p, g in zip(weights, exact))
