@@ -8,7 +8,7 @@ An *arm* is one way of training; each (arm, seed) has a run directory. The same 
 interrupted experiment. It reuses a result only if config, base, commit and code are the same, and
 says so.
 
-Arms of --full: lambda 0, 0.3, 1, 2 and 3 on the deepest token; 3 on the mean and on the sum of
+Arms of --full: lambda 0, 0.3, 1 and 3 on the deepest token; 3 on the mean and on the sum of
 depths; 0 under a cap and without exits. Other bases: two more from the shipped recipe, one for
 operations that do not compose, one that writes values without operations (a control), and a
 designed one (padded prompts, early readouts trained). Exit targets from the base's readouts. SFT
@@ -158,7 +158,7 @@ WORDS = [
     *(Arm(weight, base="words-head") for weight in (None, REAL.charge)),  # no shallow written route
 ]
 FULL = [
-    *(SFT, UNCHARGED, Arm(0.3), Arm(1.0), Arm(2.0), CHARGED),
+    *(SFT, UNCHARGED, Arm(0.3), Arm(1.0), CHARGED),
     *(Arm(3.0, "mean"), Arm(3.0, "sum"), Arm(0.0, cap=4), Arm(0.0, exits=False)),
     *(Arm(weight, base="third-base") for weight in (None, 0.0, 3.0)),
     *(Arm(w, base=base) for base in ("second-base", "permute") for w in (None, 0.0, 1.0, 3.0)),
@@ -510,7 +510,7 @@ def draw(results: Sequence[dict]) -> dict[str, Figure]:
     title, x, y, top = FIGURES["capped_accuracy"]
     about = f"{title}, lambda {charge:g}", x, y, top, colors
     found["charged"] = entry_figure(charged, "capped_accuracy", *about)
-    plain = [row for weight in (0.0, 0.3, 1.0, 2.0, 3.0) for row in arms.get(Arm(weight).name, [])]
+    plain = [row for weight in (0.0, 0.3, 1.0, 3.0) for row in arms.get(Arm(weight).name, [])]
     pairs = {key: [(row["lambda"], row[key]) for row in plain] for key in ("written", "accuracy")}
     shares = [(row["lambda"], row["max_depth"] / row["full_depth"]) for row in plain]
     pairs["opaque serial depth, share of all"] = shares
