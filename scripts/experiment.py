@@ -103,8 +103,8 @@ class Study:
     charge: float  # lambda of the charged arm
 
 
-TINY = Study("configs/tiny_rl.yaml", range(2, 7), 98, 23, 6, (2, 3, 4, 6, 8), 3)
-REAL = Study("configs/words.yaml", (8, 12, 16, 20, 24), 132, 29, 3, (8, 10, 12, 20), 2)
+TINY = Study("configs/tiny_rl.yaml", range(2, 7), 98, 23, 6, (2, 3, 4, 6, 8), 3.0)
+REAL = Study("configs/words.yaml", (8, 12, 16, 20, 24), 132, 29, 3, (8, 10, 12, 20), 2.0)
 
 
 # --- arms -------------------------------------------------------------------------------------
@@ -463,7 +463,7 @@ FIGURES = {  # figure of an entry -> title, x, y, the least top of the y axis
 
 
 def main_arms(results: Sequence[dict]) -> list[str]:
-    """Names of the arms that everything shows: base, SFT, without a charge, and charged."""
+    """Names of the arms in the main figures and on the terminal: base, SFT, uncharged, charged."""
     return [arm.name for arm in (BASE, SFT, UNCHARGED, Arm(study_of(results).charge))]
 
 

@@ -117,7 +117,8 @@ def test_what_is_shown_of_runs_in_progress(tmp_path):
 
 
 def test_lines_of_the_table_a_figure_and_the_preflight():
-    """Catches: seeds mixed up; a missing figure counted as 0; a route seen where there is none."""
+    """Catches: seeds mixed up; a missing figure counted as 0; another study's charged arm; a route
+    seen where there is none."""
     rows = [{"a": 0.5, "b": {"2 steps": 1, "1 step": 3}}, {"a": 0.7, "b": {"2 steps": 2}}]
     rows.append({"a": None})
     assert script.over_seeds(rows, "a", "{:.2f}") == "0.60 (0.50–0.70)"
@@ -126,6 +127,7 @@ def test_lines_of_the_table_a_figure_and_the_preflight():
     pairs = [pair for row in rows for pair in script.entries(row, "b").items()]
     assert script.curve(pairs) == [(1.0, 3.0), (2.0, 1.5, 1, 2)]
     assert script.curve([("25% kept", 1.0), (0.0, 2.0)]) == [(0.0, 2.0), (25.0, 1.0)]
+    assert script.main_arms([{"base": "words"}]) == ["base", "SFT", "lambda 0", "lambda 2"]
     good, poor = {"1": [1.0, 0.96, 0.2]}, {"1": [1.0, 0.5, 1.0]}
     text = script.preflight_text("shipped", {"2": poor, "3": good, "4": good})
     assert "there is a written route 3 blocks deep" in text and "0.98 (0.96)" in text
