@@ -12,13 +12,13 @@ Arms of --full: lambda 0, 0.3, 1 and 3 on the deepest token; 3 on the mean and o
 depths; 0 under a cap and without exits. Other bases: two more from the shipped recipe, one for
 operations that do not compose, one that writes values without operations (a control), and a
 designed one (padded prompts, early readouts trained). Exit targets from the base's readouts. SFT
-alone, with both kinds of targets at four strengths, first seed only.
+alone, with both kinds of targets at three other strengths, first seed only.
 Arms of --real: lambda 0, 1 and 2, and a control that was not taught to write at a shallow depth.
 
 Lambda must be small enough for a right answer to pay: a written route d blocks deep earns more than
 text e blocks deep that is right with chance p only if lambda (d - e) / L < 1 - p. On the second
 base and on `permute`, d is 4 to 5, and text 2 to 4 blocks deep is right 0.5 to 0.9 of the time, so
-lambda 3 is too much; they are charged lambda 1 too."""
+lambda 3 is too much; permute is charged lambda 1 too."""
 
 import argparse
 import json
@@ -160,11 +160,11 @@ WORDS = [
 FULL = [
     *(SFT, UNCHARGED, Arm(0.3), Arm(1.0), CHARGED),
     *(Arm(3.0, "mean"), Arm(3.0, "sum"), Arm(0.0, cap=4), Arm(0.0, exits=False)),
-    *(Arm(weight, base="third-base") for weight in (None, 0.0, 3.0)),
-    *(Arm(w, base=base) for base in ("second-base", "permute") for w in (None, 0.0, 1.0, 3.0)),
+    *(Arm(w, base=base) for base in ("third-base", "second-base") for w in (None, 0.0, 3.0)),
+    *(Arm(weight, base="permute") for weight in (None, 0.0, 1.0, 3.0)),
     *(Arm(weight, base=base) for base in ("values", "designed") for weight in (None, 3.0)),
     *(Arm(weight, targets="base") for weight in (None, 3.0)),
-    *(Arm(targets=t, strength=s) for t in ("student", "base") for s in (4.0, 8.0, 16.0, 32.0)),
+    *(Arm(targets=t, strength=s) for t in ("student", "base") for s in (4.0, 8.0, 32.0)),
 ]
 
 
@@ -516,7 +516,9 @@ def draw(results: Sequence[dict]) -> dict[str, Figure]:
     pairs["opaque serial depth, share of all"] = shares
     lines = {name: curve(pairs[name]) for name in pairs}
     found["externalization"] = line_figure("Externalization", "lambda", "", lines, 1, colors)
-    rules = by_arm([row for row in results if row["strength"]], "targets")
+    sft = [row for row in results if row["trained"] and row["weight"] is None]
+    sft = [row for row in sft if row["base"] == "shipped" and row["seed"] == sft[0]["seed"]]
+    rules = by_arm(sft, "targets")
     pairs = {t: [(r["mean_depth"], r["accuracy"]) for r in rows] for t, rows in rules.items()}
     title, lines = "SFT: whose readouts set the targets?", {t: curve(pairs[t]) for t in pairs}
     found["sft_frontier"] = line_figure(title, "mean depth", "accuracy", lines, 1, colors)
