@@ -17,8 +17,8 @@ Arms of --real: lambda 0, 1 and 2, and a control that was not taught to write at
 
 Lambda must be small enough for a right answer to pay: a written route d blocks deep earns more than
 text e blocks deep that is right with chance p only if lambda (d - e) / L < 1 - p. On the second
-base and on `permute`, d is 4 to 5, and text 2 to 4 blocks deep is right 0.5 to 0.9 of the time, so
-lambda 3 is too much; permute is charged lambda 1 too."""
+base d is 5, and lambda 3 is too much. On `permute` d is 4, which is close: it is charged lambda 1
+too."""
 
 import argparse
 import json
