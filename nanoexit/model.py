@@ -141,13 +141,12 @@ class Places(NamedTuple):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention with grouped queries: q [B, T, H, d]; k, v [B, K, S, d] -> [B, T, H, d]."""
-    B, T, H, d = q.shape
-    K = k.shape[1]
-    if T == 1:  # a group's heads take the place of positions: keys are not repeated
-        q = q.view(B, K, H // K, d)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, 1, H, d)
-    q = q.transpose(1, 2)
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != K)
+    if q.requires_grad and v.dtype == torch.bfloat16 and v.is_cpu:
+        with torch.autocast("cpu", enabled=False):  # in bfloat16, gradients take up to 10 x longer
+            return attend(q.float(), k.float(), v.float(), mask).to(v.dtype)
+    (_, T, H, _), K, q = q.shape, k.shape[1], q.transpose(1, 2)
+    causal = mask is None and T > 1
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=H != K)
     return y.transpose(1, 2)
 
 

@@ -174,5 +174,4 @@ def readout_logprobs(model: Transformer, h: Tensor, tokens: Tensor) -> Tensor:
 
 def token_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
     """Logits [n, V], tokens [n] -> log p(token) [n] float32, temperature 1."""
-    logits = logits.float()
-    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return -F.cross_entropy(logits.float(), tokens, reduction="none")

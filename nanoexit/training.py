@@ -233,12 +233,12 @@ def make_optimizer(model: nn.Module, lr: float) -> AdamW:
     return optimizer
 
 
-def cosine_share(step: int, steps: int, warmup: int = 10, floor: float = 0.02) -> float:
-    """Share of the peak rate at `step` (from 0): linear warm-up, a half cosine down to `floor`."""
+def cosine_share(step: int, steps: int, warmup: int = 10) -> float:
+    """Share of the peak rate at `step` (from 0): linear warm-up, a half cosine down to 0.02."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     along = (step - warmup) / max(1, steps - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * along))
+    return 0.02 + 0.49 * (1 + math.cos(math.pi * along))
 
 
 def clip_and_step(optimizer: Optimizer, lr: float) -> float:

@@ -254,6 +254,8 @@ def train(model: Transformer, tokenizer: Tokenizer, config: Recipe, folder: Path
     f = config.finetune
     kept = [] if config.data.prompts in TASKS else read_rows(config, tokenizer)
     optimizer = training.make_optimizer(model, f.lr)
+    if model.device.type == "cpu":  # several times faster there, for many weights
+        optimizer.param_groups[0]["fused"] = True
     done = training.load_checkpoint(folder, model, optimizer)
     metrics = training.Metrics(folder, done, config)
     with training.progress(f.steps, "finetune", "step", done) as bar:
