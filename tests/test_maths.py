@@ -13,8 +13,7 @@ from nanoexit.reinforce import leave_one_out
 from nanoexit.score import align, divergence, pad, readout_kl, through_readout, token_logprob
 from nanoexit.training import batch_at, cosine_share
 
-HALF, THIRD = 0.0, math.log(0.5)  # log-odds of 1/2 and of 1/3
-CPU = torch.device("cpu")
+HALF, THIRD, CPU = 0.0, math.log(0.5), torch.device("cpu")  # log-odds of 1/2 and of 1/3
 
 
 def test_a_path_costs_what_its_heads_said():
@@ -107,7 +106,8 @@ def test_a_response_is_aligned_with_the_readouts_that_wrote_it():
 
 def test_an_advantage_leaves_its_own_reward_out():
     """Catches: the plain group mean, whose gradient is too small. 6 - (0 + 3) / 2 = 4.5."""
-    assert leave_one_out(torch.tensor([[6.0, 0, 3], [1, 1, 1]])).tolist() == [[4.5, -4.5, 0], [0, 0, 0]]
+    advantages = leave_one_out(torch.tensor([[6.0, 0.0, 3.0], [1.0, 1.0, 1.0]]))
+    assert advantages.tolist() == [[4.5, -4.5, 0.0], [0.0, 0.0, 0.0]]
 
 
 def test_every_item_is_seen_once_an_epoch():
