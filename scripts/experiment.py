@@ -276,7 +276,7 @@ def status(runs: Path) -> str:
         if not (path.parent / "result.json").is_file() and ".before-" not in path.parent.name:
             found.append(f"{path.parent.name} step {len(path.read_text().splitlines())}")
     for path in sorted(runs.glob("bases/*.log")):
-        if not (path.with_suffix("") / "tokenizer.json").is_file():
+        if not (BASES[path.stem].folder(path.stem, runs) / "tokenizer.json").is_file():
             last = path.read_text(errors="replace").splitlines()[-1:]
             found.append(" ".join([path.stem, *last]))
     return " | ".join(found)

@@ -112,7 +112,8 @@ def test_what_is_shown_of_runs_in_progress(tmp_path):
     for name, lines in (("SFT-seed0", 3), ("lambda-0-seed0", 2), ("SFT-seed1.before-1", 9)):
         write_text(tmp_path / name / "metrics.jsonl", "{}\n" * lines)
     write_text(tmp_path / "SFT-seed0" / "result.json", "{}")
-    write_text(tmp_path / "bases" / "values.log", "pretrain: 1\rpretrain: 20")
+    for name in ("values.log", "words.log", "words/model/tokenizer.json"):
+        write_text(tmp_path / "bases" / name, "pretrain: 1\rpretrain: 20")
     assert script.status(tmp_path) == "lambda-0-seed0 step 2 | values pretrain: 20"
 
 

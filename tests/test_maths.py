@@ -106,8 +106,7 @@ def test_a_response_is_aligned_with_the_readouts_that_wrote_it():
 
 def test_an_advantage_leaves_its_own_reward_out():
     """Catches: the plain group mean, whose gradient is too small. 6 - (0 + 3) / 2 = 4.5."""
-    advantages = leave_one_out(torch.tensor([[6.0, 0.0, 3.0], [1.0, 1.0, 1.0]]))
-    assert advantages.tolist() == [[4.5, -4.5, 0.0], [0.0, 0.0, 0.0]]
+    assert leave_one_out(torch.tensor([[6, 0, 3.0], [1] * 3])).tolist() == [[4.5, -4.5, 0], [0] * 3]
 
 
 def test_every_item_is_seen_once_an_epoch():
