@@ -301,7 +301,10 @@ def experiment(
         needed = list(dict.fromkeys(BASES[base].start for base in needed if BASES[base].start))
     for needed in reversed(stages):
         run_all(jobs, make_base, [(base, runs, jobs > 1, model) for base in needed], "bases", runs)
-    looks = {base: look_at_base(base, runs, overrides) for base in bases}
+    every_base = [(base, runs, overrides) for base in bases]
+    looks = dict(zip(bases, run_all(jobs, look_at_base, every_base, "pre-flight", runs)))
+    for base, look in looks.items():
+        print(preflight_text(base, look["preflight"]), flush=True)
     results: dict[tuple[Arm, int], dict] = {}
     for name, sft in (("SFT", True), ("REINFORCE", False)):
         todo = []
@@ -327,7 +330,7 @@ def experiment(
 
 
 def look_at_base(base: str, runs: Path, overrides: Sequence[str]) -> dict:
-    """Measure a base once and print its pre-flight -> both, and the `made_by` of its results."""
+    """Measure a base once -> its row and pre-flight, and the `made_by` of its results."""
     config = arm_config(Arm(base=base), 0, runs, overrides)
     model, tokenizer = load_student(config)
     path = runs / "bases" / f"{base}.json"
@@ -342,7 +345,6 @@ def look_at_base(base: str, runs: Path, overrides: Sequence[str]) -> dict:
             row, shown = evaluate_variant(subject, "base", prompts, Judge(config.judge))
         look = rounded({"made_by": made_by, "preflight": found, "row": row, "samples": shown})
         write_text(path, json.dumps(look))
-    print(preflight_text(base, look["preflight"]), flush=True)
     return look
 
 
