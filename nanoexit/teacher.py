@@ -101,10 +101,10 @@ def show_response(model: Transformer, tokenizer: Tokenizer, response: Response, 
     pieces = tokenizer.pieces(g.tokens)
     tokens = []
     for i, piece in enumerate(pieces):
-        depth, heads = g.depths[i], zip(layers, chances[i])
+        depth, likely = g.depths[i], zip(top.indices[i].tolist(), top.values[i].tolist())
         token = {"text": piece, "depth": depth}
+        heads = zip(layers, chances[i])
         token["exit_probs"] = [round(p, 4) if depth >= d else None for d, p in heads]
-        likely = zip(top.indices[i].tolist(), top.values[i].tolist())
         token["top"] = [[tokenizer.pieces([t])[0], round(p, 4)] for t, p in likely]
         tokens.append(token)
     return {
