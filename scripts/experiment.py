@@ -80,7 +80,7 @@ POLISH = ("finetune.steps=300", "finetune.batch_size=8", "finetune.lr=1e-4")
 BASES = {
     "shipped": Base(),
     "second-base": Base(flags=("pretrain.seed=1",)),
-    "third-base": Base(flags=("pretrain.seed=3",)),
+    "third-base": Base(flags=("pretrain.seed=3",)),  # seed 2: see the README
     "values": Base("clock-values"),
     "designed": Base("clock-values", ("pretrain.slots=7", "pretrain.deep_weight=0.3")),
     "permute": Base("permute"),
