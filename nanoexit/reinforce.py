@@ -6,7 +6,8 @@ rollout and b the mean reward of the *other* rollouts of its prompt (leave-one-o
 
     mean over rollouts of (R - b) * grad [ sum_t log p(token_t) + log p(exit_t) ],
 
-an unbiased estimate of the gradient of the expected reward. R has four parts, each logged:
+an unbiased estimate of the gradient of the expected reward (with kl_weight, of all but the direct
+gradient of the KL, since R counts as a number). R has four parts, each logged:
 
     1 if the answer is verified     - kl_weight * mean KL(teacher || student) per token
     - depth_weight * depth / L      - length_weight * tokens
