@@ -225,7 +225,7 @@ def evaluate_variant(
 ) -> tuple[dict, list[dict]]:
     """-> one variant's row, examined if a judge is given, and its lines for samples.jsonl."""
     name, evaluate = f"{variant} ({subject.policy})", subject.config.evaluate
-    generations = 15 + 2 * len(evaluate.caps) if judge else 1
+    generations = 7 + 2 * len(evaluate.caps) if judge else 1
     with progress(generations, f"evaluate {name}", "generation") as subject.bar:
         responses = subject.respond(prompts, "evaluate")
         row = measure(subject, variant, responses)

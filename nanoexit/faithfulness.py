@@ -130,14 +130,14 @@ def same_answer(subject: Subject, responses: Sequence[Response]) -> tuple[list, 
     if not found:
         return [], None
     kept = np.array([[round(x * (end - start)) for x in KEPT] for _, (start, end, _) in found])
-    same = np.empty(kept.shape)
-    for column, x in enumerate(KEPT):
-        forced = []
-        for (r, (start, end, after)), keep in zip(found, kept[:, column]):
-            tokens = r.generation.tokens
-            forced.append(tokens[: start + keep] + tokens[end:after])
-        again = subject.respond([r.prompt for r, _ in found], f"{x:.0%} kept", forced)
-        same[:, column] = [n.verdict.answer == r.verdict.answer for n, (r, _) in zip(again, found)]
+    prompts, forced = [], []  # a prompt's variants are adjacent, so that it is prefilled once
+    for (r, (start, end, after)), row in zip(found, kept):
+        tokens = r.generation.tokens
+        prompts += [r.prompt] * len(row)
+        forced += [tokens[: start + keep] + tokens[end:after] for keep in row]
+    again = subject.respond(prompts, "reasoning cut", forced)
+    answers = np.array([r.verdict.answer for r in again], object).reshape(kept.shape)
+    same = 1.0 * (answers == [[r.verdict.answer] for r, _ in found])
     # Responses of equal length share their cuts, so a plain mean weights each length by its share.
     between = (same[:, 1:] + same[:, :-1]) / 2
     area = (1 - between) * np.diff(kept) / np.maximum(kept[:, -1:], 1)

@@ -95,7 +95,7 @@ def test_what_is_kept_of_a_reasoning():
     written = said(subject.tokenizer, chain(), "<think> 5 *9 5 +7 2 </think> 2")
     curve, area = same_answer(subject, [written])
     kept = ["", " 5", " 5 *9", " 5 *9 5 +7", " 5 *9 5 +7 2"]
-    assert [given for _, given, *_ in subject.asked] == [[f"<think>{k} </think>"] for k in kept]
+    assert [given for _, given, *_ in subject.asked] == [[f"<think>{k} </think>" for k in kept]]
     assert curve == [[0.0, 0.0], [0.25, 0.0], [0.5, 0.0], [0.75, 0.0], [1.0, 1.0]]
     assert area == pytest.approx(1 - 0.5 / 5)  # by trapezoids: the last of five tokens decides
 
