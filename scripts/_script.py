@@ -18,8 +18,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
+def report_once(line: str) -> None:
+    """Print to stderr; of torchrun's processes, only the first that reports does."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    with contextlib.suppress(FileExistsError):
+        if file:
+            (Path(file).parents[1] / "reported").touch(exist_ok=False)
+        print(line, file=sys.stderr)
+
+
 def end_at_once(number: int, _: Any) -> None:
-    os.write(2, b"stopped before any work was done\n")
+    report_once("stopped before any work was done")
     os._exit(128 + number)
 
 
@@ -74,12 +83,3 @@ def run_main(main: Callable[[], None]) -> None:
             signal.signal(number, signal.SIG_IGN)
         report_once("stopped: what was written is kept; --resume continues from a checkpoint")
         raise SystemExit(128 + stopped.args[0]) from None
-
-
-def report_once(line: str) -> None:
-    """Print to stderr; of torchrun's processes, only the first that reports does."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    with contextlib.suppress(FileExistsError):
-        if file:
-            (Path(file).parents[1] / "reported").touch(exist_ok=False)
-        print(line, file=sys.stderr)
