@@ -243,15 +243,14 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: i
     to what is left; the likeliest token is always kept."""
     if temperature == 0:
         return logits.argmax(-1)
-    if temperature != 1:  # subtracting first, a low temperature cannot overflow
-        logits = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
-    p = logits.softmax(-1)
+    p = (logits - logits.amax(-1, keepdim=True)).div_(temperature).softmax(-1)
     order = None
     if top_k or top_p < 1:
         p, order = p.sort(-1, descending=True)
         p = p[:, : top_k or None]
         before = p.cumsum(-1) - p
         p = p.where(before < top_p * p.sum(-1, keepdim=True), 0.0)
-    F = p.cumsum(-1)  # the cumulative distribution
-    choice = torch.searchsorted(F, u[:, None] * F[:, -1:], right=True).clamp(max=F.shape[-1] - 1)
+    cdf = p.cumsum(-1)
+    choice = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+    choice = choice.clamp(max=cdf.shape[-1] - 1)
     return (choice if order is None else order.gather(-1, choice)).squeeze(-1)
