@@ -94,6 +94,7 @@ class SFTConfig:
     lr: float = knob(1e-4, "peak learning rate of AdamW: warm-up, then a half cosine", 0, 10)
     targets: str = knob("student", "whose early readouts set targets", choices=["student", "base"])
     broad: float = knob(0.1, "share of rows that draw their exits uniformly", high=1)
+    early: float = knob(0.0, "w: how strongly early readouts train that are nearly good enough")
     save_every: int = knob(50, "steps between checkpoints", 1)
 
 
@@ -140,7 +141,6 @@ class RunConfig:
     seed: int = knob(0, "every random draw of the run is a function of this", high=2**63 - 1)
     init: str | None = knob(None, "start from the adapters and heads of this run")
     threads: int | None = knob(None, "CPU threads; null is torch's own choice", 1, 4096)
-    wandb: bool = knob(False, "mirror metrics to Weights & Biases")
     patience: int = knob(1800, "seconds without an answer from a process that end the run", 1)
 
 

@@ -243,7 +243,9 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: i
     to what is left; the likeliest token is always kept."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = (logits - logits.amax(-1, keepdim=True)).div_(temperature).softmax(-1)
+    if temperature != 1:
+        logits = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
+    p = logits.softmax(-1)
     order = None
     if top_k or top_p < 1:
         p, order = p.sort(-1, descending=True)

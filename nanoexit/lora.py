@@ -32,8 +32,8 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], to be added to the base's output."""
-        x = F.linear(x, self.lora_A.to(x.dtype))
-        return F.linear(x, self.lora_B.to(x.dtype)) * self.scale
+        x = F.linear(x, self.lora_A.to(x.dtype)) * self.scale  # [..., r]
+        return F.linear(x, self.lora_B.to(x.dtype))
 
 
 def attach_lora(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:

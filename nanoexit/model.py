@@ -92,7 +92,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         if self.adapter is not None and self.adapter.enabled:
-            y = y + self.adapter(x)
+            y += self.adapter(x)
         return y
 
 

@@ -117,9 +117,11 @@ def accumulate(
         batch = active[first : first + size]
         responses = [r.response for r in batch]
         a, scored = rescore(model, responses, together)
-        logp = readout_logprobs(model, scored.hidden.flatten(0, 1)[a.at], a.tokens)
-        logp = logp + scored.exit_logprobs.flatten()[a.at]  # [n]: of token and exit
         weight = torch.tensor([r.advantage for r in batch], device=model.device)[a.rows]
+        some = weight != 0  # a group of equal rewards needs no readout
+        h = scored.hidden.flatten(0, 1)[a.at[some]]
+        logp = scored.exit_logprobs.flatten()[a.at]  # [n]: of the exit, then of token and exit
+        logp = logp.masked_scatter(some, logp[some] + readout_logprobs(model, h, a.tokens[some]))
         loss = -(weight * logp).sum() / count
         if start:
             with torch.no_grad():
@@ -164,7 +166,7 @@ def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, fold
     start = copy_trained(model) if rl.exit_kl_weight else None
     optimizer = training.make_optimizer(model, rl.lr)
     done = training.load_checkpoint(folder, model, optimizer)
-    metrics = training.Metrics(folder, done, config)
+    metrics = training.Metrics(folder, done)
     samples = training.StepLog(folder / "samples.jsonl", done)
     with training.progress(rl.steps, "REINFORCE", "step", done) as bar:
         for step in range(done, rl.steps):

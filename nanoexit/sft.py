@@ -13,6 +13,10 @@ target chance. If the residual does not reveal which tokens an exit would spoil,
 target of their *mean* KL; cross-entropy would average the targets, and exit too often. The KL in a
 head's part is clamped at 2 nats.
 
+`sft.early` w adds - 2 w log(1 + exp(-KL(P || Q_d))) for each of these heads, here with a gradient
+to Q_d. Its slope, 2 w sigmoid(-KL), is small where KL is large: it trains the early readouts that
+are nearly good enough, and leaves alone those that would need other residuals.
+
 `sft.targets: base` takes the *base's* readout for Q_d, as the original does. On a model whose early
 readouts were never trained these targets are 0, and the heads learn never to exit.
 
@@ -45,12 +49,13 @@ class Draw(Policy):
     """Draws exits while a training step runs, and keeps the KL that each exit would cost."""
 
     def __init__(
-        self, model: Transformer, a: Aligned, uniform: Tensor, teacher: Tensor, *base_kl: Tensor
+        self, model: Transformer, a: Aligned, uniform: Tensor, known: list[Tensor], early: float = 0
     ):
-        """uniform [n]: readouts that ignore their heads. teacher [n, D]: residuals at a.at. base_kl
-        [n, E]: use these divergences instead of the student's own."""
+        """uniform [n]: readouts that ignore their heads. known: the teacher's residuals [n, D] at
+        a.at and, if these are used instead of the student's own, divergences [n, E]."""
         super().__init__("head")  # it decides at the depths of the heads
-        self.teacher, self.uniform, self.base_kl = teacher, uniform, base_kl
+        self.uniform, self.early = uniform, early
+        self.teacher, *self.base_kl = known
         device, n = a.ids.device, len(a.at)
         self.slot = torch.full((a.ids.numel(),), -1, device=device)  # readout at each index
         self.slot[a.at] = torch.arange(n, device=device)
@@ -65,8 +70,8 @@ class Draw(Policy):
         if self.base_kl:
             self.kl[k, column] = self.base_kl[0][k, column]
         else:
-            early = asked.h[response].detach()
-            self.kl[k, column] = readout_kl(asked.model, self.teacher[k], early)
+            h = asked.h[response] if self.early else asked.h[response].detach()
+            self.kl[k, column] = readout_kl(asked.model, self.teacher[k], h)
         self.reached[k, column] = True
         left = len(depths) + 1 - column  # depths still to choose from
         chance = torch.where(self.uniform[slot], 1 / left, asked.z.detach().sigmoid())
@@ -88,13 +93,15 @@ def student_losses(
     scored = score(model, a.ids, a.depths, a.prompt_lens, policy=draw, noise=noise)
     student, z = scored.hidden.flatten(0, 1)[a.at], scored.head_logits.flatten(0, 1)[a.at]
     kl = readout_kl(model, draw.teacher, student).sum()
-    heads = (exit_loss(z, draw.kl, strength) * draw.reached).sum()
-    return kl + heads, {
+    costs = draw.kl.detach()
+    heads = (exit_loss(z, costs, strength) * draw.reached).sum()
+    gain = (F.softplus(-draw.kl) * draw.reached).sum() if draw.early else 0
+    return kl + heads - 2 * draw.early * gain, {
         "kl": kl.detach(),
         "exit_loss": heads.detach(),
         "mean_depth": scored.depths.flatten()[a.at].sum().float(),
         "reached": draw.reached.sum(0).float(),
-        "target_exit": (target_chance(draw.kl, strength) * draw.reached).sum(0),
+        "target_exit": (target_chance(costs, strength) * draw.reached).sum(0),
         "student_exit": (z.detach().sigmoid() * draw.reached).sum(0),
     }
 
@@ -123,9 +130,9 @@ def step_losses(
     sizes = dict.fromkeys(names[:3], ()) | dict.fromkeys(names[3:], (exits,))
     sums = {name: torch.zeros(size, device=model.device) for name, size in sizes.items()}
     for piece in training.my_batches(len(chosen), config.sft.micro_batch):
-        a, (residuals, *base_kl) = teacher([chosen[i] for i in piece])
+        a, known = teacher([chosen[i] for i in piece])
         noise, uniform = draw_noise(a, piece, exits, config, step)
-        draw = Draw(model, a, uniform, residuals, *base_kl)
+        draw = Draw(model, a, uniform, known, config.sft.early)
         loss, figures = student_losses(model, a, draw, noise, config.teacher.kl_strength)
         (loss / tokens).backward()
         sums = {name: value + figures[name] for name, value in sums.items()}
@@ -141,7 +148,7 @@ def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Pa
     teacher = Teacher(model, traces, config)
     optimizer = training.make_optimizer(model, sft.lr)
     done = training.load_checkpoint(folder, model, optimizer)
-    metrics = training.Metrics(folder, done, config)
+    metrics = training.Metrics(folder, done)
     with training.progress(sft.steps, "SFT", "step", done) as bar:
         for step in range(done, sft.steps):
             chosen = training.batch_at(step, len(traces), sft.batch_size, config.run.seed)

@@ -16,7 +16,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ from nanoexit.tasks import Prompt, load_prompts
 from nanoexit.tokenizer import Tokenizer, load_tokenizer
 from nanoexit.weights import load_model
 
-MAY_CHANGE = ["run.dir", "run.wandb", "run.threads", "run.patience"]
+MAY_CHANGE = ["run.dir", "run.threads", "run.patience"]
 MAY_CHANGE += ["model.device", "model.logits_chunk", "sft.save_every", "sft.micro_batch"]
 MAY_CHANGE += ["rl.save_every", "rl.micro_batch"]
 
@@ -65,8 +64,8 @@ def check(config: Config, resume: bool = False, reinforce: bool = False) -> None
     for split in ("train", "held_out"):
         load_prompts(config, split, 1)
     check_judge(config.judge)
-    if config.run.wandb and not find_spec("wandb"):
-        raise UserError("run.wandb is true, but wandb is not installed: pip install wandb")
+    if config.sft.early and config.sft.targets == "base":
+        raise UserError("sft.early trains the student's readouts: it needs sft.targets=student")
     _check_folder(Path(config.run.dir), resume)
     if config.data.traces:
         _check_writable(Path(config.data.traces), "data.traces")
@@ -354,24 +353,15 @@ class StepLog:
 class Metrics(StepLog):
     """metrics.jsonl: the figures of each step, from 1."""
 
-    def __init__(self, folder: Path, done: int, config: Config):
+    def __init__(self, folder: Path, done: int):
         super().__init__(folder / "metrics.jsonl", done)
-        self.wandb = None
-        if config.run.wandb and is_main():
-            import wandb
-
-            names = {"project": "nanoexit", "name": folder.name, "dir": str(folder)}
-            self.wandb = wandb.init(**names, config=dataclasses.asdict(config))
 
     def write(self, step: int, **values: Any) -> None:
         """Add the figures of a step. Raises UserError for one that is not finite."""
         for name, value in values.items():
             if not np.isfinite(value).all():
                 raise UserError(f"step {step}: {name} is {value}; the last checkpoint is kept")
-        row = rounded(values)
-        super().write(step, **row)
-        if self.wandb:
-            self.wandb.log({k: v for k, v in row.items() if not isinstance(v, list)}, step=step)
+        super().write(step, **rounded(values))
 
 
 # --- processes --------------------------------------------------------------------------------

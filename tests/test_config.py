@@ -96,7 +96,7 @@ def test_every_shipped_config_loads_and_every_knob_is_documented():
     ("evaluate.policies=[haed]", "evaluate.policies: policy"),
     ("judge.kind=api", "judge.base_url"),
     (f"data.traces={TINY}/traces", f"data.traces: {TINY}/traces cannot be written"),
-    ("run.wandb=true", "wandb is not installed"),
+    ("sft.early=1 sft.targets=base", "sft.early trains the student's readouts"),
     ("generation.top_p=0.9", "generation.top_p: REINFORCE expects 1.0, found 0.9"),
 ])  # fmt: skip
 def test_a_mistake_on_the_command_line_is_named(tmp_path, overrides, says):

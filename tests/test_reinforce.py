@@ -96,10 +96,11 @@ def test_the_estimator_is_unbiased_and_the_baseline_helps(cap):
 
 
 def test_rollouts_of_several_prompts_are_a_sum():
-    """Catches: a row that is shared by rollouts of different prompts; a flat group that is kept."""
+    """Catches: a row that is shared by rollouts of different prompts; a flat group that is kept, or
+    whose tokens' gradients go to another group."""
     model, config = small_model(None), Config()
     config.rl.prompts, config.rl.rollouts, gradients, rollouts = 1, K, [], []
-    for prompt, scale in (([0, 1], 1.0), ([1, 0, 0], -2.0), ([1], 0.0)):
+    for prompt, scale in (([0, 1], 1.0), ([1], 0.0), ([1, 0, 0], -2.0)):
         gens = generate(model, [prompt] * K, "head", LONGEST, 1.0, 3, Sampling(stop_ids=[STOP]))
         responses = [Response(Prompt("x", "x"), prompt, g, "", Verdict(False)) for g in gens]
         group = [Rollout(r, {}, scale * (i + 1)) for i, r in enumerate(responses)]
@@ -108,10 +109,11 @@ def test_rollouts_of_several_prompts_are_a_sum():
         accumulate(model, group, config.rl)
         gradients += [flat([p.grad for p in trained(model).values()])] if scale else []
         assert scale or all(p.grad is None for p in trained(model).values())
-    model.zero_grad()
-    accumulate(model, rollouts, config.rl)
-    whole = flat([p.grad for p in trained(model).values()])
-    assert torch.allclose(whole, sum(gradients), atol=1e-4) and whole.norm() > 1
+    for start in (None, copy_trained(model)):
+        model.zero_grad()
+        accumulate(model, rollouts, config.rl, start)
+        whole = flat([p.grad for p in trained(model).values()])
+        assert torch.allclose(whole, sum(gradients), atol=1e-4) and whole.norm() > 1
 
 
 def test_exits_are_kept_from_moving_later():
@@ -142,7 +144,8 @@ def test_exits_are_kept_from_moving_later():
     assert {*seen} == {True, False}
     weights = list(trained(model).values())
     exact = torch.autograd.grad(0.5 * expected, weights, allow_unused=True)
-    assert all(torch.allclose(p.grad, 0 * p if g is None else g) for p, g in zip(weights, exact))
+    pairs = [[0 * p if g is None else g for g in (p.grad, g)] for p, g in zip(weights, exact)]
+    assert all(torch.allclose(*pair) for pair in pairs)
 
 
 @pytest.mark.parametrize("penalty, cost", [("max", 1.0), ("mean", 14 / 24), ("sum", 14 / 8)])

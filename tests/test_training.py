@@ -14,6 +14,7 @@ from pathlib import Path
 import finetune
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -274,13 +275,12 @@ def taught(tmp_path, *overrides: str) -> tuple[sft.Teacher, Config]:
     return sft.Teacher(model, make_traces(model, tokenizer, config), config), config
 
 
-@pytest.mark.parametrize("targets", ["student", "base"])
-def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, targets):
+@pytest.mark.parametrize("key", ["sft.targets=student", "sft.targets=base", "sft.early=1"])
+def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, key):
     """Catches: means of means, or noise that depends on how a batch is split."""
     gradients = []
     for size in (4, 64):
-        keys = (f"sft.micro_batch={size}", f"sft.targets={targets}")
-        teacher, config = taught(tmp_path, *keys)
+        teacher, config = taught(tmp_path, f"sft.micro_batch={size}", key)
         figures = sft.step_losses(teacher.model, teacher, range(10), config, step=0)
         named = training.trained(teacher.model).items()
         gradients.append((figures, {n: p.grad for n, p in named if p.grad is not None}))
@@ -295,7 +295,7 @@ def drawn(tmp_path, *overrides: str):
     teacher, config = taught(tmp_path, *overrides)
     a, known = teacher(range(10))
     noise, uniform = sft.draw_noise(a, range(10), 7, config, 0)
-    return teacher, a, sft.Draw(teacher.model, a, uniform, *known), noise
+    return teacher, a, sft.Draw(teacher.model, a, uniform, known, config.sft.early), noise
 
 
 def test_exits_are_drawn_at_readouts_only(tmp_path):
@@ -316,6 +316,18 @@ def test_exits_are_drawn_at_readouts_only(tmp_path):
     losses = sft.exit_loss(scored.head_logits.flatten(0, 1)[a.at], draw.kl, 4.0)
     figures = sft.student_losses(teacher.model, a, draw, noise, 4.0)[1]
     assert figures["exit_loss"].item() == pytest.approx(losses[draw.reached].sum().item())
+
+
+def test_nearly_good_early_readouts_train(tmp_path):
+    """Catches: sft.early without a gradient, with another slope, or at readouts not reached."""
+    teacher, a, draw, noise = drawn(tmp_path, "sft.early=1", "sft.broad=1")
+    plain = sft.Draw(teacher.model, a, draw.uniform, [draw.teacher])
+    both = [sft.student_losses(teacher.model, a, d, noise, 4.0)[0] for d in (draw, plain)]
+    gain = -2 * F.softplus(-draw.kl[draw.reached]).sum()
+    assert torch.equal(draw.kl, plain.kl) and torch.allclose(both[0] - both[1], gain, rtol=1e-4)
+    first = next(p for n, p in training.trained(teacher.model).items() if "lora_B" in n)
+    slopes = [torch.autograd.grad(x, first, retain_graph=True)[0] for x in (*both, gain)]
+    assert torch.allclose(slopes[0] - slopes[1], slopes[2], atol=1e-4) and slopes[2].norm() > 0.1
 
 
 def test_the_base_rule_looks_at_the_base(tmp_path):
