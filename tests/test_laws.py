@@ -99,8 +99,7 @@ def test_forward_rescores_what_generate_sampled(family, policy, cap):
         at = torch.arange(len(g.tokens)) + len(prompt) - 1
         ours = logp[row, at, torch.tensor(g.tokens)]
         assert torch.allclose(ours, torch.tensor(g.token_logprobs), atol=1e-4)
-        exits = out.exit_logprobs[row, at]
-        assert torch.allclose(exits, torch.tensor(g.exit_logprobs), atol=1e-4)
+        assert torch.allclose(out.exit_logprobs[row, at], torch.tensor(g.exit_logprobs), atol=1e-4)
         assert (out.exit_logprobs[row, : at[0]] == 0).all()
         assert (out.exit_logprobs[row, at[-1] + 1 :] == 0).all()
         assert 0 < min(g.depths) <= max(g.depths) <= model.deepest

@@ -96,8 +96,7 @@ def test_the_estimator_is_unbiased_and_the_baseline_helps(cap):
 
 
 def test_rollouts_of_several_prompts_are_a_sum():
-    """Catches: a row that is shared by rollouts of different prompts; a flat group that is kept, or
-    whose tokens' gradients go to another group."""
+    """Catches: a row shared by rollouts of different prompts; a flat group kept or mixed up."""
     model, config = small_model(None), Config()
     config.rl.prompts, config.rl.rollouts, gradients, rollouts = 1, K, [], []
     for prompt, scale in (([0, 1], 1.0), ([1], 0.0), ([1, 0, 0], -2.0)):
@@ -117,8 +116,7 @@ def test_rollouts_of_several_prompts_are_a_sum():
 
 
 def test_exits_are_kept_from_moving_later():
-    """Catches: a reference that moves along; heads that no token reached; the KL the other way; a
-    cost of exiting more."""
+    """Catches: a reference that moves; heads not reached; KL reversed; a cost of exiting more."""
     model, config, rollouts = small_model(None), Config(), []
     config.rl.prompts, config.rl.rollouts, config.rl.exit_kl_weight = 2, K, 0.5
     start = copy_trained(model)

@@ -167,9 +167,7 @@ const fire = (selector, event, properties = {}, value = find(selector).value) =>
   find(selector).dispatchEvent(Object.assign(new Event(event, {bubbles: true}), properties));
 };
 const press = (...keys) => keys.forEach(key => fire(':focus', 'keydown', {key}));
-const wait = async (ready) => {
-  while (!ready()) await new Promise(done => setTimeout(done, 20));
-};
+const wait = async (ready) => { while (!ready()) await new Promise(ok => setTimeout(ok, 20)); };
 """
 
 
@@ -298,8 +296,7 @@ def test_choosers_and_cross_hair(page):
 def test_fits_a_phone(page, webdriver):
     """Catches: a page that scrolls sideways at 390 px, a panel outside the screen."""
     size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-    command = {"cmd": "Emulation.setDeviceMetricsOverride", "params": size}
-    webdriver("/goog/cdp/execute", command)
+    webdriver("/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
     page("fire('.card:nth-child(2) .text span:nth-child(9)', 'pointerover')")
     assert page("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
     box = page("find('#inspect').getBoundingClientRect()")

@@ -72,8 +72,7 @@ def test_the_golden_file_is_up_to_date():
 def test_plain_prompts(tmp_path):
     """Catches: a system text lost without a template; variables that nothing reads."""
     ours = made(tmp_path, byte_level(bos=True))
-    ids = ours.encode("Be brief.\n\nx")
-    assert ours.prompt_ids("x", "Be brief.") == [make_golden.BOS_ID, *ids]
+    assert ours.prompt_ids("x", "Be brief.") == [make_golden.BOS_ID, *ours.encode("Be brief.\n\nx")]
     with pytest.raises(UserError, match="no chat template"):
         ours.prompt_ids("x", enable_thinking=False)
 
