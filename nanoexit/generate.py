@@ -243,7 +243,7 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: i
     to what is left; the likeliest token is always kept."""
     if temperature == 0:
         return logits.argmax(-1)
-    if temperature != 1:
+    if temperature != 1:  # subtracting first, a low temperature cannot overflow
         logits = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
     p = logits.softmax(-1)
     order = None

@@ -14,8 +14,8 @@ target of their *mean* KL; cross-entropy would average the targets, and exit too
 head's part is clamped at 2 nats.
 
 `sft.early` w adds - 2 w log(1 + exp(-KL(P || Q_d))) for each of these heads, here with a gradient
-to Q_d. Its slope, 2 w sigmoid(-KL), is small where KL is large: it trains the early readouts that
-are nearly good enough, and leaves alone those that would need other residuals.
+to Q_d. Its slope, 2 w sigmoid(-KL), is small where KL is large, so it trains the early readouts
+that are nearly good enough.
 
 `sft.targets: base` takes the *base's* readout for Q_d, as the original does. On a model whose early
 readouts were never trained these targets are 0, and the heads learn never to exit.
@@ -52,7 +52,7 @@ class Draw(Policy):
         self, model: Transformer, a: Aligned, uniform: Tensor, known: list[Tensor], early: float = 0
     ):
         """uniform [n]: readouts that ignore their heads. known: the teacher's residuals [n, D] at
-        a.at and, if these are used instead of the student's own, divergences [n, E]."""
+        a.at and, if used instead of the student's own, divergences [n, E]. early: sft.early."""
         super().__init__("head")  # it decides at the depths of the heads
         self.uniform, self.early = uniform, early
         self.teacher, *self.base_kl = known

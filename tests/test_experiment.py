@@ -117,7 +117,7 @@ def test_what_is_shown_of_runs_in_progress(tmp_path):
 
 
 def test_lines_of_the_table_a_figure_and_the_preflight():
-    """Catches: seeds mixed up; a missing figure as 0; another study's arm; a route not there."""
+    """Catches: seeds mixed up; a gap counted as 0; another study's arm; a route where none is."""
     rows = [{"a": 0.5, "b": {"2 steps": 1, "1 step": 3}}, {"a": 0.7, "b": {"2 steps": 2}}]
     rows.append({"a": None})
     assert script.over_seeds(rows, "a", "{:.2f}") == "0.60 (0.50–0.70)"
