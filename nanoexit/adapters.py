@@ -1,7 +1,7 @@
 """Save and load what training produced: adapters in PEFT's format, exit heads, merged models.
 
 Contract. An adapter folder holds adapter_model.safetensors and adapter_config.json as peft writes
-and reads them, exit_heads.safetensors (the parameters of exits.ExitHeads, by depth), and
+and reads them, exit_heads.safetensors (the parameters of exits.ExitHeads), and
 nanoexit.json, which records the base model. An adapter fits any model whose files have the recorded
 content, wherever they are stored. PEFT options that are not implemented are refused by name."""
 
@@ -29,6 +29,7 @@ FACTS = {  # keys of nanoexit.json
     **dict.fromkeys(["base_model", "content", "head"], Rule(str)),
     "revision": Rule(str | None),
     "cap": Rule(int | None),
+    "lens": Rule(bool),
     "exit_layers": Rule(list[int]),
 }
 PEFT = {  # keys of adapter_config.json; values outside these rules are not implemented
@@ -60,6 +61,7 @@ def save_adapter(model: Transformer, folder: str | Path) -> None:
     facts |= {"content": model.content, "cap": model.cap}
     if isinstance(model.exits, ExitHeads):
         facts |= {"exit_layers": list(model.exits.layers), "head": model.exits.kind}
+        facts["lens"] = bool(model.exits.lenses)
     _write_json(folder / "nanoexit.json", facts)
     if adapters(model):
         _write_json(folder / "adapter_config.json", _peft_config(model))
@@ -73,7 +75,7 @@ def _trained(model: Transformer) -> dict[str, dict[str, Tensor]]:
         lora[f"base_model.model.{name}.lora_A.weight"] = adapter.lora_A
         lora[f"base_model.model.{name}.lora_B.weight"] = adapter.lora_B
     if isinstance(model.exits, ExitHeads):
-        files["exit_heads.safetensors"] = dict(model.exits.heads.named_parameters())
+        files["exit_heads.safetensors"] = dict(model.exits.named_parameters())
     return {file: tensors for file, tensors in files.items() if tensors}
 
 
@@ -145,7 +147,8 @@ def load_adapter(model: Transformer, folder: str | Path) -> None:
         raise UserError(f"{path}: was trained on {base}, this model is {model.name} ({own[:19]})")
     maps = dict(linear_maps(model))
     plan = _plan(config, [*maps], path / "adapter_config.json") if config else {}
-    attach(model, facts.get("exit_layers", []), facts.get("head", "linear"), cap=facts.get("cap"))
+    kind = facts.get("head", "linear"), facts.get("lens", False)
+    attach(model, facts.get("exit_layers", []), *kind, cap=facts.get("cap"))
     try:
         for name, lora in plan.items():
             maps[name].adapter = LoRA(maps[name], lora, torch.Generator())

@@ -11,7 +11,8 @@ in float32. With E heads below D there are E + 1 outcomes; heads at D and beyond
 Decisions. Heads read the residual divided by its RMS, so that one learning rate suits all depths
 (residuals grow with depth). Generation, scoring and training all use the same `stop`, `Ask`.
 
-Stick-breaking: PonderNet (Banino et al. 2021). `confidence`: CALM (Schuster et al. 2022)."""
+Stick-breaking: PonderNet (Banino et al. 2021). `confidence`: CALM (Schuster et al. 2022). Lenses,
+which only the readout sees: the tuned lens (Belrose et al. 2023)."""
 
 import contextlib
 import math
@@ -31,13 +32,18 @@ POLICIES = ["full", "head", "head:THRESHOLD", "fixed:DEPTH", "kl:STRENGTH", "con
 
 
 class ExitHeads(nn.Module):
-    """One scalar for each exit depth, from x = h / rms(h): w . x + b, or an MLP D -> 2D -> 1."""
+    """For each exit depth, a scalar of x = h / rms(h): w . x + b, or an MLP D -> 2D -> 1; with
+    `lens`, also the map x + A x + b, which is read out instead of h."""
 
-    def __init__(self, width: int, layers: Sequence[int], kind: str = "linear", seed: int = 0):
+    def __init__(self, width: int, layers: Sequence[int], kind: str, lens: bool, seed: int = 0):
         super().__init__()
         self.layers, self.kind = tuple(layers), kind
         generator = torch.Generator().manual_seed(seed)
         self.heads = nn.ModuleDict({str(d): _head(width, kind, generator) for d in layers})
+        lenses = {str(d): nn.Linear(width, width) for d in layers if lens}
+        self.lenses = nn.ModuleDict(lenses)
+        for p in self.lenses.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, depth: int, h: Tensor) -> Tensor:
         """Residuals h [n, D] after `depth` blocks -> float32 log-odds [n] of exiting there."""
@@ -60,6 +66,7 @@ def attach(
     model: Transformer,
     exit_layers: Sequence[int],
     head: str = "linear",
+    lens: bool = False,
     lora: LoRAConfig | None = None,
     cap: int | None = None,
     seed: int = 0,
@@ -77,7 +84,7 @@ def attach(
     model.requires_grad_(False)
     model.cap = cap
     if layers:
-        heads = ExitHeads(model.shape.width, sorted(layers), head, seed)
+        heads = ExitHeads(model.shape.width, sorted(layers), head, lens, seed)
         model.exits = heads.to(model.device).train(model.training)
     if lora is not None:
         attach_lora(model, lora, seed)
@@ -178,7 +185,8 @@ class Policy:
         if self.name == "fixed":
             return torch.ones_like(asked.at, dtype=torch.bool)
         if self.name == "confidence":
-            return asked.model.readout(asked.h).float().softmax(-1).amax(-1) >= self.value
+            h = asked.model.lensed(asked.h, asked.depth)
+            return asked.model.readout(h).float().softmax(-1).amax(-1) >= self.value
         p = torch.sigmoid(asked.z)
         return asked.u < p if self.value is None else p > self.value
 

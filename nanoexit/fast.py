@@ -277,7 +277,7 @@ class FastModel:
                 rows = depths.nonzero()[:, 0]
                 self.debts[depth].append(Debt(h[rows], rows, at[rows]))
                 break
-        return Run(h[:, None], depths[:, None])
+        return Run(self.model.lensed(h, depths)[:, None], depths[:, None])
 
     def pay(self, start: int, end: int) -> Debt | None:
         """The debts due at block `start`; blocks start..end-1 now make their keys and values."""

@@ -214,7 +214,8 @@ class _Decoder:
             return self.policy
         watch = Watch(layers)
         final = self.engine.readout(run(stop=watch).hidden[taken, 0])
-        early = [divergence(final, self.engine.readout(watch.seen[depth])) for depth in layers]
+        read = [self.model.lensed(h, depth) for depth, h in watch.seen.items()]
+        early = [divergence(final, self.engine.readout(h)) for h in read]
         chance = torch.zeros_like(u)
         chance[taken] = target_chance(torch.stack(early, -1), self.policy.value)
         return Prescribed(draw_depths(chance, u, layers, self.model.deepest))

@@ -78,7 +78,7 @@ class Stop(Protocol):
 
 
 class Run(NamedTuple):
-    hidden: Tensor  # [B, T, D] residual of each token at its own depth, before the final norm
+    hidden: Tensor  # [B, T, D] what each token is read out from: its residual, or that in a lens
     depths: Tensor  # [B, T] int64; 0 where the caller masked the token (padding)
 
 
@@ -307,4 +307,14 @@ class Transformer(nn.Module):
             # Until the loop ends, the depth of a token still running is `deepest`.
             depths[depths == self.deepest] = torch.where(leaves, depth, self.deepest)
             places = places._replace(at=(depths == self.deepest).flatten().nonzero()[:, 0])
-        return Run(h, depths)
+        return Run(self.lensed(h, depths), depths)
+
+    def lensed(self, h: Tensor, depths: Tensor | int) -> Tensor:
+        """Residuals h [..., D] of one or many depths [...] -> what is read out from them."""
+        lenses: Any = self.exits.lenses if self.exits else {}
+        for depth, lens in lenses.items():
+            there = torch.as_tensor(depths == int(depth)).expand(h.shape[:-1])
+            at = there.nonzero(as_tuple=True)  # host sync
+            x = F.rms_norm(h[at].float(), h.shape[-1:])
+            h = h.index_put(at, (x + lens(x)).to(h.dtype))
+        return h

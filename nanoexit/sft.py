@@ -36,13 +36,14 @@ from torch import Tensor
 from nanoexit import training
 from nanoexit.adapters import save_adapter
 from nanoexit.config import Config
-from nanoexit.exits import Asked, Policy, exit_depths, target_chance
+from nanoexit.exits import Asked, Policy, Watch, as_base, exit_depths, target_chance
 from nanoexit.model import Transformer
 from nanoexit.score import Aligned, readout_kl, score
 from nanoexit.teacher import Teacher, make_traces
 from nanoexit.tokenizer import Tokenizer
 
 MOST_KL = 2.0
+FITTED, RIDGE = 256, 10.0  # traces that lenses start from, and how strongly to prefer no change
 
 
 class Draw(Policy):
@@ -70,8 +71,9 @@ class Draw(Policy):
         if self.base_kl:
             self.kl[k, column] = self.base_kl[0][k, column]
         else:
-            h = asked.h[response] if self.early else asked.h[response].detach()
-            self.kl[k, column] = readout_kl(asked.model, self.teacher[k], h)
+            with torch.set_grad_enabled(self.early > 0):
+                h = asked.model.lensed(asked.h[response], asked.depth)
+                self.kl[k, column] = readout_kl(asked.model, self.teacher[k], h)
         self.reached[k, column] = True
         left = len(depths) + 1 - column  # depths still to choose from
         chance = torch.where(self.uniform[slot], 1 / left, asked.z.detach().sigmoid())
@@ -142,12 +144,36 @@ def step_losses(
     return {"loss": means["kl"] + means["exit_loss"], **means}
 
 
+@torch.no_grad()
+def fit_lenses(model: Transformer, teacher: Teacher, rows: int) -> None:
+    """Start each lens as the least-squares map from the base's residual to its last one, both
+    divided by their RMS, over FITTED traces, `rows` at a time."""
+    lenses: Any = model.exits.lenses  # type: ignore[union-attr]
+    watch, count = Watch([int(depth) for depth in lenses]), min(FITTED, len(teacher.traces))
+    sums: dict[int, Any] = dict.fromkeys(watch.layers, 0.0)
+    for start in range(0, count, rows):
+        a, (last, *_) = teacher(range(count)[start : start + rows])
+        with as_base(model):
+            model.run(a.ids, stop=watch)
+        last = F.rms_norm(last.float(), last.shape[-1:])
+        for depth, h in watch.seen.items():
+            x = F.pad(F.rms_norm(h[a.at].float(), h.shape[-1:]), (0, 1), value=1.0)
+            sums[depth] += x.T @ torch.cat((x, last - x[:, :-1]), 1)
+    for depth, products in sums.items():
+        xx, xy = products.split([len(products), model.shape.width], 1)
+        a_b = torch.linalg.solve(xx + RIDGE * torch.eye(len(xx), device=xx.device), xy)
+        lenses[str(depth)].weight.copy_(a_b[:-1].T)
+        lenses[str(depth)].bias.copy_(a_b[-1])
+
+
 def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
     """The whole job, from folder/checkpoint on: write missing traces; pick, step, log, save."""
     sft, traces = config.sft, make_traces(model, tokenizer, config)
     teacher = Teacher(model, traces, config)
     optimizer = training.make_optimizer(model, sft.lr)
     done = training.load_checkpoint(folder, model, optimizer)
+    if config.exits.lens and not done and not config.run.init:
+        fit_lenses(model, teacher, sft.micro_batch)
     metrics = training.Metrics(folder, done)
     with training.progress(sft.steps, "SFT", "step", done) as bar:
         for step in range(done, sft.steps):

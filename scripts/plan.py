@@ -49,7 +49,8 @@ def memory(config: Config, processes: int = 1) -> dict[str, int]:
     two, three = (left_by_token(Transformer(s).to(device, dtype), config) for s in small)
     with torch.device("meta"):
         model = Transformer(shape).to(dtype)
-    attach(model, config.exits.layers, config.exits.head, config.lora, config.exits.cap)
+    exits = config.exits
+    attach(model, exits.layers, exits.head, exits.lens, config.lora, exits.cap)
     for cap in config.evaluate.caps:
         check_cap(model, cap, "evaluate.caps")
     ours = sum(p.nbytes for p in trained(model).values())

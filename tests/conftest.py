@@ -40,8 +40,8 @@ def random_model(family: str, seed: int = 0) -> Transformer:
 
 
 def with_exits(model, layers=(1, 2, 4), head="linear", cap=None, seed=1) -> Transformer:
-    """Attach exit heads, and adapters on every map, none of them zero."""
-    attach(model, layers, head, LoRAConfig(r=3, alpha=6, targets=TARGETS), cap, seed)
+    """Attach exit heads and lenses, and adapters on every map, none of them zero."""
+    attach(model, layers, head, True, LoRAConfig(r=3, alpha=6, targets=TARGETS), cap, seed)
     named = model.named_parameters()
     scramble(((n, p) for n, p in named if "lora_B" in n or n.startswith("exits")), seed)
     return model

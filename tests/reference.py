@@ -28,8 +28,13 @@ def linear(module, x):
     return y
 
 
-def hidden_states(model, ids, depths):
-    """ids, depths: one row, lists of T ints -> [T, D]: each token's residual at its own depth."""
+def unit(h):
+    return h / torch.sqrt((h * h).mean() + torch.finfo(torch.float32).eps)
+
+
+def hidden_states(model, ids, depths, lenses=True):
+    """ids, depths: one row, lists of T ints -> [T, D]: what each token is read out from at its own
+    depth, or, without lenses, its residual there."""
     s, frequencies = model.shape, rope_frequencies(model.shape, torch.device("cpu"))
     keys = [[] for _ in range(s.blocks)]  # keys[l][t][k]: kv head k of token t in block l
     values, ends = [[] for _ in range(s.blocks)], []
@@ -59,6 +64,9 @@ def hidden_states(model, ids, depths):
             x = norm(h, block.post_attention_layernorm.weight, s.norm_eps)
             gate, up = linear(block.mlp.gate_proj, x), linear(block.mlp.up_proj, x)
             h = h + linear(block.mlp.down_proj, gate * torch.sigmoid(gate) * up)
+        if lenses and model.exits and depth in model.exits.layers:
+            lens, x = model.exits.lenses[str(depth)], unit(h)
+            h = x + lens.weight @ x + lens.bias
         ends.append(h)
     return torch.stack(ends)
 
@@ -76,8 +84,7 @@ def exit_logprob(model, ids, depths, t):
     for d in model.exits.layers:
         if d > depths[t]:
             break
-        h = hidden_states(model, ids[: t + 1], depths[:t] + [d])[t]
-        x = h / torch.sqrt((h * h).mean() + torch.finfo(torch.float32).eps)
+        x = unit(hidden_states(model, ids[: t + 1], depths[:t] + [d], lenses=False)[t])
         p = torch.sigmoid(model.exits.heads[str(d)](x).squeeze())
         total += torch.log(p if d == depths[t] else 1 - p)
     return float(total)
@@ -90,8 +97,7 @@ def generate(model, prompt, max_new_tokens, noise, stop_ids):
     while True:
         row, depth = [*prompt, *tokens], model.full_depth
         for e, d in enumerate(model.exits.layers):
-            h = hidden_states(model, row, [*before, *depths, d])[-1]
-            x = h / torch.sqrt((h * h).mean() + torch.finfo(torch.float32).eps)
+            x = unit(hidden_states(model, row, [*before, *depths, d], lenses=False)[-1])
             if noise[len(tokens), 1 + e] < torch.sigmoid(model.exits.heads[str(d)](x).squeeze()):
                 depth = d
                 break

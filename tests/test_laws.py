@@ -42,7 +42,7 @@ def test_fresh_attachment_changes_no_bit(family):
     """Catches: an adapter that starts non-zero, or a path for 'exits off' with other rounding."""
     model, ids = random_model(family), torch.tensor([PROMPTS[1], PROMPTS[1][::-1]])
     before = model(ids)
-    attach(model, [1, 3], "mlp", LoRAConfig(r=3, targets=TARGETS))
+    attach(model, [1, 3], "mlp", lora=LoRAConfig(r=3, targets=TARGETS))
     assert torch.equal(model(ids), before)
     assert torch.equal(score(model, ids, torch.full_like(ids, 5), [3, 3]).logits, before)
 

@@ -26,7 +26,7 @@ def small_model(cap: int | None) -> Transformer:
     model = Transformer(Shape("qwen2", 3, 8, 8, 3, 2, 1, 4, qkv_bias=True, tied=True))
     scramble(model.named_parameters(), 0)
     lora = LoRAConfig(r=1, alpha=1, targets=["q_proj", "down_proj"])
-    attach(model, [1, 2], "linear", lora, cap)
+    attach(model, [1, 2], lora=lora, cap=cap)
     scramble(((n, p) for n, p in model.named_parameters() if "lora_B" in n or "exits" in n), 1)
     return model
 
