@@ -26,7 +26,8 @@ from nanoexit.weights import compare_names, read_tensor, tensor_names
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 FILES += ["nanoexit.json", "exit_heads.safetensors"]
 FACTS = {  # keys of nanoexit.json
-    **dict.fromkeys(["base_model", "content", "head"], Rule(str)),
+    **dict.fromkeys(["base_model", "content"], Rule(str)),
+    "head": Rule(str, choices=["linear", "mlp"]),
     "revision": Rule(str | None),
     "cap": Rule(int | None),
     "lens": Rule(bool),
@@ -39,8 +40,6 @@ PEFT = {  # keys of adapter_config.json; values outside these rules are not impl
     "target_modules": Rule(str | list),
     "lora_dropout": Rule(float, 0, 0.99),  # not applied: only training would differ
     "use_rslora": Rule(bool),
-    "exclude_modules": Rule(str | list | None),
-    "layers_to_transform": Rule(int | list | None, 0, 2**12),
     **dict.fromkeys(["rank_pattern", "alpha_pattern"], Rule(dict | None)),
     **dict.fromkeys(["base_model_name_or_path", "revision"], Rule(str | None)),
     "bias": Rule(str, choices=["none"]),
@@ -59,9 +58,8 @@ def save_adapter(model: Transformer, folder: str | Path) -> None:
         _save(folder / file, tensors)
     facts: dict[str, Any] = {"base_model": model.name, "revision": model.revision or None}
     facts |= {"content": model.content, "cap": model.cap}
-    if isinstance(model.exits, ExitHeads):
-        facts |= {"exit_layers": list(model.exits.layers), "head": model.exits.kind}
-        facts["lens"] = bool(model.exits.lenses)
+    if isinstance(exits := model.exits, ExitHeads):
+        facts |= {"exit_layers": list(exits.layers), "head": exits.kind, "lens": bool(exits.lenses)}
     _write_json(folder / "nanoexit.json", facts)
     if adapters(model):
         _write_json(folder / "adapter_config.json", _peft_config(model))
@@ -195,31 +193,19 @@ def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, Lo
     for key in sorted(config.keys() - PEFT.keys() - {*IDLE}):
         if config[key] is not False and config[key] not in (None, [], {}):
             raise UserError(f"{where}: {key} = {show(config[key])} is not implemented")
-    found = {}
-    try:
-        for name in [*names, "lm_head", "model.embed_tokens"]:
-            if _is_target(config, name):
-                found[name] = _settings(config, name, where)
-    except (re.error, RecursionError, OverflowError) as error:
-        keys = "target_modules, exclude_modules, rank_pattern or alpha_pattern"
-        raise UserError(f"{where}: a pattern in {keys}: {error}") from None
-    if not found or found.keys() - names:
-        problem = "lm_head and embed_tokens are not implemented" if found else "no match"
-        raise UserError(f"{where}: target_modules {show(config['target_modules'])}: {problem}")
-    return found
-
-
-def _is_target(config: dict[str, Any], name: str) -> bool:
-    """Whether peft gives the map `name` an adapter."""
-    targets, layers = config["target_modules"], config.get("layers_to_transform")
+    found, targets = {}, config["target_modules"]
     if targets == "all-linear":
         targets = r"model\.layers\..*"
-    if _matches(config.get("exclude_modules") or [], name) or not _matches(targets, name):
-        return False
-    if layers in (None, []) or name in targets:
-        return True
-    chosen = layers if isinstance(layers, list) else [layers]
-    return name.startswith("model.layers.") and int(name.split(".")[2]) in chosen
+    try:
+        for name in [*names, "lm_head", "model.embed_tokens"]:
+            if _matches(targets, name):
+                found[name] = _settings(config, name, where)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{where}: target_modules or a pattern: {error}") from None
+    if not found or found.keys() - names:
+        problem = "lm_head and embed_tokens are not implemented" if found else "no match"
+        raise UserError(f"{where}: target_modules {show(targets)}: {problem}")
+    return found
 
 
 def _matches(names: str | list, name: str) -> bool:

@@ -11,8 +11,7 @@ in float32. With E heads below D there are E + 1 outcomes; heads at D and beyond
 Decisions. Heads read the residual divided by its RMS, so that one learning rate suits all depths
 (residuals grow with depth). Generation, scoring and training all use the same `stop`, `Ask`.
 
-Stick-breaking: PonderNet (Banino et al. 2021). `confidence`: CALM (Schuster et al. 2022). Lenses,
-which only the readout sees: the tuned lens (Belrose et al. 2023)."""
+Stick-breaking: PonderNet (Banino et al. 2021). `confidence`: CALM (Schuster et al. 2022)."""
 
 import contextlib
 import math
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from nanoexit.config import LoRAConfig, Rule, UserError, check_value, nearest, show
 from nanoexit.lora import adapters_off, attach_lora, linear_maps
-from nanoexit.model import Transformer
+from nanoexit.model import Transformer, unit
 
 FIRST_BIAS = -2.0  # a fresh head exits with chance sigmoid(-2) = 0.12
 POLICIES = ["full", "head", "head:THRESHOLD", "fixed:DEPTH", "kl:STRENGTH", "confidence:THRESHOLD"]
@@ -33,21 +32,20 @@ POLICIES = ["full", "head", "head:THRESHOLD", "fixed:DEPTH", "kl:STRENGTH", "con
 
 class ExitHeads(nn.Module):
     """For each exit depth, a scalar of x = h / rms(h): w . x + b, or an MLP D -> 2D -> 1; with
-    `lens`, also the map x + A x + b, which is read out instead of h."""
+    `lens`, also the tuned lens x + A x + b (Belrose et al. 2023), read out instead of h."""
 
     def __init__(self, width: int, layers: Sequence[int], kind: str, lens: bool, seed: int = 0):
         super().__init__()
         self.layers, self.kind = tuple(layers), kind
         generator = torch.Generator().manual_seed(seed)
         self.heads = nn.ModuleDict({str(d): _head(width, kind, generator) for d in layers})
-        lenses = {str(d): nn.Linear(width, width) for d in layers if lens}
-        self.lenses = nn.ModuleDict(lenses)
+        self.lenses = nn.ModuleDict({str(d): nn.Linear(width, width) for d in layers if lens})
         for p in self.lenses.parameters():
             nn.init.zeros_(p)
 
     def forward(self, depth: int, h: Tensor) -> Tensor:
         """Residuals h [n, D] after `depth` blocks -> float32 log-odds [n] of exiting there."""
-        return self.heads[str(depth)](F.rms_norm(h.float(), h.shape[-1:])).squeeze(-1)
+        return self.heads[str(depth)](unit(h)).squeeze(-1)
 
 
 def _head(width: int, kind: str, generator: torch.Generator) -> nn.Module:
@@ -74,11 +72,9 @@ def attach(
     """Attach exit heads at these depths ([]: none), adapters if `lora` is given, and a cap; freeze
     the base. UserError for a depth that repeats or is outside 1..L-1, and a cap outside 1..L."""
     L, layers = model.full_depth, list(exit_layers)
-    if not set(layers) <= {*range(1, L)} or len(set(layers)) < len(layers):
+    if sorted({*layers} & {*range(1, L)}) != sorted(layers):
         expected = f"expected different depths from 1 to {L - 1}"
         raise UserError(f"exits.layers: {expected}, found {layers}")
-    if head not in ("linear", "mlp"):
-        raise UserError(f"exits.head: {head!r} is not one of linear, mlp")
     check_cap(model, cap)
     detach(model)
     model.requires_grad_(False)
@@ -146,13 +142,6 @@ def target_chance(kl: Tensor, strength: float) -> Tensor:
     return 2 * torch.sigmoid(-strength * kl)
 
 
-def draw_depths(chance: Tensor, u: Tensor, layers: Sequence[int], deepest: int) -> Tensor:
-    """Chances and uniform noise [..., E] -> depths [...]: the first head with u < chance."""
-    options = torch.tensor([*layers, deepest], device=chance.device)
-    leaves = F.pad(u < chance, (0, 1), value=True)
-    return options[leaves.int().argmax(-1)]
-
-
 class Asked(NamedTuple):
     """n tokens that have reached a depth where they may exit."""
 
@@ -168,8 +157,9 @@ class Policy:
     """Decides which tokens exit: full, head, fixed, kl or confidence, as parse_policy explains. A
     subclass overrides `exits`, and `layers` if it decides elsewhere."""
 
-    def __init__(self, name: str = "full", value: Any = None):
+    def __init__(self, name: str = "full", value: Any = None, known: dict | None = None):
         self.name, self.value = name, value
+        self.known = known  # for kl: the chances [N] at each depth, of the tokens of one call
 
     def layers(self, model: Transformer) -> tuple[int, ...]:
         """The depths at which this policy decides."""
@@ -187,6 +177,8 @@ class Policy:
         if self.name == "confidence":
             h = asked.model.lensed(asked.h, asked.depth)
             return asked.model.readout(h).float().softmax(-1).amax(-1) >= self.value
+        if self.known:
+            return asked.u < self.known[asked.depth][asked.at]
         p = torch.sigmoid(asked.z)
         return asked.u < p if self.value is None else p > self.value
 

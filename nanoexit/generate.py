@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanoexit.cache import Cache
 from nanoexit.config import Rule, UserError, check_values
-from nanoexit.exits import Ask, Policy, Prescribed, Watch, draw_depths, parse_policy, target_chance
+from nanoexit.exits import Ask, Policy, Watch, parse_policy, target_chance
 from nanoexit.fast import FastModel
 from nanoexit.model import Run, Transformer
 from nanoexit.score import Rows, divergence, pad, token_logprob
@@ -192,7 +192,7 @@ class _Decoder:
         noise = np.array([row.noise[len(row.out.tokens)] for row in batch])
         u = torch.from_numpy(noise).to(device)  # [B, 1 + depths of the policy]
         run = functools.partial(self.engine.run, ids, positions, self.cache, alive=alive)
-        policy = self.oracle(run, taken, u[:, 1:]) if self.policy.name == "kl" else self.policy
+        policy = self.oracle(run, taken) if self.policy.name == "kl" else self.policy
         ask = Ask(self.model, policy, len(ids), u[:, 1:])
         hidden, depths = run(stop=ask)
         logits = self.engine.readout(hidden[taken, 0]).float()  # [n, V]
@@ -207,18 +207,15 @@ class _Decoder:
             self.note(row, int(token), int(depth), *logps)  # float32 holds integers up to 2**24
         self.slots = [None if row is None or row.out.finish else row for row in self.slots]
 
-    def oracle(self, run: Callable[..., Run], taken: Any, u: Tensor) -> Policy:
+    def oracle(self, run: Callable[..., Run], taken: Any) -> Policy:
         """Run the step to the deepest depth -> a policy of the exits that the target rule draws."""
-        layers = self.policy.layers(self.model)
-        if not layers:
-            return self.policy
-        watch = Watch(layers)
-        final = self.engine.readout(run(stop=watch).hidden[taken, 0])
-        read = [self.model.lensed(h, depth) for depth, h in watch.seen.items()]
-        early = [divergence(final, self.engine.readout(h)) for h in read]
-        chance = torch.zeros_like(u)
-        chance[taken] = target_chance(torch.stack(early, -1), self.policy.value)
-        return Prescribed(draw_depths(chance, u, layers, self.model.deepest))
+        watch, strength = Watch(self.policy.layers(self.model)), self.policy.value
+        final, known = self.engine.readout(run(stop=watch).hidden[taken, 0]), {}
+        for depth, h in watch.seen.items():
+            early = self.engine.readout(self.model.lensed(h, depth))
+            known[depth] = torch.zeros(len(self.slots), device=self.model.device)
+            known[depth][taken] = target_chance(divergence(final, early), strength)
+        return Policy("kl", strength, known)
 
     def note(self, row: Row, token: int, depth: int, logp: float, exit_logp: float) -> None:
         """Add a token to its row, and finish the row if it has ended."""

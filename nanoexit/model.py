@@ -96,7 +96,12 @@ class Linear(nn.Linear):
         return y
 
 
-@functools.lru_cache(maxsize=8)
+def unit(h: Tensor) -> Tensor:
+    """Residuals [..., D] divided by their RMS, float32."""
+    return F.rms_norm(h.float(), h.shape[-1:])
+
+
+@functools.cache
 def rope_frequencies(shape: Shape, device: torch.device) -> Tensor:
     """[d / 2] float32, radians per position; Llama 3 divides the low ones by `factor`."""
     even = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device)
@@ -310,11 +315,10 @@ class Transformer(nn.Module):
         return Run(self.lensed(h, depths), depths)
 
     def lensed(self, h: Tensor, depths: Tensor | int) -> Tensor:
-        """Residuals h [..., D] of one or many depths [...] -> what is read out from them."""
+        """Residuals h [..., D] of one or many depths [...] -> what is read out: lens(h), if any."""
         lenses: Any = self.exits.lenses if self.exits else {}
         for depth, lens in lenses.items():
-            there = torch.as_tensor(depths == int(depth)).expand(h.shape[:-1])
-            at = there.nonzero(as_tuple=True)  # host sync
-            x = F.rms_norm(h[at].float(), h.shape[-1:])
+            at = torch.as_tensor(depths == int(depth)).expand(h.shape[:-1]).nonzero(as_tuple=True)
+            x = unit(h[at])
             h = h.index_put(at, (x + lens(x)).to(h.dtype))
         return h

@@ -166,7 +166,7 @@ def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, fold
     start = copy_trained(model) if rl.exit_kl_weight else None
     optimizer = training.make_optimizer(model, rl.lr)
     done = training.load_checkpoint(folder, model, optimizer)
-    metrics = training.Metrics(folder, done)
+    metrics = training.Metrics(folder / "metrics.jsonl", done)
     samples = training.StepLog(folder / "samples.jsonl", done)
     with training.progress(rl.steps, "REINFORCE", "step", done) as bar:
         for step in range(done, rl.steps):

@@ -17,6 +17,9 @@ head's part is clamped at 2 nats.
 to Q_d. Its slope, 2 w sigmoid(-KL), is small where KL is large, so it trains the early readouts
 that are nearly good enough.
 
+With `exits.lens`, an early readout goes through an affine map that nothing else reads (Belrose et
+al. 2023), so blocks need not change much to be read early. Lenses start as a least-squares fit.
+
 `sft.targets: base` takes the *base's* readout for Q_d, as the original does. On a model whose early
 readouts were never trained these targets are 0, and the heads learn never to exit.
 
@@ -37,7 +40,7 @@ from nanoexit import training
 from nanoexit.adapters import save_adapter
 from nanoexit.config import Config
 from nanoexit.exits import Asked, Policy, Watch, as_base, exit_depths, target_chance
-from nanoexit.model import Transformer
+from nanoexit.model import Transformer, unit
 from nanoexit.score import Aligned, readout_kl, score
 from nanoexit.teacher import Teacher, make_traces
 from nanoexit.tokenizer import Tokenizer
@@ -140,28 +143,28 @@ def step_losses(
         sums = {name: value + figures[name] for name, value in sums.items()}
     sums = {name: training.total(value) for name, value in sums.items()}
     reached = sums.pop("reached").clamp(min=1)  # each head has its own count
-    means = {n: (v / (reached if v.dim() else tokens)).tolist() for n, v in sums.items()}
-    return {"loss": means["kl"] + means["exit_loss"], **means}
+    return {n: (v / (reached if v.dim() else tokens)).tolist() for n, v in sums.items()}
 
 
 @torch.no_grad()
 def fit_lenses(model: Transformer, teacher: Teacher, rows: int) -> None:
-    """Start each lens as the least-squares map from the base's residual to its last one, both
-    divided by their RMS, over FITTED traces, `rows` at a time."""
+    """Start each lens as the least-squares map from the base's residual to its last, both divided
+    by their RMS, over FITTED traces, of which `rows` run together."""
     lenses: Any = model.exits.lenses  # type: ignore[union-attr]
-    watch, count = Watch([int(depth) for depth in lenses]), min(FITTED, len(teacher.traces))
+    watch, count = Watch([*map(int, lenses)]), min(FITTED, len(teacher.traces))
     sums: dict[int, Any] = dict.fromkeys(watch.layers, 0.0)
     for start in range(0, count, rows):
         a, (last, *_) = teacher(range(count)[start : start + rows])
         with as_base(model):
             model.run(a.ids, stop=watch)
-        last = F.rms_norm(last.float(), last.shape[-1:])
         for depth, h in watch.seen.items():
-            x = F.pad(F.rms_norm(h[a.at].float(), h.shape[-1:]), (0, 1), value=1.0)
-            sums[depth] += x.T @ torch.cat((x, last - x[:, :-1]), 1)
+            x = unit(h[a.at])
+            one = F.pad(x, (0, 1), value=1.0)
+            sums[depth] += one.T @ torch.cat((one, unit(last) - x), 1)
     for depth, products in sums.items():
         xx, xy = products.split([len(products), model.shape.width], 1)
-        a_b = torch.linalg.solve(xx + RIDGE * torch.eye(len(xx), device=xx.device), xy)
+        xx.diagonal().add_(RIDGE)
+        a_b = torch.linalg.solve(xx, xy)
         lenses[str(depth)].weight.copy_(a_b[:-1].T)
         lenses[str(depth)].bias.copy_(a_b[-1])
 
@@ -174,7 +177,7 @@ def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Pa
     done = training.load_checkpoint(folder, model, optimizer)
     if config.exits.lens and not done and not config.run.init:
         fit_lenses(model, teacher, sft.micro_batch)
-    metrics = training.Metrics(folder, done)
+    metrics = training.Metrics(folder / "metrics.jsonl", done)
     with training.progress(sft.steps, "SFT", "step", done) as bar:
         for step in range(done, sft.steps):
             chosen = training.batch_at(step, len(traces), sft.batch_size, config.run.seed)

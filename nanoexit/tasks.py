@@ -8,7 +8,6 @@ held out, another its place: a split never changes, and its first prompts are a 
 import csv
 import io
 import itertools
-import operator
 import re
 import unicodedata
 import zlib
@@ -49,7 +48,6 @@ class Verdict:
     correct: bool
     steps: Sequence[bool] = ()  # each expected step: is it written, true and in order?
     claimed: int = 0  # how many steps are written, true or not
-    lenient: bool = False  # correct, or the last number of the response is the right one
     answer: str | None = None  # what the response concludes, in canonical form
 
     @property
@@ -97,7 +95,6 @@ WHOLE = rf"(?x)\s*{NUMBER}\s*"
 FIRST = rf"""(?x)[\s:=(\[{{"'≈~$*_`]*(?:(?:the\s|final\s)*answer(?:\sis)?[\s:=$*]*)?{NUMBER}\s?%?
     (?![\w^!(]|[ \t]*(?:[-—~+*/×÷·=:.,<>]+|\\times|(?:to|or|and|x|times|through|until|by)\b)?
     [ \t]*[-+]?\$?\.?\d|[ \t]*(?:hundred|[mb]illion|thousand|trillion|dozen|and\sa)\b|-\w)"""
-SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
 def normal(text: str) -> str:
@@ -167,15 +164,12 @@ class Task:
         """Verify the decoded text of a response, without its end-of-text token."""
         part, said = self.split(response), self.answer(prompt, response)
         target = self.target(prompt)
-        last = self.reached(prompt, response) if self.name == "gsm8k" else said
         expected = self.claims(" ".join(self.steps(prompt)))
         claims = self.claims(part.reasoning)
         steps = [False] * len(expected)
         for at, _, n in SequenceMatcher(None, expected, claims, False).get_matching_blocks():
             steps[at : at + n] = [True] * n
-        correct = target is not None and said == target
-        lenient = correct or (target is not None and last == target)
-        return Verdict(correct, steps, len(claims), lenient, said)
+        return Verdict(target is not None and said == target, steps, len(claims), said)
 
     def claims(self, text: str) -> list[str]:
         """The steps written in a text, each in a standard spelling; [] if the task lists none."""
@@ -219,26 +213,6 @@ class GSM8K(Task):
         before_question = re.split(r"\?|\bQuestion\b|\bQ:", stated.partition("####")[2])[0]
         values = {self.first(piece) for piece in before_question.split("####")} - {None}
         return values.pop() if len(values) == 1 else None
-
-    def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
-        """Changes the first mention of an intermediate result that is not in the question. Needs a
-        right response, and an answer worked out in marks of two operands, such as <<48/2=24>>."""
-        part, stay, answer = self.split(response), self.target(prompt), prompt.answer or ""
-        marks = re.findall(r"<<(\d+)([-+*/])(\d+)=(\d+)>>", answer)
-        if not 1 < len(marks) == answer.count("<<") or stay != self.answer(prompt, response):
-            return None
-        value = marks[int(rng.integers(len(marks) - 1))][-1]
-        found = re.search(rf"(?<![\w.,]){value}(?!\w|[.,]\d)", part.reasoning)
-        if not found or re.search(rf"\b{value}\b", prompt.prompt):
-            return None
-        new = {value: Fraction(value) + int(rng.integers(1, 10))}
-        text = f"{part.reasoning[: found.start()]}{new[value]}"
-        for a, sign, b, result in marks:
-            left, right = new.get(a, Fraction(a)), new.get(b, Fraction(b))
-            if (a in new or b in new) and right:
-                new[result] = SIGNS[sign](left, right)
-        follow = new.get(marks[-1][-1])
-        return Change(text, stay, follow and str(follow))
 
 
 class Made(Task):

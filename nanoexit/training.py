@@ -90,8 +90,7 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     model = load_model(m.name, m.device, m.dtype, m.revision)
     model.logits_chunk = m.logits_chunk
     tokenizer = load_tokenizer(m.name, m.revision)
-    kind = exits.head, exits.lens
-    attach(model, exits.layers, *kind, config.lora, exits.cap, config.run.seed)
+    attach(model, exits.layers, exits.head, exits.lens, config.lora, exits.cap, config.run.seed)
     if init:
         wanted = _attached(model)
         load_adapter(model, init)
@@ -113,7 +112,7 @@ def _attached(model: Transformer) -> dict[str, Any]:
     return {
         "exits.layers": list(heads.layers) if heads else [],
         "exits.head": heads.kind if heads else None,
-        "exits.lens": bool(heads.lenses) if heads else False,
+        "exits.lens": bool(heads and heads.lenses),
         "lora.r": sorted({adapter.lora_A.shape[0] for adapter in ours.values()}),
         "lora.alpha / lora.r": sorted({adapter.scale for adapter in ours.values()}),
         "lora.targets": sorted({name.rsplit(".", 1)[-1] for name in ours}),
@@ -353,13 +352,9 @@ class StepLog:
 
 
 class Metrics(StepLog):
-    """metrics.jsonl: the figures of each step, from 1."""
-
-    def __init__(self, folder: Path, done: int):
-        super().__init__(folder / "metrics.jsonl", done)
+    """metrics.jsonl: the figures of each step, from 1. UserError for one that is not finite."""
 
     def write(self, step: int, **values: Any) -> None:
-        """Add the figures of a step. Raises UserError for one that is not finite."""
         for name, value in values.items():
             if not np.isfinite(value).all():
                 raise UserError(f"step {step}: {name} is {value}; the last checkpoint is kept")

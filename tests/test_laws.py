@@ -164,6 +164,21 @@ def test_generation_equals_the_slow_reference(family, fast):
             assert reference.generate(model, prompt, 7, noise, [0]) == (g.tokens, g.depths)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_oracle_draws_from_the_targets(family, fast):
+    """Catches: chances from readouts without the lens; of another depth; of another row."""
+    model, exits = with_exits(random_model(family)), [1, 2, 4, 5]
+    gens = generate(model, PROMPTS * 5, "kl:2", 1, 0, 5, Sampling(fast=fast, batch_size=2))
+    for row, (prompt, g) in enumerate(zip(PROMPTS * 5, gens)):
+        paths = [[5] * (len(prompt) - 1) + [d] for d in exits]
+        ends = [reference.hidden_states(model, prompt, path)[-1] for path in paths]
+        *early, last = reference.logits_of(model, torch.stack(ends)).log_softmax(-1)
+        noise = np.random.default_rng([5, row]).random((1, 4), dtype=np.float32)[0, 1:]
+        chances = [2 * torch.sigmoid(-2 * (last.exp() * (last - q)).sum()) for q in early]
+        assert g.depths[0] == next((d for d, u, p in zip(exits, noise, chances) if u < p), 5)
+    assert len({g.depths[0] for g in gens}) > 2
+
+
 def test_a_token_that_exits_runs_no_later_block():
     """Catches: 'skipping' that computes and masks. Counts rows through the MLP of each block."""
     model, rows = with_exits(random_model("qwen2")), []

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import random_model
 
-from nanoexit.exits import Asked, Policy, draw_depths, path_logprob, target_chance
+from nanoexit.exits import Asked, Policy, path_logprob, target_chance
 from nanoexit.model import attend
 from nanoexit.reinforce import leave_one_out
 from nanoexit.score import align, divergence, pad, readout_kl, through_readout, token_logprob
@@ -34,13 +34,6 @@ def test_the_target_is_1_without_divergence():
     kl = torch.tensor([0.0, math.log(3), 50.0])
     assert torch.allclose(target_chance(kl, 1.0), torch.tensor([1.0, 0.5, 0.0]), atol=1e-6)
     assert target_chance(kl, 2.0)[1].item() == pytest.approx(0.2)
-
-
-def test_depths_are_drawn_head_by_head():
-    """Catches: taking the last head that fires, or a head whose chance only equals its noise."""
-    chance = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.0, 1.0]])
-    u = torch.tensor([[0.4, 0.1], [0.6, 0.4], [0.5, 0.9], [0.0, 0.99]])
-    assert draw_depths(chance, u, [2, 5], 8).tolist() == [2, 5, 8, 5]
 
 
 def test_divergence_has_a_direction_and_no_epsilon():

@@ -59,7 +59,6 @@ clock 6 != @</think> 6 6|@</think> 5|@</think>|@|@<think> 6
 """
 STARTS = {"gsm8k": "#### ", "exact": "Answer: "}
 CHAIN = Prompt("x", "5 *9 +7 +1 +3", "6", checker="clock")  # 45, 12, 3, 6
-PLAN = "48/2=<<48/2=24>>24\n48+24=<<48+24=72>>72\n#### 72"
 
 
 @pytest.mark.parametrize("line", TABLE.split("\n")[1:-1])
@@ -194,33 +193,6 @@ def test_made_prompts_favour_the_long():
     counts = Counter(p.group[0] for p in prompts)
     assert [round(counts[k] / 200) for k in "123456"] == [1, 2, 3, 4, 5, 6]
     assert len({p.id for p in prompts}) == 4200
-
-
-@pytest.mark.parametrize("checker, reply, correct, lenient", [
-    ("gsm8k", "#### 72", True, True), ("gsm8k", "#### 72 clips.\n\nQ: 5?", True, True),
-    ("gsm8k", "so it is $72.", False, True), ("gsm8k", "72 or 71", False, False),
-    ("gsm8k", "", False, False), ("exact", "it is 72", False, False), ("exact", "72", True, True),
-])  # fmt: skip
-def test_a_lenient_reading_takes_the_last_number(checker, reply, correct, lenient):
-    """Catches: leniency for a task that is only read strictly; a right answer not counted."""
-    prompt = Prompt("x", "?", "72", checker=checker)
-    found = task_of(prompt).verify(prompt, reply)
-    assert (found.correct, found.lenient) == (correct, lenient)
-
-
-def test_a_changed_number_in_free_text():
-    """Catches: a consequence that is not recomputed; a number of the question that is changed."""
-    prompt, rng = Prompt("x", "Ada sold 48 clips.", PLAN, checker="gsm8k"), np.random.default_rng(0)
-    task, text = task_of(prompt), "<think>In May 24 (half), 48 + 24 = 72</think>#### 72"
-    for _ in range(20):
-        changed, stay, follow = task.change(prompt, text, rng)
-        assert changed.startswith("<think>In May ") and stay == "72"
-        assert int(follow) == 48 + int(changed.split()[-1]) != 72
-    for other in ("#### 72", "<think>24</think>#### 71", "<think>24", "<think>2.24</think>#### 72"):
-        assert task.change(prompt, other, rng) is None
-    asked = Prompt("x", "Ada sold 48, not 24.", PLAN, checker="gsm8k")
-    half = Prompt("x", "?", PLAN.replace("48/2=24>>", "(48)/2=24>>"), checker="gsm8k")
-    assert task.change(asked, text, rng) is None and task.change(half, text, rng) is None
 
 
 @pytest.mark.parametrize("checker, answer, text, reached", [

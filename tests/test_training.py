@@ -28,7 +28,7 @@ from nanoexit.training import check, load_checkpoint, load_student, run_director
 
 SMALL = ["data.count=96", "teacher.chunk=32", "evaluate.count=8", "evaluate.samples=1"]
 SMALL += ["sft.steps=6", "sft.batch_size=12", "sft.micro_batch=8", "sft.save_every=1"]
-SMALL += ["evaluate.policies=[head]", "evaluate.caps=[]"]
+SMALL += ["evaluate.policies=[head]", "evaluate.caps=[]", "exits.lens=true"]
 ROLL = ["rl.steps=4", "rl.prompts=2", "rl.rollouts=4", "rl.save_every=2", "rl.kl_weight=0.1"]
 ROLL += ["rl.exit_kl_weight=0.1"]
 
@@ -229,10 +229,11 @@ def test_traces_belong_to_their_content(tmp_path):
 
 def test_init_with_other_exits_is_refused(whole, tmp_path):
     """Catches: one thing in config.yaml and another in the adapter."""
-    for override, key in (("exits.layers=[3]", "exits.layers"), ("lora.r=4", "lora.r")):
-        with pytest.raises(UserError, match=f"{key}.*: the config says .* the run in run.init"):
-            load_student(load_config(TINY, [override, f"run.init={whole}"]))
-    assert load_student(load_config(TINY, [f"run.init={whole}", "exits.cap=3"]))[0].cap == 3
+    start = [*SMALL, f"run.init={whole}"]
+    for override in ("exits.layers=[3]", "lora.r=4", "exits.lens=false"):
+        with pytest.raises(UserError, match=f"{override[:8]}.*: the config says .* in run.init"):
+            load_student(load_config(TINY, [*start, override]))
+    assert load_student(load_config(TINY, [*start, "exits.cap=3"]))[0].cap == 3
 
 
 def test_reinforce_resumes_exactly(tmp_path, monkeypatch):
@@ -269,8 +270,8 @@ def test_a_number_that_is_not_finite_ends_the_run(tmp_path):
 
 
 def taught(tmp_path, *overrides: str) -> tuple[sft.Teacher, Config]:
-    config = load_config(TINY, [f"run.dir={tmp_path}", "data.count=10", *overrides])
-    model, tokenizer = load_student(config)
+    keys = [f"run.dir={tmp_path}", "data.count=10", "exits.lens=true", *overrides]
+    model, tokenizer = load_student(config := load_config(TINY, keys))
     return sft.Teacher(model, make_traces(model, tokenizer, config), config), config
 
 
@@ -292,6 +293,7 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, key):
 def drawn(tmp_path, *overrides: str):
     """A step's traces, aligned, with the exits that SFT draws."""
     teacher, config = taught(tmp_path, *overrides)
+    sft.fit_lenses(teacher.model, teacher, 4)
     a, known = teacher(range(10))
     noise, uniform = sft.draw_noise(a, range(10), 7, config, 0)
     return teacher, a, sft.Draw(teacher.model, a, uniform, known, config.sft.early), noise
@@ -314,6 +316,22 @@ def test_exits_are_drawn_at_readouts_only(tmp_path):
     losses = sft.exit_loss(scored.head_logits.flatten(0, 1)[a.at], draw.kl, 4.0)
     figures = sft.student_losses(teacher.model, a, draw, noise, 4.0)[1]
     assert figures["exit_loss"].item() == pytest.approx(losses[draw.reached].sum().item())
+
+
+def test_lenses_start_as_the_least_squares_fit(tmp_path):
+    """Catches: a fit to the student, or to padding; one without the constant."""
+    teacher = taught(tmp_path)[0]
+    model, watch = teacher.model, sft.Watch([2, 7])
+    scramble(training.trained(model).items(), 1)
+    sft.fit_lenses(model, teacher, 4)
+    a, (last,) = teacher(range(10))
+    with sft.as_base(model):
+        model.run(a.ids, stop=watch)
+    for depth, h in watch.seen.items():
+        x, lens = sft.unit(h[a.at]), model.exits.lenses[str(depth)]
+        slope = F.pad(x, (0, 1), value=1).T @ (sft.unit(last) - x - lens(x))
+        wanted = sft.RIDGE * torch.cat((lens.weight.T, lens.bias[None]))
+        assert torch.allclose(slope, wanted, atol=1e-3) and wanted.abs().max() > 0.1
 
 
 def test_nearly_good_early_readouts_train(tmp_path):
@@ -388,4 +406,4 @@ def test_a_student_without_exits_trains(tmp_path):
     """Catches: exits.layers=[], which the help allows, ending in a traceback."""
     teacher, config = taught(tmp_path, "exits.layers=[]")
     figures = sft.step_losses(teacher.model, teacher, range(10), config, step=0)
-    assert figures["mean_depth"] == 8 and figures["exit_loss"] == 0 and figures["loss"] >= 0
+    assert figures["mean_depth"] == 8 and figures["exit_loss"] == 0
