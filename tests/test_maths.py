@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, with_exits
 
 from nanoexit.exits import Asked, Policy, path_logprob, target_chance
 from nanoexit.model import attend
@@ -56,8 +56,8 @@ def test_the_teacher_is_the_first_argument_of_the_kl():
 
 def test_confidence_is_that_of_the_early_readout():
     """Catches: a rule that looks at logits other than those an exit would sample from."""
-    model, h = random_model("qwen2"), torch.randn(9, 24, generator=torch.Generator().manual_seed(0))
-    sure = model.readout(h).softmax(-1).amax(-1)
+    model, h = with_exits(random_model("qwen2")), torch.randn(9, 24)
+    sure = model.readout(model.lensed(h, 1)).softmax(-1).amax(-1)
     asked = Asked(model, 1, torch.arange(9), h, None, torch.zeros(9))
     assert torch.equal(Policy("confidence", sure.median()).exits(asked), sure >= sure.median())
 
