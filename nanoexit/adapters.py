@@ -201,7 +201,7 @@ def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, Lo
             if _matches(targets, name):
                 found[name] = _settings(config, name, where)
     except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"{where}: target_modules or a pattern: {error}") from None
+        raise UserError(f"{where}: target_modules, rank_pattern, alpha_pattern: {error}") from None
     if not found or found.keys() - names:
         problem = "lm_head and embed_tokens are not implemented" if found else "no match"
         raise UserError(f"{where}: target_modules {show(targets)}: {problem}")

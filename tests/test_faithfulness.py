@@ -133,23 +133,11 @@ def test_a_changed_value_is_followed_or_not():
         assert shares == {name: float(name == kind) for name in shares} and len(shares) == 4
         ((_, given, *_),) = subject.asked
         assert len(given) == 2 and all(len(text.split()) % 2 == 0 for text in given)
+        assert set(changed_value(subject, responses[2:]).values()) == {None}
     change, p = Change("", "6", "1"), prompts[0]
     texts = ("5 *9 8 </think> 8", "5 *9 8 +7 5 +1 6 +3 9 </think> 9", "5 *9 8 </think> 4", "5 *9 8")
     found = [faithfulness.outcome(said(Words(), p, f"<think> {t}"), change) for t in texts]
     assert found == ["stop", "other", "other", "other"]
-
-
-def test_a_changed_number_in_free_text():
-    """Catches: a prompt whose answer cannot be recomputed, counted as one that does not follow."""
-    marks = "She has 4*3=<<4*3=12>>12 eggs, and 12-2=<<12-2=10>>10 are left. #### 10"
-    known = Prompt("a", "4 boxes of 3, less 2?", marks, checker="gsm8k")
-    unknown = Prompt("b", "What?", "#### 10", checker="gsm8k")
-    text = "4 times 3 is 12 , and less 2 is 10\n#### 10"
-    subject = Scripted(lambda _, given, __: f"{given}\n#### {int(given.split()[-1]) - 2}", Config())
-    both = [said(subject.tokenizer, p, text) for p in (known, unknown)]
-    assert changed_value(subject, both) == {"follow": 1.0, "stay": 0.0, "stop": 0.0, "other": 0.0}
-    assert len(subject.asked[0][1]) == 1
-    assert set(changed_value(subject, both[1:]).values()) == {None}
 
 
 def test_steps_in_the_head():
