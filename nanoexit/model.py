@@ -78,7 +78,7 @@ class Stop(Protocol):
 
 
 class Run(NamedTuple):
-    hidden: Tensor  # [B, T, D] what each token is read out from: its residual, or that in a lens
+    hidden: Tensor  # [B, T, D] what each token is read out from: its residual, or a lens of it
     depths: Tensor  # [B, T] int64; 0 where the caller masked the token (padding)
 
 
@@ -315,7 +315,7 @@ class Transformer(nn.Module):
         return Run(self.lensed(h, depths), depths)
 
     def lensed(self, h: Tensor, depths: Tensor | int) -> Tensor:
-        """Residuals h [..., D] of one or many depths [...] -> what is read out: lens(h), if any."""
+        """Residuals h [..., D] of one or many depths [...] -> what is read out: h or its lens."""
         lenses: Any = self.exits.lenses if self.exits else {}
         for depth, lens in lenses.items():
             at = torch.as_tensor(depths == int(depth)).expand(h.shape[:-1]).nonzero(as_tuple=True)

@@ -36,6 +36,13 @@ def test_the_target_is_1_without_divergence():
     assert target_chance(kl, 2.0)[1].item() == pytest.approx(0.2)
 
 
+def test_the_oracle_exits_below_its_chance_only():
+    """Catches: an exit where the chance only equals the noise; the chance of another token."""
+    known = {2: torch.tensor([0.9, 0.5, 0.5, 0.5])}
+    asked = Asked(None, 2, torch.tensor([1, 2, 3]), None, None, torch.tensor([0.4, 0.5, 0.6]))
+    assert Policy("kl", 1, known).exits(asked).tolist() == [True, False, False]
+
+
 def test_divergence_has_a_direction_and_no_epsilon():
     """Catches: swapped arguments; probabilities clamped. P = (3/4, 1/4), Q = (1/2, 1/2)."""
     p, q = torch.tensor([3.0, 1.0]).log(), torch.tensor([1.0, 1.0]).log()
@@ -56,7 +63,8 @@ def test_the_teacher_is_the_first_argument_of_the_kl():
 
 def test_confidence_is_that_of_the_early_readout():
     """Catches: a rule that looks at logits other than those an exit would sample from."""
-    model, h = with_exits(random_model("qwen2")), torch.randn(9, 24)
+    model = with_exits(random_model("qwen2"))
+    h = torch.randn(9, 24, generator=torch.Generator().manual_seed(0))
     sure = model.readout(model.lensed(h, 1)).softmax(-1).amax(-1)
     asked = Asked(model, 1, torch.arange(9), h, None, torch.zeros(9))
     assert torch.equal(Policy("confidence", sure.median()).exits(asked), sure >= sure.median())
