@@ -28,8 +28,8 @@ class Cache:
         """Keep these rows, in this order."""
         self.kv, self.names = self.kv[:, rows], self.names[rows]
 
-    def admit(self, rows: Tensor, other: "Cache", chosen: list[int]) -> None:
-        """Replace these rows with the chosen rows of another cache."""
-        self.kv[:, rows, :, :, : other.span] = other.kv[:, chosen, :, :, : other.span]
+    def admit(self, rows: Tensor, other: "Cache") -> None:
+        """Replace these rows with those of another cache."""
+        self.kv[:, rows, :, :, : other.span] = other.kv[..., : other.span, :]
         new = self.names.max() + 1 + torch.arange(len(rows), device=rows.device)
         self.names = self.names.index_copy(0, rows, new)

@@ -157,9 +157,9 @@ class Policy:
     """Decides which tokens exit: full, head, fixed, kl or confidence, as parse_policy explains. A
     subclass overrides `exits`, and `layers` if it decides elsewhere."""
 
-    def __init__(self, name: str = "full", value: Any = None, known: dict | None = None):
-        self.name, self.value = name, value
-        self.known = known  # for kl: the chances [N] at each depth, of the tokens of one call
+    def __init__(self, name: str = "full", value: Any = None, chance: Any = None):
+        """chance: for kl, a function of Asked that gives the chances [n] to exit."""
+        self.name, self.value, self.chance = name, value, chance
 
     def layers(self, model: Transformer) -> tuple[int, ...]:
         """The depths at which this policy decides."""
@@ -177,8 +177,8 @@ class Policy:
         if self.name == "confidence":
             h = asked.model.lensed(asked.h, asked.depth)
             return asked.model.readout(h).float().softmax(-1).amax(-1) >= self.value
-        if self.known:
-            return asked.u < self.known[asked.depth][asked.at]
+        if self.chance:
+            return asked.u < self.chance(asked)
         p = torch.sigmoid(asked.z)
         return asked.u < p if self.value is None else p > self.value
 

@@ -5,8 +5,9 @@ is a function of (seed, i) and is drawn before the row starts, so a row writes t
 or in a batch of any size.
 Every readout chooses its depth, including the first. So prefill runs the prompt except for its last
 token, at full depth (or to the cap), and that last token is decoded like all later ones.
-Decisions. Equal prompts in a batch are prefilled once. A token is drawn by inverting the cumulative
-distribution at one uniform number. Host syncs per step: those of `run`, and one for the tokens."""
+Decisions. Equal prompts in a batch are prefilled once; forced tokens are read in one forward. A
+token is drawn by inverting the cumulative distribution at one uniform number. Host syncs per step:
+those of the model's `run`, one for the tokens, and one if some rows are idle."""
 
 import functools
 import math
@@ -21,15 +22,16 @@ from torch import Tensor
 
 from nanoexit.cache import Cache
 from nanoexit.config import Rule, UserError, check_values
-from nanoexit.exits import Ask, Policy, Watch, parse_policy, target_chance
+from nanoexit.exits import Ask, Asked, Policy, parse_policy, target_chance
 from nanoexit.fast import FastModel
-from nanoexit.model import Run, Transformer
-from nanoexit.score import Rows, divergence, pad, token_logprob
+from nanoexit.model import Transformer
+from nanoexit.score import Rows, pad, readout_kl
 
 
 @dataclass
 class Generation:
-    """One response. Log-probabilities are the model's own: temperature 1, nothing truncated."""
+    """One response. Log-probabilities are the model's own: temperature 1, nothing truncated; a
+    forced token has 0."""
 
     tokens: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
@@ -48,7 +50,7 @@ class Sampling:
     batch_size: int | None = None  # rows that decode together; None: all
     forced: Rows = ()  # first tokens of each response, given instead of drawn
     streams: Sequence[int] = ()  # the number of each row's noise; default 0, 1, ...
-    on_finish: Callable[[int, Generation], object] | None = None  # called with row and result
+    on_finish: Callable[[], object] | None = None  # called when a row ends
     fast: bool = True  # decode with fast.py
 
 
@@ -91,7 +93,8 @@ def generate(
     decoder = _Decoder(model, policy, prompts, max_new_tokens, temperature, seeds, settings)
     while decoder.waiting or decoder.rows:
         decoder.admit()
-        decoder.step()
+        if decoder.rows:
+            decoder.step()
     return decoder.results
 
 
@@ -156,7 +159,7 @@ class _Decoder:
         stream = settings.streams[number] if settings.streams else number
         size = (self.max_new_tokens, 1 + len(self.policy.layers(self.model)))
         noise = np.random.default_rng([*self.seed, stream]).random(size, dtype=np.float32)
-        forced = settings.forced[number] if settings.forced else ()
+        forced = settings.forced[number][: self.max_new_tokens] if settings.forced else ()
         return Row(number, self.prompts[number], forced, noise, self.results[number])
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
@@ -165,85 +168,94 @@ class _Decoder:
         return Cache(torch.zeros(size, device=model.device, dtype=model.dtype))
 
     def prefill(self, slots: list[int]) -> None:
-        """Run the prompts of these slots, except their last tokens, to the deepest depth."""
-        model = self.model
-        prompts = [tuple(row.prompt[:-1]) for slot in slots if (row := self.slots[slot])]
-        distinct = list(dict.fromkeys(prompts))
+        """Run prompts but for their last tokens, to the deepest depth; then read forced tokens."""
+        device, rows = self.model.device, [row for i in slots if (row := self.slots[i])]
+        prompts = [tuple(row.prompt[:-1]) for row in rows]
+        distinct, F = list(dict.fromkeys(prompts)), max(len(row.forced) for row in rows)
         T = max(map(len, distinct))
-        cache = self.new_cache(len(distinct), T)
+        cache = self.new_cache(len(distinct), T + F)
+        cache.span = T
         if T:
-            model.run(pad(distinct, model.device), cache=cache)
-        rows = [distinct.index(prompt) for prompt in prompts]
-        self.cache.admit(torch.tensor(slots, device=model.device), cache, rows)
+            self.model.run(pad(distinct, device), cache=cache)
+        cache.select(torch.tensor([distinct.index(prompt) for prompt in prompts], device=device))
+        if F:
+            given = [(row, token) for row in rows for token in row.forced]
+            alive = pad([[1] * len(row.forced) for row in rows], device).bool()
+            _, _, *exits = self.run(self.model, rows, F, cache, alive)
+            tokens = torch.tensor([token for _, token in given], device=device)
+            self.note([row for row, _ in given], tokens, torch.zeros_like(exits[1]), *exits)
+        self.cache.admit(torch.tensor(slots, device=device), cache)
 
     def step(self) -> None:
         """One token for every row in progress."""
-        rows, device = self.rows, self.model.device
+        rows, alive = self.rows, None
         batch = [row or rows[0] for row in self.slots]  # a free slot writes where no row reads
-        taken: Any = slice(None)  # the slots with rows
-        alive = None
         if len(rows) < len(batch):
-            taken = [slot for slot, row in enumerate(self.slots) if row is not None]
-            alive = torch.tensor([[row is not None] for row in self.slots], device=device)
-        starts = [row.position for row in batch]
-        self.cache.span, self.cache.aligned = max(starts) + 1, len(set(starts)) == 1
-        read = torch.from_numpy(np.array([[row.last for row in batch], starts])).to(device)
-        ids, positions = read[..., None].unbind()  # each [B, 1]
-        noise = np.array([row.noise[len(row.out.tokens)] for row in batch])
-        u = torch.from_numpy(noise).to(device)  # [B, 1 + depths of the policy]
-        run = functools.partial(self.engine.run, ids, positions, self.cache, alive=alive)
-        policy = self.oracle(run, taken) if self.policy.name == "kl" else self.policy
-        ask = Ask(self.model, policy, len(ids), u[:, 1:])
-        hidden, depths = run(stop=ask)
-        logits = self.engine.readout(hidden[taken, 0]).float()  # [n, V]
-        top_p, top_k = self.settings.top_p, self.settings.top_k
-        tokens = sample(logits, u[taken, 0], self.temperature, top_p, top_k)
-        for i, row in enumerate(rows):
-            if len(row.out.tokens) < len(row.forced):
-                tokens[i] = row.forced[len(row.out.tokens)]
-        exit_logps = ask.logprobs(depths[:, 0])[taken]
-        columns = torch.stack((tokens, depths[taken, 0], token_logprob(logits, tokens), exit_logps))
-        for row, token, depth, *logps in zip(rows, *columns.tolist()):  # host sync
-            self.note(row, int(token), int(depth), *logps)  # float32 holds integers up to 2**24
+            alive = pad([[row is not None] for row in self.slots], self.model.device)
+        u, hidden, *exits = self.run(self.engine, batch, 1, self.cache, alive)
+        p = self.engine.readout(hidden).float().softmax(-1)  # [n, V]
+        tokens = sample(p, u, self.temperature, self.settings.top_p, self.settings.top_k)
+        self.note(rows, tokens, p.gather(-1, tokens[:, None])[:, 0].log(), *exits)
+
+    def run(
+        self, engine: Any, batch: list[Row], T: int, cache: Cache, alive: Any
+    ) -> tuple[Tensor, ...]:
+        """Feed each row its next T tokens under the policy. Of the n that are alive [B, T] -> noise
+        for the token to draw [n], what is read out [n, D], depths, log p(exit)."""
+        device, starts = self.model.device, [row.position for row in batch]
+        cache.span, cache.aligned = max(starts) + T, len(set(starts)) == 1
+        ids = pad([[row.last, *row.forced][:T] for row in batch], device)
+        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)
+        noise = np.concatenate([row.noise[len(row.out.tokens) :][:T] for row in batch])
+        u = torch.from_numpy(noise).to(device)  # [B * T, 1 + depths of the policy]
+        run = functools.partial(engine.run, ids, positions, cache, alive=alive)
+        policy, strength = self.policy, self.policy.value
+        if policy.name == "kl":
+            final = run(stop=None).hidden.flatten(0, 1)  # first to the end, forced tokens together
+
+            def chance(asked: Asked) -> Tensor:
+                early = asked.model.lensed(asked.h, asked.depth)
+                return target_chance(readout_kl(asked.model, final[asked.at], early), strength)
+
+            policy = Policy("kl", strength, chance)
+        ask = Ask(self.model, policy, len(u), u[:, 1:])
+        hidden, depths = (x.flatten(0, 1) for x in run(stop=ask))
+        n: Any = slice(None) if alive is None else alive.flatten().nonzero()[:, 0]  # host sync
+        return u[n, 0], hidden[n], depths[n], ask.logprobs(depths)[n]
+
+    def note(
+        self, rows: list[Row], tokens: Tensor, logps: Tensor, depths: Tensor, exit_logps: Tensor
+    ) -> None:
+        """Add tokens [n] to their rows, and finish the rows that have ended."""
+        own = self.settings.stop_ids
+        columns = torch.stack((tokens, depths, logps, exit_logps)).tolist()  # host sync
+        for row, token, depth, logp, exit_logp in zip(rows, *columns):  # exact up to 2**24
+            out = row.out
+            if out.finish:  # forced tokens after the end
+                continue
+            if math.isnan(logp):  # some logit is nan or infinite
+                where = f"prompt {row.number}: the logits of token {len(out.tokens)}"
+                raise UserError(f"{where} are not finite")
+            out.tokens.append(int(token))
+            out.depths.append(int(depth))
+            out.token_logprobs.append(logp)
+            out.exit_logprobs.append(exit_logp)
+            stopped = token in (self.model.stop_ids if own is None else own)
+            if stopped or len(out.tokens) == self.max_new_tokens:
+                out.finish = "stop" if stopped else "length"
+                if self.settings.on_finish:
+                    self.settings.on_finish()
         self.slots = [None if row is None or row.out.finish else row for row in self.slots]
 
-    def oracle(self, run: Callable[..., Run], taken: Any) -> Policy:
-        """Run the step to the deepest depth -> a policy of the exits that the target rule draws."""
-        watch, strength = Watch(self.policy.layers(self.model)), self.policy.value
-        final, known = self.engine.readout(run(stop=watch).hidden[taken, 0]), {}
-        for depth, h in watch.seen.items():
-            early = self.engine.readout(self.model.lensed(h, depth))
-            known[depth] = torch.zeros(len(self.slots), device=self.model.device)
-            known[depth][taken] = target_chance(divergence(final, early), strength)
-        return Policy("kl", strength, known)
 
-    def note(self, row: Row, token: int, depth: int, logp: float, exit_logp: float) -> None:
-        """Add a token to its row, and finish the row if it has ended."""
-        out = row.out
-        if math.isnan(logp):  # some logit is nan or infinite
-            step = len(out.tokens)
-            raise UserError(f"prompt {row.number}: the logits of token {step} are not finite")
-        out.tokens.append(token)
-        out.depths.append(depth)
-        out.token_logprobs.append(logp)
-        out.exit_logprobs.append(exit_logp)
-        own = self.settings.stop_ids
-        stopped = token in (self.model.stop_ids if own is None else own)
-        if stopped or len(out.tokens) == self.max_new_tokens:
-            out.finish = "stop" if stopped else "length"
-            if self.settings.on_finish:
-                self.settings.on_finish(row.number, out)
-
-
-def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """Logits [n, V] float32 and uniform numbers u [n] in [0, 1) -> tokens [n].
+def sample(p: Tensor, u: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
+    """Probabilities p [n, V] float32 and uniform numbers u [n] in [0, 1) -> tokens [n].
     Temperature 0 takes the likeliest token. top_k applies first, then top_p (Holtzman et al. 2020)
     to what is left; the likeliest token is always kept."""
     if temperature == 0:
-        return logits.argmax(-1)
-    if temperature != 1:  # subtracting first, a low temperature cannot overflow
-        logits = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
-    p = logits.softmax(-1)
+        return p.argmax(-1)
+    if temperature != 1:  # divided by the largest first, a low temperature cannot overflow
+        p = (p / p.amax(-1, keepdim=True)).log().div_(temperature).softmax(-1)
     order = None
     if top_k or top_p < 1:
         p, order = p.sort(-1, descending=True)

@@ -41,7 +41,6 @@ from nanoexit.teacher import against_base, rescore, respond, show_response
 from nanoexit.tokenizer import Tokenizer
 
 LONGEST_ROW = 1024  # the most tokens of a prompt's rollouts that share a row
-SHOWN = 2  # rollouts of each step that samples.jsonl keeps
 
 
 @dataclass
@@ -166,7 +165,7 @@ def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, fold
     start = copy_trained(model) if rl.exit_kl_weight else None
     optimizer = training.make_optimizer(model, rl.lr)
     done = training.load_checkpoint(folder, model, optimizer)
-    metrics = training.Metrics(folder / "metrics.jsonl", done)
+    metrics = training.StepLog(folder / "metrics.jsonl", done)
     samples = training.StepLog(folder / "samples.jsonl", done)
     with training.progress(rl.steps, "REINFORCE", "step", done) as bar:
         for step in range(done, rl.steps):
@@ -178,7 +177,8 @@ def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, fold
                 row["exit_kl"] = training.total(held).item()
             norm = training.clip_and_step(optimizer, rl.lr * training.cosine_share(step, rl.steps))
             metrics.write(step + 1, **row, grad_norm=norm)
-            for r in rollouts[:SHOWN] if training.is_main() else ():
+            if training.is_main():
+                r = rollouts[0]
                 line = show_response(model, tokenizer, r.response, "rollout")
                 samples.write(step + 1, **line, rewards={**r.parts, "total": r.reward})
             shown = {n: f"{row[n]:.2f}" for n in ("reward", "accuracy", "max_depth", "written")}

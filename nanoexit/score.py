@@ -168,10 +168,8 @@ def readout_kl(model: Transformer, teacher: Tensor, student: Tensor) -> Tensor:
 
 def readout_logprobs(model: Transformer, h: Tensor, tokens: Tensor) -> Tensor:
     """Residuals [n, D] and the tokens [n] drawn from them -> log p(token) [n] float32."""
-    read, chunk = model.readout, model.logits_chunk
-    return through_readout(h, lambda x, i: token_logprob(read(x), tokens[i]), chunk)
 
+    def logprob(x: Tensor, rows: slice) -> Tensor:
+        return -F.cross_entropy(model.readout(x).float(), tokens[rows], reduction="none")
 
-def token_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Logits [n, V], tokens [n] -> log p(token) [n] float32, temperature 1."""
-    return -F.cross_entropy(logits.float(), tokens, reduction="none")
+    return through_readout(h, logprob, model.logits_chunk)

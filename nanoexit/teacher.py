@@ -43,7 +43,7 @@ def respond(
     most, temperature = given.pop("max_new_tokens"), given.pop("temperature")
     ids = [prompt_ids(tokenizer, prompt, config) for prompt in prompts]
     with progress(len(ids), show) as bar:
-        settings = Sampling(**given, on_finish=lambda *_: bar.update())
+        settings = Sampling(**given, on_finish=bar.update)
         written = generate(model, ids, policy, most, temperature, seed, settings)
     return [read_response(tokenizer, *row) for row in zip(prompts, ids, written)]
 

@@ -35,17 +35,15 @@ CONFIGS = {
     "qwen3": QWEN3 | UNTIED,
 }
 Q, V = "model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.v_proj"
-ONE = {"target_modules": ["q_proj"]}
+ONE, TWO = {"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "v_proj"]}
 ADAPTERS = {  # options of peft.LoraConfig
-    "plain": {"target_modules": ["q_proj", "v_proj"]},
-    "all-linear": {"target_modules": "all-linear"},
+    "plain": TWO, "all-linear": {"target_modules": "all-linear"},
     "regex": {"target_modules": r".*\.(q|v)_proj"}, "full names": {"target_modules": [Q, V]},
     "endings": {"target_modules": ["self_attn.q_proj", "mlp.up_proj"]},
-    "rslora": ONE | {"use_rslora": True},
-    "ranks": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2, Q: 3}},
+    "ranks": TWO | {"rank_pattern": {"v_proj": 2, Q: 3}},
     "alphas": ONE | {"alpha_pattern": {"^model.layers.1.*": 1, "q_proj": 3}},
     "dropout": ONE | {"lora_dropout": 0.3, "lora_alpha": 7.5},
-    "orthogonal": ONE | {"init_lora_weights": "orthogonal"},
+    "rslora": ONE | {"use_rslora": True}, "orthogonal": ONE | {"init_lora_weights": "orthogonal"},
 }  # fmt: skip
 
 
@@ -244,16 +242,13 @@ def peft_goldens() -> dict:
     return found
 
 
-def write_golden(name: str, content: dict) -> None:
-    (GOLDEN / f"{name}.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
-
-
 def main() -> None:
+    found = {"tokenizers": transformers_tokenizers(), "peft": peft_goldens()}
     for seed, (name, config) in enumerate(CONFIGS.items()):
         logits = logits_of(transformers_model(config, seed))
-        write_golden(name, {"config": {**SMALL, **config}, "seed": seed, "logits": logits})
-    write_golden("tokenizers", transformers_tokenizers())
-    write_golden("peft", peft_goldens())
+        found[name] = {"config": {**SMALL, **config}, "seed": seed, "logits": logits}
+    for name, content in found.items():
+        (GOLDEN / f"{name}.json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

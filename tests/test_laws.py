@@ -45,6 +45,9 @@ def test_fresh_attachment_changes_no_bit(family):
     attach(model, [1, 3], "mlp", lora=LoRAConfig(r=3, targets=TARGETS))
     assert torch.equal(model(ids), before)
     assert torch.equal(score(model, ids, torch.full_like(ids, 5), [3, 3]).logits, before)
+    for training in (True, False):  # what is attached has the mode of the model
+        attach(model.train(training), [1], lora=LoRAConfig())
+        assert {m.training for m in [*adapters(model).values(), model.exits]} == {training}
 
 
 def test_attach_train_detach_leaves_every_base_bit(family):
@@ -76,14 +79,6 @@ def test_policy_full_writes_what_the_plain_model_writes(family):
     again = generate(model, PROMPTS, "full", 8, seed=1)
     assert [g.tokens for g in again] == [g.tokens for g in plain]
     assert all(set(g.depths) == {5} for g in again)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_attached_modules_are_in_the_mode_of_the_model(training):
-    """Catches: modules in training mode in a model in eval mode, or the other way round."""
-    model = random_model("qwen2").train(training)
-    attach(model, [1], lora=LoRAConfig())
-    assert {m.training for m in [*adapters(model).values(), model.exits]} == {training}
 
 
 # --- law 2: one meaning -----------------------------------------------------------------------
@@ -216,6 +211,22 @@ def test_the_same_row_writes_the_same_text_in_any_batch(family, policy, fast):
     assert written(one) == written(together)[6:7]
 
 
+@pytest.mark.parametrize("cap", [None, 3])
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "kl:1"])
+def test_forced_tokens_are_read_as_if_they_had_been_drawn(family, policy, cap):
+    """Catches: another depth, noise or place for tokens read together; text after the end token."""
+    model, stops = with_exits(random_model(family), cap=cap), [0, 1, 2, 3]
+    free = generate(model, PROMPTS * 2, policy, 9, 1.0, 3, Sampling(stop_ids=stops))
+    given = [[*g.tokens, *[7] * 9][:n] for g, n in zip(free, [0, 2, 9, 1, 9, 3, 8, 4])]
+    settings = Sampling(stop_ids=stops, forced=given, batch_size=3)
+    again = generate(model, PROMPTS * 2, policy, 9, 1.0, 3, settings)
+    assert written(again) == written(free)
+    for a, b, n in zip(again, free, map(len, given)):
+        assert a.finish == b.finish and not any(a.token_logprobs[:n])
+        assert np.allclose(a.exit_logprobs, b.exit_logprobs, atol=1e-4)
+        assert np.allclose(a.token_logprobs[n:], b.token_logprobs[n:], atol=1e-4)
+
+
 # --- law 5: the sampled distribution is the trained one ---------------------------------------
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("cap", [None, 4])
@@ -226,7 +237,7 @@ def test_exit_frequencies_are_the_likelihoods(place, cap):
         head.weight.data *= 0.05
         head.bias.data.fill_(bias)
     n, options, deepest = 4000, [1, 2, 4] if cap else [1, 2, 4, 5], model.deepest
-    settings = Sampling(stop_ids=[], forced=[[7, 7]] * n)
+    settings = Sampling(stop_ids=[], forced=[[7]] * n)  # the second is decoded
     gens = generate(model, [PROMPTS[0]] * n, "head", 2, 1.0, 0, settings)
     same = [g.depths[place] for g in gens if not place or g.depths[0] == deepest]
     ids = torch.tensor([PROMPTS[0] + [7] * place])
@@ -244,14 +255,14 @@ def test_token_frequencies_are_the_softmax():
     u = torch.rand(n, generator=torch.Generator().manual_seed(0))
     cases = [(1.0, 1.0, 0, 5), (0.7, 1.0, 2, 2), (1.0, 0.7, 0, 2), (1.0, 0.85, 3, 2)]
     for temperature, top_p, top_k, keep in cases:  # of the last, top_k leaves .71, .19, .10
-        tokens = sample(logits.expand(n, -1), u, temperature, top_p, top_k)
+        tokens = sample(logits.softmax(-1).expand(n, -1), u, temperature, top_p, top_k)
         p = (logits[0] / temperature).softmax(-1)
         p = p.where(p >= p.sort(descending=True).values[keep - 1], 0.0)
         p = p / p.sum()
         share = torch.bincount(tokens, minlength=5) / n
         assert ((share - p).abs() <= 4 * (p * (1 - p) / n).sqrt()).all(), (share, p)
     for temperature in (0, 1e-30):
-        assert sample(logits, torch.tensor([0.999]), temperature, 1.0, 0).item() == 0
+        assert sample(logits.softmax(-1), torch.tensor([0.999]), temperature, 1.0, 0).item() == 0
 
 
 @pytest.mark.parametrize("wrong", ["max_new_tokens", "top_k", "top_p", "batch_size", "temperature"])

@@ -204,13 +204,6 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
     assert [path.name for path in folder.glob("*.tmp")] == ["new.2.tmp"]
 
 
-def test_resume_refuses_another_config(whole):
-    """Catches: a run that continues with other settings than it began with."""
-    config = load_config(TINY, [*SMALL, f"run.dir={whole}", "sft.lr=0.5"])
-    with pytest.raises(UserError, match=r"sft\.lr is 0\.5, but"), run_directory(config, True):
-        pass
-
-
 def test_traces_belong_to_their_content(tmp_path):
     """Catches: training on traces of another seed or prompt; traces of the same config not used."""
     config = load_config(TINY, [f"data.traces={tmp_path}/traces", "data.count=20"])
@@ -227,8 +220,11 @@ def test_traces_belong_to_their_content(tmp_path):
         make_traces(model, tokenizer, config)
 
 
-def test_init_with_other_exits_is_refused(whole, tmp_path):
-    """Catches: one thing in config.yaml and another in the adapter."""
+def test_settings_other_than_those_of_a_run_are_refused(whole):
+    """Catches: a run that goes on with other settings; config.yaml unlike the adapter beside it."""
+    config = load_config(TINY, [*SMALL, f"run.dir={whole}", "sft.lr=0.5"])
+    with pytest.raises(UserError, match=r"sft\.lr is 0\.5, but"), run_directory(config, True):
+        pass
     start = [*SMALL, f"run.init={whole}"]
     for override in ("exits.layers=[3]", "lora.r=4", "exits.lens=false"):
         key = override.partition("=")[0]
