@@ -166,9 +166,9 @@ def copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
     pickle = path.with_suffix(".bin")
     if pickle.exists() and not path.exists():
         raise UserError(f"{pickle}: pickles are not read; save it with safe_serialization=True")
-    stored = {}
-    for name in tensor_names(path):
-        stored[re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", name)] = name
+    stored = {
+        re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", n): n for n in tensor_names(path)
+    }
     compare_names(stored, wanted, path)
     for name, parameter in wanted.items():
         parameter.data.copy_(read_tensor(path, stored[name], parameter.shape))

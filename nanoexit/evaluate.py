@@ -204,8 +204,8 @@ def evaluate_run(
     tables = "\n\n".join(table(part) for part in (rows, frontier) if part)
     write_text(folder / "evaluation.md", f"```\n{tables}\n```\n")
     teacher, student = ({key: row[key] for key in SUMMARY} for row in rows[:2])
-    took = {"evaluation_seconds": round(time.time() - started, 1)}
-    summary = {**student, "teacher": teacher, **took}
+    seconds = round(time.time() - started, 1)
+    summary = {**student, "teacher": teacher, "evaluation_seconds": seconds}
     write_text(folder / "summary.json", json.dumps(rounded(summary), indent=2) + "\n")
     return rows
 

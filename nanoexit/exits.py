@@ -154,12 +154,10 @@ class Asked(NamedTuple):
 
 
 class Policy:
-    """Decides which tokens exit: full, head, fixed, kl or confidence, as parse_policy explains. A
-    subclass overrides `exits`, and `layers` if it decides elsewhere."""
+    """Decides which tokens exit: see parse_policy. A subclass overrides `exits`, maybe `layers`."""
 
     def __init__(self, name: str = "full", value: Any = None, chance: Any = None):
-        """chance: for kl, a function of Asked that gives the chances [n] to exit."""
-        self.name, self.value, self.chance = name, value, chance
+        self.name, self.value, self.chance = name, value, chance  # for kl: Asked -> chances [n]
 
     def layers(self, model: Transformer) -> tuple[int, ...]:
         """The depths at which this policy decides."""

@@ -30,8 +30,7 @@ from nanoexit.score import Rows, pad, readout_kl
 
 @dataclass
 class Generation:
-    """One response. Log-probabilities are the model's own: temperature 1, nothing truncated; a
-    forced token has 0."""
+    """One response. Log p is the model's own: temperature 1, nothing truncated; 0 if forced."""
 
     tokens: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
@@ -50,7 +49,7 @@ class Sampling:
     batch_size: int | None = None  # rows that decode together; None: all
     forced: Rows = ()  # first tokens of each response, given instead of drawn
     streams: Sequence[int] = ()  # the number of each row's noise; default 0, 1, ...
-    on_finish: Callable[[], object] | None = None  # called when a row ends
+    on_finish: Callable[[], object] = lambda: None  # called when a row ends
     fast: bool = True  # decode with fast.py
 
 
@@ -67,7 +66,7 @@ class Row:
     @property
     def last(self) -> int:
         """The token that the next step reads."""
-        return self.out.tokens[-1] if self.out.tokens else self.prompt[-1]
+        return (self.out.tokens or self.prompt)[-1]
 
     @property
     def position(self) -> int:
@@ -179,11 +178,11 @@ class _Decoder:
             self.model.run(pad(distinct, device), cache=cache)
         cache.select(torch.tensor([distinct.index(prompt) for prompt in prompts], device=device))
         if F:
-            given = [(row, token) for row in rows for token in row.forced]
             alive = pad([[1] * len(row.forced) for row in rows], device).bool()
-            _, _, *exits = self.run(self.model, rows, F, cache, alive)
-            tokens = torch.tensor([token for _, token in given], device=device)
-            self.note([row for row, _ in given], tokens, torch.zeros_like(exits[1]), *exits)
+            exits = self.run(self.model, rows, F, cache, alive)[2:]  # depths, log p(exit)
+            tokens = pad([row.forced for row in rows], device)[alive]
+            owners = [row for row in rows for _ in row.forced]
+            self.note(owners, tokens, torch.zeros_like(exits[1]), *exits)  # their log p is 0
         self.cache.admit(torch.tensor(slots, device=device), cache)
 
     def step(self) -> None:
@@ -197,11 +196,9 @@ class _Decoder:
         tokens = sample(p, u, self.temperature, self.settings.top_p, self.settings.top_k)
         self.note(rows, tokens, p.gather(-1, tokens[:, None])[:, 0].log(), *exits)
 
-    def run(
-        self, engine: Any, batch: list[Row], T: int, cache: Cache, alive: Any
-    ) -> tuple[Tensor, ...]:
-        """Feed each row its next T tokens under the policy. Of the n that are alive [B, T] -> noise
-        for the token to draw [n], what is read out [n, D], depths, log p(exit)."""
+    def run(self, engine: Any, batch: list[Row], T: int, cache: Cache, alive: Any) -> tuple:
+        """Feed each row its next T tokens under the policy; alive [B, T]: None is all. Of the n
+        alive -> noise to draw a token [n], what is read out [n, D], depths [n], log p(exit) [n]."""
         device, starts = self.model.device, [row.position for row in batch]
         cache.span, cache.aligned = max(starts) + T, len(set(starts)) == 1
         ids = pad([[row.last, *row.forced][:T] for row in batch], device)
@@ -209,27 +206,25 @@ class _Decoder:
         noise = np.concatenate([row.noise[len(row.out.tokens) :][:T] for row in batch])
         u = torch.from_numpy(noise).to(device)  # [B * T, 1 + depths of the policy]
         run = functools.partial(engine.run, ids, positions, cache, alive=alive)
-        policy, strength = self.policy, self.policy.value
+        policy = self.policy
         if policy.name == "kl":
             final = run(stop=None).hidden.flatten(0, 1)  # first to the end, forced tokens together
 
             def chance(asked: Asked) -> Tensor:
                 early = asked.model.lensed(asked.h, asked.depth)
-                return target_chance(readout_kl(asked.model, final[asked.at], early), strength)
+                kl = readout_kl(asked.model, final[asked.at], early)
+                return target_chance(kl, self.policy.value)
 
-            policy = Policy("kl", strength, chance)
+            policy = Policy("kl", policy.value, chance)
         ask = Ask(self.model, policy, len(u), u[:, 1:])
         hidden, depths = (x.flatten(0, 1) for x in run(stop=ask))
         n: Any = slice(None) if alive is None else alive.flatten().nonzero()[:, 0]  # host sync
         return u[n, 0], hidden[n], depths[n], ask.logprobs(depths)[n]
 
-    def note(
-        self, rows: list[Row], tokens: Tensor, logps: Tensor, depths: Tensor, exit_logps: Tensor
-    ) -> None:
-        """Add tokens [n] to their rows, and finish the rows that have ended."""
-        own = self.settings.stop_ids
-        columns = torch.stack((tokens, depths, logps, exit_logps)).tolist()  # host sync
-        for row, token, depth, logp, exit_logp in zip(rows, *columns):  # exact up to 2**24
+    def note(self, rows: list[Row], *columns: Tensor) -> None:
+        """Add tokens, their log p, depths and log p(exit), each [n], to their rows; end rows."""
+        own, found = self.settings.stop_ids, torch.stack(columns).tolist()  # host sync
+        for row, token, logp, depth, exit_logp in zip(rows, *found):  # exact up to 2**24
             out = row.out
             if out.finish:  # forced tokens after the end
                 continue
@@ -243,15 +238,13 @@ class _Decoder:
             stopped = token in (self.model.stop_ids if own is None else own)
             if stopped or len(out.tokens) == self.max_new_tokens:
                 out.finish = "stop" if stopped else "length"
-                if self.settings.on_finish:
-                    self.settings.on_finish()
+                self.settings.on_finish()
         self.slots = [None if row is None or row.out.finish else row for row in self.slots]
 
 
 def sample(p: Tensor, u: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
     """Probabilities p [n, V] float32 and uniform numbers u [n] in [0, 1) -> tokens [n].
-    Temperature 0 takes the likeliest token. top_k applies first, then top_p (Holtzman et al. 2020)
-    to what is left; the likeliest token is always kept."""
+    top_k applies first, then top_p (Holtzman et al. 2020); the likeliest token is always kept."""
     if temperature == 0:
         return p.argmax(-1)
     if temperature != 1:  # divided by the largest first, a low temperature cannot overflow

@@ -165,7 +165,7 @@ def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, fold
     start = copy_trained(model) if rl.exit_kl_weight else None
     optimizer = training.make_optimizer(model, rl.lr)
     done = training.load_checkpoint(folder, model, optimizer)
-    metrics = training.StepLog(folder / "metrics.jsonl", done)
+    metrics = training.Metrics(folder / "metrics.jsonl", done)
     samples = training.StepLog(folder / "samples.jsonl", done)
     with training.progress(rl.steps, "REINFORCE", "step", done) as bar:
         for step in range(done, rl.steps):
@@ -180,7 +180,7 @@ def run_reinforce(model: Transformer, tokenizer: Tokenizer, config: Config, fold
             if training.is_main():
                 r = rollouts[0]
                 line = show_response(model, tokenizer, r.response, "rollout")
-                samples.write(step + 1, **line, rewards={**r.parts, "total": r.reward})
+                samples.write(step + 1, **line, rewards=r.parts | {"total": r.reward})
             shown = {n: f"{row[n]:.2f}" for n in ("reward", "accuracy", "max_depth", "written")}
             bar.set_postfix(shown, refresh=False)
             bar.update()

@@ -168,8 +168,7 @@ def readout_kl(model: Transformer, teacher: Tensor, student: Tensor) -> Tensor:
 
 def readout_logprobs(model: Transformer, h: Tensor, tokens: Tensor) -> Tensor:
     """Residuals [n, D] and the tokens [n] drawn from them -> log p(token) [n] float32."""
-
-    def logprob(x: Tensor, rows: slice) -> Tensor:
-        return -F.cross_entropy(model.readout(x).float(), tokens[rows], reduction="none")
-
-    return through_readout(h, logprob, model.logits_chunk)
+    read, chunk = model.readout, model.logits_chunk
+    return through_readout(
+        h, lambda x, i: -F.cross_entropy(read(x).float(), tokens[i], reduction="none"), chunk
+    )

@@ -177,7 +177,7 @@ def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Pa
     done = training.load_checkpoint(folder, model, optimizer)
     if config.exits.lens and not done and not config.run.init:
         fit_lenses(model, teacher, sft.micro_batch)
-    metrics = training.StepLog(folder / "metrics.jsonl", done)
+    metrics = training.Metrics(folder / "metrics.jsonl", done)
     with training.progress(sft.steps, "SFT", "step", done) as bar:
         for step in range(done, sft.steps):
             chosen = training.batch_at(step, len(traces), sft.batch_size, config.run.seed)

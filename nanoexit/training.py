@@ -338,7 +338,7 @@ def progress(total: int, name: str, unit: str = "row", done: int = 0) -> tqdm:
 
 
 class StepLog:
-    """A file of lines {"step": n, ...}, n from 1; on resume, those after `done` are dropped."""
+    """A file of lines {"step": n, ...}; on resume, those after step `done` are dropped."""
 
     def __init__(self, path: Path, done: int):
         self.path, kept = path, lines_until(path, done)
@@ -348,7 +348,17 @@ class StepLog:
     def write(self, step: int, **values: Any) -> None:
         if is_main():
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **rounded(values)}) + "\n")
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+class Metrics(StepLog):
+    """metrics.jsonl: the figures of each step, from 1. UserError for one that is not finite."""
+
+    def write(self, step: int, **values: Any) -> None:
+        for name, value in values.items():
+            if not np.isfinite(value).all():
+                raise UserError(f"step {step}: {name} is {value}; the last checkpoint is kept")
+        super().write(step, **rounded(values))
 
 
 # --- processes --------------------------------------------------------------------------------

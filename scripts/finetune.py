@@ -257,7 +257,7 @@ def train(model: Transformer, tokenizer: Tokenizer, config: Recipe, folder: Path
     if model.device.type == "cpu":  # several times faster there, for many weights
         optimizer.param_groups[0]["fused"] = True
     done = training.load_checkpoint(folder, model, optimizer)
-    metrics = training.StepLog(folder / "metrics.jsonl", done)
+    metrics = training.Metrics(folder / "metrics.jsonl", done)
     with training.progress(f.steps, "finetune", "step", done) as bar:
         for step in range(done, f.steps):
             full, shallow = rows_of_step(config, tokenizer, kept, step)

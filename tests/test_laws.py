@@ -212,7 +212,7 @@ def test_the_same_row_writes_the_same_text_in_any_batch(family, policy, fast):
 
 
 @pytest.mark.parametrize("cap", [None, 3])
-@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "kl:1"])
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "kl:1"])  # see _Decoder.run
 def test_forced_tokens_are_read_as_if_they_had_been_drawn(family, policy, cap):
     """Catches: another depth, noise or place for tokens read together; text after the end token."""
     model, stops = with_exits(random_model(family), cap=cap), [0, 1, 2, 3]

@@ -10,7 +10,7 @@ from conftest import random_model, with_exits
 from nanoexit.exits import Asked, Policy, path_logprob, target_chance
 from nanoexit.model import attend
 from nanoexit.reinforce import leave_one_out
-from nanoexit.score import align, divergence, pad, readout_kl, through_readout
+from nanoexit.score import align, divergence, pad, readout_kl, readout_logprobs
 from nanoexit.training import batch_at, cosine_share
 
 HALF, THIRD, CPU = 0.0, math.log(0.5), torch.device("cpu")  # log-odds of 1/2 and of 1/3
@@ -73,15 +73,15 @@ def test_confidence_is_that_of_the_early_readout():
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_a_chunked_readout_has_the_gradient_of_a_whole_one(chunk):
     """Catches: a chunk that is dropped, counted twice, or weighted with another row's gradient."""
-    g = torch.Generator().manual_seed(0)
-    w, h = torch.randn(11, 5, generator=g), torch.randn(7, 5, generator=g, requires_grad=True)
-    scale, weights = torch.randn(2, 7, generator=g)
-    whole = scale * (h @ w.T).logsumexp(-1)
+    model, g = random_model("qwen2"), torch.Generator().manual_seed(0)
+    h, weights = torch.randn(7, 24, generator=g, requires_grad=True), torch.randn(7, generator=g)
+    tokens, model.logits_chunk = torch.arange(7), chunk
+    whole = model.readout(h).log_softmax(-1)[range(7), tokens]
     expected = torch.autograd.grad((whole * weights).sum(), h)[0]
-    pieces = through_readout(h, lambda x, rows: scale[rows] * (x @ w.T).logsumexp(-1), chunk)
+    pieces = readout_logprobs(model, h, tokens)
     assert torch.allclose(pieces, whole, atol=1e-6)
     assert torch.allclose(torch.autograd.grad((pieces * weights).sum(), h)[0], expected, atol=1e-6)
-    assert len(through_readout(h[:0], lambda piece, rows: piece.sum(-1), chunk)) == 0
+    assert len(readout_logprobs(model, h[:0], tokens[:0])) == 0
 
 
 def test_gradients_of_attention_are_made_in_float32():
