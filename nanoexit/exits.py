@@ -40,8 +40,14 @@ class ExitHeads(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.heads = nn.ModuleDict({str(d): _head(width, kind, generator) for d in layers})
         self.lenses = nn.ModuleDict({str(d): nn.Linear(width, width) for d in layers if lens})
-        for p in self.lenses.parameters():
+        later = self.layers[1:] if lens else ()
+        self.shortcuts = nn.ModuleDict({str(d): nn.Linear(width, width) for d in later})
+        for p in [*self.lenses.parameters(), *self.shortcuts.parameters()]:
             nn.init.zeros_(p)
+
+    def below(self, depth: int) -> int:
+        """The depth of the head before the one at this depth."""
+        return self.layers[self.layers.index(depth) - 1]
 
     def forward(self, depth: int, h: Tensor) -> Tensor:
         """Residuals h [n, D] after `depth` blocks -> float32 log-odds [n] of exiting there."""

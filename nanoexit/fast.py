@@ -159,6 +159,7 @@ class Debt(NamedTuple):
     """Tokens that still lack keys and values in the deeper blocks."""
 
     h: Tensor  # [m, D] frozen residuals
+    depths: Tensor  # [m] where they exited
     rows: Tensor  # [m] rows of the batch
     positions: Tensor  # [m]
 
@@ -257,12 +258,14 @@ class FastModel:
         else:
             blocks = functools.partial(self.graphs, self, cache, at)
         asked = set() if stop is None else {depth for depth in stop.layers if depth < D}
-        bounds = sorted({*asked, *self.debts})
+        shortcuts = [int(depth) for depth in self.model.exits.shortcuts] if self.model.exits else []
+        bounds = sorted({*asked, *self.debts, *(depth for depth in shortcuts if depth < D)})
+        read: list[tuple[Tensor, Tensor]] = []
         for start, depth in zip([0, *bounds], [*bounds, D]):
             due = self.pay(start, depth)
             if due is not None and going is None:
                 going = torch.arange(len(h), device=h.device)
-            h = blocks(start, depth, h, going, due)
+            h = self.model.carried(blocks(start, depth, h, going, due), depths, depth)
             if stop is None or depth not in asked:
                 continue
             leaves = stop(depth, h if going is None else h[going], going)
@@ -273,11 +276,13 @@ class FastModel:
                 continue
             depths[slice(None) if going is None else going] = torch.where(leaves, depth, D)
             going = stay if going is None else going[stay]
+            gone = (depths == depth).nonzero()[:, 0]
+            read.append((gone, self.model.lensed(h[gone], depth)))
             if not len(going):
                 rows = depths.nonzero()[:, 0]
-                self.debts[depth].append(Debt(h[rows], rows, at[rows]))
+                self.debts[depth].append(Debt(h[rows], depths[rows], rows, at[rows]))
                 break
-        return Run(self.model.lensed(h, depths)[:, None], depths[:, None])
+        return Run(self.model.read_from(h, depths, read)[:, None], depths[:, None])
 
     def pay(self, start: int, end: int) -> Debt | None:
         """The debts due at block `start`; blocks start..end-1 now make their keys and values."""
@@ -287,7 +292,8 @@ class FastModel:
             return None
         due = Debt(*map(torch.cat, zip(*owed)))
         if end < len(self.blocks):
-            self.debts[end].append(due)
+            carried = self.model.carried(due.h, due.depths, end)
+            self.debts[end].append(due._replace(h=carried))
         return due
 
     def follow(self, names: Tensor) -> None:
@@ -296,10 +302,10 @@ class FastModel:
             return
         debts, self.debts = self.debts, defaultdict(list)
         for depth, owed in debts.items():
-            h, rows, positions = map(torch.cat, zip(*owed))
+            h, depths, rows, positions = map(torch.cat, zip(*owed))
             stay, rows = (self.names[rows, None] == names).nonzero(as_tuple=True)  # host sync
             if len(rows):
-                self.debts[depth].append(Debt(h[stay], rows, positions[stay]))
+                self.debts[depth].append(Debt(h[stay], depths[stay], rows, positions[stay]))
         self.names = names
 
     def stretch(

@@ -101,6 +101,14 @@ def unit(h: Tensor) -> Tensor:
     return F.rms_norm(h.float(), h.shape[-1:])
 
 
+def affine(maps: Any, depth: int, h: Tensor) -> Tensor:
+    """Residuals h [n, D] -> x + A x + b, x = h / rms(h), with the map of this depth; h without."""
+    if str(depth) not in maps:
+        return h
+    x = unit(h)
+    return (x + maps[str(depth)](x)).to(h.dtype)
+
+
 @functools.cache
 def rope_frequencies(shape: Shape, device: torch.device) -> Tensor:
     """[d / 2] float32, radians per position; Llama 3 divides the low ones by `factor`."""
@@ -300,10 +308,11 @@ class Transformer(nn.Module):
             depths, at = depths.masked_fill(~alive, 0), alive.flatten().nonzero()[:, 0]  # host sync
         places = Places(positions, cos, sin, cache, mask, at)
         h = self.model.embed_tokens(ids)
+        read: list[tuple[Tensor, Tensor]] = []  # tokens that exited, and what they are read out from
         for depth, block in enumerate(self.blocks[: self.deepest], start=1):
             if cache is None and places.ended:
                 break  # no token is left to read what later blocks would store
-            h = block(h, depth - 1, places)
+            h = self.carried(block(h, depth - 1, places), depths, depth)
             if stop is None or places.ended or depth == self.deepest or depth not in stop.layers:
                 continue
             leaves = stop(depth, places.pick(h).flatten(0, -2), places.at)
@@ -311,14 +320,29 @@ class Transformer(nn.Module):
                 continue
             # Until the loop ends, the depth of a token still running is `deepest`.
             depths[depths == self.deepest] = torch.where(leaves, depth, self.deepest)
+            gone = (depths == depth).flatten().nonzero()[:, 0]
+            read.append((gone, self.lensed(h.flatten(0, 1)[gone], depth)))
             places = places._replace(at=(depths == self.deepest).flatten().nonzero()[:, 0])
-        return Run(self.lensed(h, depths), depths)
+        return Run(self.read_from(h.flatten(0, 1), depths, read).view_as(h), depths)
 
-    def lensed(self, h: Tensor, depths: Tensor | int) -> Tensor:
-        """Residuals h [..., D] of one or many depths [...] -> what is read out: h or its lens."""
-        lenses: Any = self.exits.lenses if self.exits else {}
-        for depth, lens in lenses.items():
-            at = torch.as_tensor(depths == int(depth)).expand(h.shape[:-1]).nonzero(as_tuple=True)
-            x = unit(h[at])
-            h = h.index_put(at, (x + lens(x)).to(h.dtype))
+    def read_from(self, h: Tensor, depths: Tensor, read: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Residuals h [n, D] at the end of a run, and what it collected -> what is read out."""
+        if self.exits is None or not self.exits.lenses:
+            return h
+        at = (depths == self.deepest).flatten().nonzero()[:, 0]
+        for at, x in [(at, self.lensed(h[at], self.deepest)), *read]:
+            h = h.index_copy(0, at, x)
         return h
+
+    def lensed(self, h: Tensor, depth: int) -> Tensor:
+        """Residuals h [n, D] of a depth -> what is read out: their tuned lens, or h."""
+        return affine(self.exits.lenses, depth, h) if self.exits else h  # type: ignore[union-attr]
+
+    def carried(self, h: Tensor, depths: Tensor, depth: int) -> Tensor:
+        """Residuals h [..., D] of tokens that exited at depths [...] -> those that exited before the
+        head below this one, or there, go through the shortcut to this depth."""
+        heads: Any = self.exits
+        if heads is None or str(depth) not in heads.shortcuts:
+            return h
+        at = ((depths > 0) & (depths <= heads.below(depth))).nonzero(as_tuple=True)
+        return h.index_put(at, affine(heads.shortcuts, depth, h[at])) if len(at[0]) else h

@@ -27,6 +27,7 @@ Simpler than the original: 1. the teacher's residuals stay in memory if they fit
 written to disk; 2. early readouts always use the final norm: in targets, training and generation;
 3. KL is computed from a float32 log-softmax, without epsilons."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,22 +152,28 @@ def fit_lenses(model: Transformer, teacher: Teacher, rows: int) -> None:
     """Start each lens as the least-squares map from the base's residual to its last, both divided
     by their RMS, over FITTED traces, of which `rows` run together."""
     lenses: Any = model.exits.lenses  # type: ignore[union-attr]
+    after = dict(zip(model.exits.layers, model.exits.layers[1:]))
     watch, count = Watch([*map(int, lenses)]), min(FITTED, len(teacher.traces))
-    sums: dict[int, Any] = dict.fromkeys(watch.layers, 0.0)
+    sums: dict[Any, Any] = defaultdict(float)
     for start in range(0, count, rows):
         a, (last, *_) = teacher(range(count)[start : start + rows])
         with as_base(model):
             model.run(a.ids, stop=watch)
-        for depth, h in watch.seen.items():
-            x = unit(h[a.at])
+        seen = {depth: unit(h.flatten(0, -2)[a.at]) for depth, h in watch.seen.items()}
+        for depth, x in seen.items():
             one = F.pad(x, (0, 1), value=1.0)
-            sums[depth] += one.T @ torch.cat((one, unit(last) - x), 1)
+            ys = [unit(last) - x]
+            if str(nxt := after.get(depth)) in model.exits.shortcuts:
+                ys.append(seen[nxt] - x)
+            sums[depth] += one.T @ torch.cat((one, *ys), 1)
     for depth, products in sums.items():
-        xx, xy = products.split([len(products), model.shape.width], 1)
+        W = model.shape.width
+        xx, *xys = products.split([len(products), *[W] * ((products.shape[1] - 1) // W - 1)], 1)
         xx.diagonal().add_(RIDGE)
-        a_b = torch.linalg.solve(xx, xy)
-        lenses[str(depth)].weight.copy_(a_b[:-1].T)
-        lenses[str(depth)].bias.copy_(a_b[-1])
+        for m, xy in zip([lenses[str(depth)], model.exits.shortcuts[str(after[depth])] if depth in after else None], xys):
+            a_b = torch.linalg.solve(xx, xy)
+            m.weight.copy_(a_b[:-1].T)
+            m.bias.copy_(a_b[-1])
 
 
 def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:

@@ -32,6 +32,10 @@ def unit(h):
     return h / torch.sqrt((h * h).mean() + torch.finfo(torch.float32).eps)
 
 
+def affine(linear, x):
+    return x + linear.weight @ x + linear.bias
+
+
 def hidden_states(model, ids, depths, lenses=True):
     """ids, depths: one row, lists of T ints -> [T, D]: what each token is read out from at its own
     depth, or, without lenses, its residual there."""
@@ -40,7 +44,13 @@ def hidden_states(model, ids, depths, lenses=True):
     values, ends = [[] for _ in range(s.blocks)], []
     for t, (token, depth) in enumerate(zip(ids, depths)):
         h = model.model.embed_tokens.weight[token]
+        layers = model.exits.layers if model.exits else []
         for l, block in enumerate(model.blocks):
+            if l == depth:
+                ends.append(h)
+            earlier = [d for d in layers if d < l]
+            if l in layers and earlier and depth <= earlier[-1]:
+                h = affine(model.exits.shortcuts[str(l)], unit(h))
             attention = block.self_attn
             x = norm(h, block.input_layernorm.weight, s.norm_eps)
             k = linear(attention.k_proj, x).view(s.kv_heads, s.head_dim)
@@ -64,10 +74,10 @@ def hidden_states(model, ids, depths, lenses=True):
             x = norm(h, block.post_attention_layernorm.weight, s.norm_eps)
             gate, up = linear(block.mlp.gate_proj, x), linear(block.mlp.up_proj, x)
             h = h + linear(block.mlp.down_proj, gate * torch.sigmoid(gate) * up)
-        if lenses and model.exits and depth in model.exits.layers:
-            lens, x = model.exits.lenses[str(depth)], unit(h)
-            h = x + lens.weight @ x + lens.bias
-        ends.append(h)
+        if depth == model.full_depth:
+            ends.append(h)
+        if lenses and depth in layers:
+            ends[-1] = affine(model.exits.lenses[str(depth)], unit(ends[-1]))
     return torch.stack(ends)
 
 
