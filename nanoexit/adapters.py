@@ -30,7 +30,7 @@ FACTS = {  # keys of nanoexit.json
     "head": Rule(str, choices=["linear", "mlp"]),
     "revision": Rule(str | None),
     "cap": Rule(int | None),
-    "lens": Rule(bool),
+    "shortcuts": Rule(bool),
     "exit_layers": Rule(list[int]),
 }
 PEFT = {  # keys of adapter_config.json; values outside these rules are not implemented
@@ -59,7 +59,11 @@ def save_adapter(model: Transformer, folder: str | Path) -> None:
     facts: dict[str, Any] = {"base_model": model.name, "revision": model.revision or None}
     facts |= {"content": model.content, "cap": model.cap}
     if isinstance(exits := model.exits, ExitHeads):
-        facts |= {"exit_layers": list(exits.layers), "head": exits.kind, "lens": bool(exits.lenses)}
+        facts |= {
+            "exit_layers": list(exits.layers),
+            "head": exits.kind,
+            "shortcuts": bool(exits.lenses),
+        }
     _write_json(folder / "nanoexit.json", facts)
     if adapters(model):
         _write_json(folder / "adapter_config.json", _peft_config(model))
@@ -145,7 +149,7 @@ def load_adapter(model: Transformer, folder: str | Path) -> None:
         raise UserError(f"{path}: was trained on {base}, this model is {model.name} ({own[:19]})")
     maps = dict(linear_maps(model))
     plan = _plan(config, [*maps], path / "adapter_config.json") if config else {}
-    kind = facts.get("head", "linear"), facts.get("lens", False)
+    kind = facts.get("head", "linear"), facts.get("shortcuts", False)
     attach(model, facts.get("exit_layers", []), *kind, cap=facts.get("cap"))
     try:
         for name, lora in plan.items():

@@ -48,7 +48,7 @@ class ModelConfig:
 class ExitsConfig:
     layers: list[int] = knob([1], "depths that get an exit head; [] for none", 1)
     head: str = knob("linear", "scalar product, or MLP D -> 2D -> 1", choices=["linear", "mlp"])
-    lens: bool = knob(False, "early readouts go through an affine map, one for each depth")
+    shortcuts: bool = knob(False, "affine maps stand in for the blocks that an exit skips")
     cap: int | None = knob(None, "largest depth of any token, the prompt's included", 1)
 
 

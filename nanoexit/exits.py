@@ -11,7 +11,13 @@ in float32. With E heads below D there are E + 1 outcomes; heads at D and beyond
 Decisions. Heads read the residual divided by its RMS, so that one learning rate suits all depths
 (residuals grow with depth). Generation, scoring and training all use the same `stop`, `Ask`.
 
-Stick-breaking: PonderNet (Banino et al. 2021). `confidence`: CALM (Schuster et al. 2022)."""
+Shortcuts. With `exits.shortcuts`, affine maps stand in for the blocks that an exit skips. One, the
+tuned lens, maps the residual to what is read out at once. And at each later exit depth, another
+moves the frozen residual to what one would be there, because later tokens attend to its keys and
+values in every block. No attention and no MLP runs: opaque serial depth is what it was.
+
+Stick-breaking: PonderNet (Banino et al. 2021). `confidence`: CALM (Schuster et al. 2022). Lens:
+Belrose et al. 2023; other shortcuts: Din et al. 2023 (Jump to Conclusions)."""
 
 import contextlib
 import math
@@ -30,24 +36,33 @@ FIRST_BIAS = -2.0  # a fresh head exits with chance sigmoid(-2) = 0.12
 POLICIES = ["full", "head", "head:THRESHOLD", "fixed:DEPTH", "kl:STRENGTH", "confidence:THRESHOLD"]
 
 
-class ExitHeads(nn.Module):
-    """For each exit depth, a scalar of x = h / rms(h): w . x + b, or an MLP D -> 2D -> 1; with
-    `lens`, also the tuned lens x + A x + b (Belrose et al. 2023), read out instead of h."""
+class Shortcut(nn.Linear):
+    """An affine map in place of skipped blocks: h -> x + A x + b, x = h / rms(h); at first x."""
 
-    def __init__(self, width: int, layers: Sequence[int], kind: str, lens: bool, seed: int = 0):
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        x = unit(h)
+        return (x + super().forward(x)).to(h.dtype)
+
+
+class ExitHeads(nn.Module):
+    """For each exit depth, a scalar of x = h / rms(h): w . x + b, or an MLP D -> 2D -> 1. With
+    `shortcuts`, what is read out there is a lens of h, and a later depth has a shortcut to it."""
+
+    def __init__(
+        self, width: int, layers: Sequence[int], kind: str, shortcuts: bool, seed: int = 0
+    ):
         super().__init__()
         self.layers, self.kind = tuple(layers), kind
         generator = torch.Generator().manual_seed(seed)
         self.heads = nn.ModuleDict({str(d): _head(width, kind, generator) for d in layers})
-        self.lenses = nn.ModuleDict({str(d): nn.Linear(width, width) for d in layers if lens})
-        later = self.layers[1:] if lens else ()
-        self.shortcuts = nn.ModuleDict({str(d): nn.Linear(width, width) for d in later})
-        for p in [*self.lenses.parameters(), *self.shortcuts.parameters()]:
-            nn.init.zeros_(p)
-
-    def below(self, depth: int) -> int:
-        """The depth of the head before the one at this depth."""
-        return self.layers[self.layers.index(depth) - 1]
+        ends = (layers, layers[1:]) if shortcuts else ((), ())
+        self.lenses, self.shortcuts = (
+            nn.ModuleDict({str(d): Shortcut(width, width) for d in depths}) for depths in ends
+        )
 
     def forward(self, depth: int, h: Tensor) -> Tensor:
         """Residuals h [n, D] after `depth` blocks -> float32 log-odds [n] of exiting there."""
@@ -70,7 +85,7 @@ def attach(
     model: Transformer,
     exit_layers: Sequence[int],
     head: str = "linear",
-    lens: bool = False,
+    shortcuts: bool = False,
     lora: LoRAConfig | None = None,
     cap: int | None = None,
     seed: int = 0,
@@ -86,7 +101,7 @@ def attach(
     model.requires_grad_(False)
     model.cap = cap
     if layers:
-        heads = ExitHeads(model.shape.width, sorted(layers), head, lens, seed)
+        heads = ExitHeads(model.shape.width, sorted(layers), head, shortcuts, seed)
         model.exits = heads.to(model.device).train(model.training)
     if lora is not None:
         attach_lora(model, lora, seed)

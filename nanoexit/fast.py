@@ -159,7 +159,6 @@ class Debt(NamedTuple):
     """Tokens that still lack keys and values in the deeper blocks."""
 
     h: Tensor  # [m, D] frozen residuals
-    depths: Tensor  # [m] where they exited
     rows: Tensor  # [m] rows of the batch
     positions: Tensor  # [m]
 
@@ -258,9 +257,9 @@ class FastModel:
         else:
             blocks = functools.partial(self.graphs, self, cache, at)
         asked = set() if stop is None else {depth for depth in stop.layers if depth < D}
-        shortcuts = [int(depth) for depth in self.model.exits.shortcuts] if self.model.exits else []
-        bounds = sorted({*asked, *self.debts, *(depth for depth in shortcuts if depth < D)})
-        read: list[tuple[Tensor, Tensor]] = []
+        ends = map(int, self.model.exits.shortcuts if self.model.exits else ())
+        bounds = sorted({*asked, *self.debts, *(depth for depth in ends if depth < D)})
+        passed = {}
         for start, depth in zip([0, *bounds], [*bounds, D]):
             due = self.pay(start, depth)
             if due is not None and going is None:
@@ -276,13 +275,12 @@ class FastModel:
                 continue
             depths[slice(None) if going is None else going] = torch.where(leaves, depth, D)
             going = stay if going is None else going[stay]
-            gone = (depths == depth).nonzero()[:, 0]
-            read.append((gone, self.model.lensed(h[gone], depth)))
+            passed[depth] = h
             if not len(going):
                 rows = depths.nonzero()[:, 0]
-                self.debts[depth].append(Debt(h[rows], depths[rows], rows, at[rows]))
+                self.debts[depth].append(Debt(h[rows], rows, at[rows]))
                 break
-        return Run(self.model.read_from(h, depths, read)[:, None], depths[:, None])
+        return Run(self.model.read_from(passed | {D: h}, depths)[:, None], depths[:, None])
 
     def pay(self, start: int, end: int) -> Debt | None:
         """The debts due at block `start`; blocks start..end-1 now make their keys and values."""
@@ -292,8 +290,8 @@ class FastModel:
             return None
         due = Debt(*map(torch.cat, zip(*owed)))
         if end < len(self.blocks):
-            carried = self.model.carried(due.h, due.depths, end)
-            self.debts[end].append(due._replace(h=carried))
+            h = self.model.carried(due.h, 0 * due.rows, end)  # all exited before
+            self.debts[end].append(due._replace(h=h))
         return due
 
     def follow(self, names: Tensor) -> None:
@@ -302,10 +300,10 @@ class FastModel:
             return
         debts, self.debts = self.debts, defaultdict(list)
         for depth, owed in debts.items():
-            h, depths, rows, positions = map(torch.cat, zip(*owed))
+            h, rows, positions = map(torch.cat, zip(*owed))
             stay, rows = (self.names[rows, None] == names).nonzero(as_tuple=True)  # host sync
             if len(rows):
-                self.debts[depth].append(Debt(h[stay], depths[stay], rows, positions[stay]))
+                self.debts[depth].append(Debt(h[stay], rows, positions[stay]))
         self.names = names
 
     def stretch(

@@ -3,7 +3,8 @@
 Contract. `model(ids)` gives logits at full depth. `model.run(ids, stop=...)` asks `stop`, after the
 blocks that it chooses, which tokens exit there. The residual of such a token is frozen. In every
 later block the token still leaves keys and values, made from its frozen residual by that block's
-own input norm and projections. Nothing else runs: no query, no attention output, no MLP.
+own input norm and projections. Nothing else runs: no query, no attention output, no MLP. (With
+`exits.shortcuts`, an affine map moves the frozen residual on at each later exit depth: exits.py.)
 
 Depth, defined once for the whole project: the number of blocks that a token runs through. *Exit
 at depth d* means that blocks 0..d-1 run for this token and blocks d..L-1 do not. Its next-token
@@ -99,14 +100,6 @@ class Linear(nn.Linear):
 def unit(h: Tensor) -> Tensor:
     """Residuals [..., D] divided by their RMS, float32."""
     return F.rms_norm(h.float(), h.shape[-1:])
-
-
-def affine(maps: Any, depth: int, h: Tensor) -> Tensor:
-    """Residuals h [n, D] -> x + A x + b, x = h / rms(h), with the map of this depth; h without."""
-    if str(depth) not in maps:
-        return h
-    x = unit(h)
-    return (x + maps[str(depth)](x)).to(h.dtype)
 
 
 @functools.cache
@@ -243,7 +236,7 @@ class Transformer(nn.Module):
         self.shape = shape
         self.model = Stack(shape)
         self.lm_head = None if shape.tied else nn.Linear(shape.width, shape.vocab, bias=False)
-        self.exits: nn.Module | None = None
+        self.exits: Any = None
         self.cap: int | None = None
         self.logits_chunk = 1024  # tokens whose logits a loss holds in memory at once
         self.fast_products: dict[Any, Any] = {}  # weights laid out for decoding: fast.py
@@ -308,7 +301,7 @@ class Transformer(nn.Module):
             depths, at = depths.masked_fill(~alive, 0), alive.flatten().nonzero()[:, 0]  # host sync
         places = Places(positions, cos, sin, cache, mask, at)
         h = self.model.embed_tokens(ids)
-        read: list[tuple[Tensor, Tensor]] = []  # tokens that exited, and what they are read out from
+        passed = {}  # residuals at the depths where tokens exited, before they are carried on
         for depth, block in enumerate(self.blocks[: self.deepest], start=1):
             if cache is None and places.ended:
                 break  # no token is left to read what later blocks would store
@@ -320,29 +313,27 @@ class Transformer(nn.Module):
                 continue
             # Until the loop ends, the depth of a token still running is `deepest`.
             depths[depths == self.deepest] = torch.where(leaves, depth, self.deepest)
-            gone = (depths == depth).flatten().nonzero()[:, 0]
-            read.append((gone, self.lensed(h.flatten(0, 1)[gone], depth)))
+            passed[depth] = h
             places = places._replace(at=(depths == self.deepest).flatten().nonzero()[:, 0])
-        return Run(self.read_from(h.flatten(0, 1), depths, read).view_as(h), depths)
+        return Run(self.read_from(passed | {self.deepest: h}, depths), depths)
 
-    def read_from(self, h: Tensor, depths: Tensor, read: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Residuals h [n, D] at the end of a run, and what it collected -> what is read out."""
-        if self.exits is None or not self.exits.lenses:
-            return h
-        at = (depths == self.deepest).flatten().nonzero()[:, 0]
-        for at, x in [(at, self.lensed(h[at], self.deepest)), *read]:
-            h = h.index_copy(0, at, x)
+    def read_from(self, passed: dict[int, Tensor], depths: Tensor) -> Tensor:
+        """Residuals [..., D] at these depths, and where tokens stop [...] -> what is read out."""
+        *_, h = passed.values()
+        for depth, x in passed.items() if self.exits and self.exits.lenses else ():
+            at = (depths == depth).nonzero(as_tuple=True)
+            h = h.index_put(at, self.lensed(x[at], depth))
         return h
 
     def lensed(self, h: Tensor, depth: int) -> Tensor:
-        """Residuals h [n, D] of a depth -> what is read out: their tuned lens, or h."""
-        return affine(self.exits.lenses, depth, h) if self.exits else h  # type: ignore[union-attr]
+        """Residuals h [n, D] at this depth -> what is read out: h, or its lens if there is one."""
+        lenses = self.exits.lenses if self.exits else {}
+        return lenses[str(depth)](h) if str(depth) in lenses else h
 
     def carried(self, h: Tensor, depths: Tensor, depth: int) -> Tensor:
-        """Residuals h [..., D] of tokens that exited at depths [...] -> those that exited before the
-        head below this one, or there, go through the shortcut to this depth."""
-        heads: Any = self.exits
-        if heads is None or str(depth) not in heads.shortcuts:
+        """Residuals h [..., D] at this depth, of tokens that stop at depths [...] -> the same, but
+        tokens that exited before take the shortcut that ends here, if there is one."""
+        if self.exits is None or str(depth) not in self.exits.shortcuts:
             return h
-        at = ((depths > 0) & (depths <= heads.below(depth))).nonzero(as_tuple=True)
-        return h.index_put(at, affine(heads.shortcuts, depth, h[at])) if len(at[0]) else h
+        at = (depths < depth).nonzero(as_tuple=True)
+        return h.index_put(at, self.exits.shortcuts[str(depth)](h[at]))

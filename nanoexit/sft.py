@@ -17,8 +17,8 @@ head's part is clamped at 2 nats.
 to Q_d. Its slope, 2 w sigmoid(-KL), is small where KL is large, so it trains the early readouts
 that are nearly good enough.
 
-With `exits.lens`, an early readout goes through an affine map that nothing else reads (Belrose et
-al. 2023), so blocks need not change much to be read early. Lenses start as a least-squares fit.
+With `exits.shortcuts` (exits.py), blocks need not change much to be read early. These maps start as
+a least-squares fit to the base's residuals.
 
 `sft.targets: base` takes the *base's* readout for Q_d, as the original does. On a model whose early
 readouts were never trained these targets are 0, and the heads learn never to exit.
@@ -27,7 +27,7 @@ Simpler than the original: 1. the teacher's residuals stay in memory if they fit
 written to disk; 2. early readouts always use the final norm: in targets, training and generation;
 3. KL is computed from a float32 log-softmax, without epsilons."""
 
-from collections import defaultdict
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from nanoexit.teacher import Teacher, make_traces
 from nanoexit.tokenizer import Tokenizer
 
 MOST_KL = 2.0
-FITTED, RIDGE = 256, 10.0  # traces that lenses start from, and how strongly to prefer no change
+FITTED, RIDGE = 256, 10.0  # traces that shortcuts start from; how strongly to prefer no change
 
 
 class Draw(Policy):
@@ -148,32 +148,29 @@ def step_losses(
 
 
 @torch.no_grad()
-def fit_lenses(model: Transformer, teacher: Teacher, rows: int) -> None:
-    """Start each lens as the least-squares map from the base's residual to its last, both divided
-    by their RMS, over FITTED traces, of which `rows` run together."""
-    lenses: Any = model.exits.lenses  # type: ignore[union-attr]
-    after = dict(zip(model.exits.layers, model.exits.layers[1:]))
-    watch, count = Watch([*map(int, lenses)]), min(FITTED, len(teacher.traces))
-    sums: dict[Any, Any] = defaultdict(float)
+def fit_shortcuts(model: Transformer, teacher: Teacher, rows: int) -> None:
+    """Start lenses and shortcuts as least-squares maps between the base's residuals, divided by
+    their RMS, at the depths where each begins and ends; FITTED traces, `rows` of them at a time."""
+    exits: Any = model.exits
+    watch, count, L = Watch(exits.layers), min(FITTED, len(teacher.traces)), model.full_depth
+    maps = {(int(start), L): lens for start, lens in exits.lenses.items()}
+    maps |= dict(zip(itertools.pairwise(exits.layers), exits.shortcuts.values()))
+    sums: dict[tuple[int, int], Any] = dict.fromkeys(maps, 0.0)
     for start in range(0, count, rows):
         a, (last, *_) = teacher(range(count)[start : start + rows])
         with as_base(model):
             model.run(a.ids, stop=watch)
-        seen = {depth: unit(h.flatten(0, -2)[a.at]) for depth, h in watch.seen.items()}
-        for depth, x in seen.items():
+        seen = {depth: unit(h[a.at]) for depth, h in watch.seen.items()} | {L: unit(last)}
+        for pair in maps:
+            x, y = (seen[depth] for depth in pair)
             one = F.pad(x, (0, 1), value=1.0)
-            ys = [unit(last) - x]
-            if str(nxt := after.get(depth)) in model.exits.shortcuts:
-                ys.append(seen[nxt] - x)
-            sums[depth] += one.T @ torch.cat((one, *ys), 1)
-    for depth, products in sums.items():
-        W = model.shape.width
-        xx, *xys = products.split([len(products), *[W] * ((products.shape[1] - 1) // W - 1)], 1)
+            sums[pair] += one.T @ torch.cat((one, y - x), 1)
+    for pair, products in sums.items():
+        xx, xy = products.split([len(products), model.shape.width], 1)
         xx.diagonal().add_(RIDGE)
-        for m, xy in zip([lenses[str(depth)], model.exits.shortcuts[str(after[depth])] if depth in after else None], xys):
-            a_b = torch.linalg.solve(xx, xy)
-            m.weight.copy_(a_b[:-1].T)
-            m.bias.copy_(a_b[-1])
+        a_b = torch.linalg.solve(xx, xy)
+        maps[pair].weight.copy_(a_b[:-1].T)
+        maps[pair].bias.copy_(a_b[-1])
 
 
 def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Path) -> None:
@@ -182,8 +179,8 @@ def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Pa
     teacher = Teacher(model, traces, config)
     optimizer = training.make_optimizer(model, sft.lr)
     done = training.load_checkpoint(folder, model, optimizer)
-    if config.exits.lens and not done and not config.run.init:
-        fit_lenses(model, teacher, sft.micro_batch)
+    if config.exits.shortcuts and not done and not config.run.init:
+        fit_shortcuts(model, teacher, sft.micro_batch)
     metrics = training.Metrics(folder / "metrics.jsonl", done)
     with training.progress(sft.steps, "SFT", "step", done) as bar:
         for step in range(done, sft.steps):

@@ -90,7 +90,9 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     model = load_model(m.name, m.device, m.dtype, m.revision)
     model.logits_chunk = m.logits_chunk
     tokenizer = load_tokenizer(m.name, m.revision)
-    attach(model, exits.layers, exits.head, exits.lens, config.lora, exits.cap, config.run.seed)
+    attach(
+        model, exits.layers, exits.head, exits.shortcuts, config.lora, exits.cap, config.run.seed
+    )
     if init:
         wanted = _attached(model)
         load_adapter(model, init)
@@ -112,7 +114,7 @@ def _attached(model: Transformer) -> dict[str, Any]:
     return {
         "exits.layers": list(heads.layers) if heads else [],
         "exits.head": heads.kind if heads else None,
-        "exits.lens": bool(heads and heads.lenses),
+        "exits.shortcuts": bool(heads and heads.lenses),
         "lora.r": sorted({adapter.lora_A.shape[0] for adapter in ours.values()}),
         "lora.alpha / lora.r": sorted({adapter.scale for adapter in ours.values()}),
         "lora.targets": sorted({name.rsplit(".", 1)[-1] for name in ours}),

@@ -50,7 +50,7 @@ def memory(config: Config, processes: int = 1) -> dict[str, int]:
     with torch.device("meta"):
         model = Transformer(shape).to(dtype)
     exits = config.exits
-    attach(model, exits.layers, exits.head, exits.lens, config.lora, exits.cap)
+    attach(model, exits.layers, exits.head, exits.shortcuts, config.lora, exits.cap)
     for cap in config.evaluate.caps:
         check_cap(model, cap, "evaluate.caps")
     ours = sum(p.nbytes for p in trained(model).values())

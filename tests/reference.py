@@ -48,8 +48,7 @@ def hidden_states(model, ids, depths, lenses=True):
         for l, block in enumerate(model.blocks):
             if l == depth:
                 ends.append(h)
-            earlier = [d for d in layers if d < l]
-            if l in layers and earlier and depth <= earlier[-1]:
+            if depth < l and l in layers[1:]:
                 h = affine(model.exits.shortcuts[str(l)], unit(h))
             attention = block.self_attn
             x = norm(h, block.input_layernorm.weight, s.norm_eps)

@@ -21,7 +21,7 @@ from nanoexit.training import load_student, processes, run_directory
 SMALL = ["data.count=16", "teacher.chunk=8", "run.threads=1"]
 SMALL += ["sft.steps=3", "sft.batch_size=8", "sft.micro_batch=4", "sft.save_every=1"]
 SMALL += ["rl.steps=2", "rl.prompts=3", "rl.rollouts=4", "rl.kl_weight=0.1"]
-SMALL += ["rl.exit_kl_weight=0.1", "exits.lens=true"]
+SMALL += ["rl.exit_kl_weight=0.1", "exits.shortcuts=true"]
 WORK = {"sft": sft.run_sft, "stopped": sft.run_sft, "rl": reinforce.run_reinforce}
 
 

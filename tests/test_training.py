@@ -28,7 +28,7 @@ from nanoexit.training import check, load_checkpoint, load_student, run_director
 
 SMALL = ["data.count=96", "teacher.chunk=32", "evaluate.count=8", "evaluate.samples=1"]
 SMALL += ["sft.steps=6", "sft.batch_size=12", "sft.micro_batch=8", "sft.save_every=1"]
-SMALL += ["evaluate.policies=[head]", "evaluate.caps=[]", "exits.lens=true"]
+SMALL += ["evaluate.policies=[head]", "evaluate.caps=[]", "exits.shortcuts=true"]
 ROLL = ["rl.steps=4", "rl.prompts=2", "rl.rollouts=4", "rl.save_every=2", "rl.kl_weight=0.1"]
 ROLL += ["rl.exit_kl_weight=0.1"]
 
@@ -226,7 +226,7 @@ def test_settings_other_than_those_of_a_run_are_refused(whole):
     with pytest.raises(UserError, match=r"sft\.lr is 0\.5, but"), run_directory(config, True):
         pass
     start = [*SMALL, f"run.init={whole}"]
-    for override in ("exits.layers=[3]", "lora.r=4", "exits.lens=false"):
+    for override in ("exits.layers=[3]", "lora.r=4", "exits.shortcuts=false"):
         key = override.partition("=")[0]
         with pytest.raises(UserError, match=f"{key}.*: the config says .* the run in run.init"):
             load_student(load_config(TINY, [*start, override]))
@@ -267,7 +267,7 @@ def test_a_number_that_is_not_finite_ends_the_run(tmp_path):
 
 
 def taught(tmp_path, *overrides: str) -> tuple[sft.Teacher, Config]:
-    keys = [f"run.dir={tmp_path}", "data.count=10", "exits.lens=true", *overrides]
+    keys = [f"run.dir={tmp_path}", "data.count=10", "exits.shortcuts=true", *overrides]
     model, tokenizer = load_student(config := load_config(TINY, keys))
     return sft.Teacher(model, make_traces(model, tokenizer, config), config), config
 
@@ -290,7 +290,7 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, key):
 def drawn(tmp_path, *overrides: str):
     """A step's traces, aligned, with the exits that SFT draws."""
     teacher, config = taught(tmp_path, *overrides)
-    sft.fit_lenses(teacher.model, teacher, 4)
+    sft.fit_shortcuts(teacher.model, teacher, 4)
     a, known = teacher(range(10))
     noise, uniform = sft.draw_noise(a, range(10), 7, config, 0)
     return teacher, a, sft.Draw(teacher.model, a, uniform, known, config.sft.early), noise
@@ -315,19 +315,20 @@ def test_exits_are_drawn_at_readouts_only(tmp_path):
     assert figures["exit_loss"].item() == pytest.approx(losses[draw.reached].sum().item())
 
 
-def test_lenses_start_as_the_least_squares_fit(tmp_path):
-    """Catches: a fit to the student, or to padding; one without the constant."""
+def test_shortcuts_start_as_least_squares_fits(tmp_path):
+    """Catches: a fit to the student, to padding or between other depths; one without a constant."""
     teacher = taught(tmp_path)[0]
-    model, watch = teacher.model, sft.Watch([2, 7])
+    model, watch = teacher.model, sft.Watch([2, 3, 7])
     scramble(training.trained(model).items(), 1)
-    sft.fit_lenses(model, teacher, 4)
+    sft.fit_shortcuts(model, teacher, 4)
     a, (last,) = teacher(range(10))
     with sft.as_base(model):
         model.run(a.ids, stop=watch)
-    for depth, h in watch.seen.items():
-        x, lens = sft.unit(h[a.at]), model.exits.lenses[str(depth)]
-        slope = F.pad(x, (0, 1), value=1).T @ (sft.unit(last) - x - lens(x))
-        wanted = sft.RIDGE * torch.cat((lens.weight.T, lens.bias[None]))
+    seen, exits = {d: sft.unit(h[a.at]) for d, h in watch.seen.items()}, model.exits
+    lenses = [(exits.lenses[str(d)], seen[d], sft.unit(last)) for d in seen]
+    for affine, x, y in [*lenses, (exits.shortcuts["3"], seen[2], seen[3])]:
+        slope = F.pad(x, (0, 1), value=1).T @ (y - affine(x))
+        wanted = sft.RIDGE * torch.cat((affine.weight.T, affine.bias[None]))
         assert torch.allclose(slope, wanted, atol=1e-3) and wanted.abs().max() > 0.1
 
 
