@@ -55,7 +55,7 @@ def save_adapter(model: Transformer, folder: str | Path) -> None:
     """Write the adapters in PEFT's format, the exit heads, and nanoexit.json."""
     folder = Path(folder)
     for file, tensors in _trained(model).items():
-        _save(folder / file, tensors)
+        save_tensors(folder / file, tensors, {"format": "pt"})
     facts: dict[str, Any] = {"base_model": model.name, "revision": model.revision or None}
     facts |= {"content": model.content, "cap": model.cap}
     if isinstance(exits := model.exits, ExitHeads):
@@ -92,9 +92,10 @@ def _peft_config(model: Transformer) -> dict[str, Any]:
     return config
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Replace a safetensors file, whose metadata is `about`."""
     given = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace(path, lambda beside: save_file(given, beside, {"format": "pt"}))
+    replace(path, lambda beside: save_file(given, beside, about))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -185,7 +186,7 @@ def save_merged(model: Transformer, source: Path, out: Path) -> None:
     named: dict[str, Tensor] = dict(model.named_parameters())
     base = {n: p for n, p in named.items() if not (n.startswith("exits.") or ".adapter." in n)}
     merged = {f"{name}.weight": merged_weight(linear) for name, linear in linear_maps(model)}
-    _save(out / "model.safetensors", base | merged)
+    save_tensors(out / "model.safetensors", base | merged, {"format": "pt"})
 
 
 def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, LoRAConfig]:

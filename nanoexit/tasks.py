@@ -249,9 +249,8 @@ class Made(Task):
 
     def steps(self, prompt: Prompt) -> list[str]:
         start, *operations = self.parse(prompt.prompt) or [""]
-        starts = itertools.chain([f"{start} "], itertools.repeat(""))
-        parts = zip(starts, operations, self.values(prompt.prompt))
-        return [self.step.format(*part) for part in parts]
+        parts = enumerate(zip(operations, self.values(prompt.prompt)))
+        return [self.step.format("" if i else f"{start} ", *part) for i, part in parts]
 
     def claims(self, text: str) -> list[str]:
         return re.findall(self.claim, " ".join(text.replace("<think>", " ").split()))
@@ -281,13 +280,13 @@ class Made(Task):
         at = int(rng.integers(len(values) - 1))
         place = self.numbers.index(values[at])
         others = [*self.numbers[place + 1 :], *self.numbers[:place]]
-        ends = {other: self.follow(other, operations[at + 1 :]) for other in others}
-        possible = [other for other in others if ends[other]]
+        ends = [(other, self.follow(other, operations[at + 1 :])) for other in others]
+        possible = [(other, end[-1]) for other, end in ends if end]
         if not possible:
             return None
-        wrong = possible[int(rng.integers(len(possible)))]
+        wrong, follow = possible[int(rng.integers(len(possible)))]
         text = self.written(prompt, at + 1).rpartition(values[at])[0] + wrong
-        return Change(text, values[-1], ends[wrong][-1])
+        return Change(text, values[-1], follow)
 
 
 class Chains(Made):
@@ -344,13 +343,13 @@ class Words(Made):
         return self.numbers[at] if 0 <= at < len(self.numbers) else None
 
     def draw(self, rng: np.random.Generator, operations: int) -> str:
-        values = [int(rng.integers(len(self.numbers)))]
-        text = f"Start with {self.numbers[values[0]]}."
+        value = int(rng.integers(len(self.numbers)))
+        text = f"Start with {self.numbers[value]}."
         for name in rng.choice(self.names, operations, replace=False):
-            old, new = values[-1], int(rng.integers(len(self.numbers) - 1))
-            values.append(new + (new >= old))
-            verb = "adds" if values[-1] > old else "takes"
-            text += f" {name} {verb} {self.numbers[abs(values[-1] - old)]}."
+            old, new = value, int(rng.integers(len(self.numbers) - 1))
+            value = new + (new >= old)
+            verb = "adds" if value > old else "takes"
+            text += f" {name} {verb} {self.numbers[abs(value - old)]}."
         return text
 
     def key(self, prompt: Prompt) -> str:

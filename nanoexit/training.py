@@ -24,22 +24,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
-from nanoexit.adapters import adapter_base, copy_in, load_adapter
-from nanoexit.config import (
-    Config,
-    UserError,
-    load_config,
-    parse_json,
-    replace,
-    rounded,
-    to_yaml,
-    write_text,
-)
+from nanoexit.adapters import adapter_base, copy_in, load_adapter, save_tensors
+from nanoexit.config import Config, UserError, load_config, parse_json, rounded, to_yaml, write_text
 from nanoexit.exits import attach, check_cap, parse_policy
 from nanoexit.judge import check_judge
 from nanoexit.lora import adapters
@@ -278,7 +268,7 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
     state = training_state(model, optimizer)
     metrics = zlib.crc32(lines_until(folder / "metrics.jsonl", step))
     about = {"step": str(step), "metrics": str(metrics)}
-    replace(folder / "checkpoint" / "state.safetensors", lambda p: save_file(state, p, about))
+    save_tensors(folder / "checkpoint" / "state.safetensors", state, about)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
@@ -343,7 +333,7 @@ class StepLog:
     def __init__(self, path: Path, done: int):
         self.path, kept = path, lines_until(path, done)
         if is_main():
-            replace(path, lambda beside: beside.write_bytes(kept))
+            write_text(path, kept.decode())
 
     def write(self, step: int, **values: Any) -> None:
         if is_main():
