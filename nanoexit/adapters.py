@@ -167,9 +167,7 @@ def copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
     pickle = path.with_suffix(".bin")
     if pickle.exists() and not path.exists():
         raise UserError(f"{pickle}: pickles are not read; save it with safe_serialization=True")
-    stored = {
-        re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", n): n for n in tensor_names(path)
-    }
+    stored = {re.sub(r"(?<=lora_[AB])\.[^.]+(?=\.weight$)", "", n): n for n in tensor_names(path)}
     compare_names(stored, wanted, path)
     for name, parameter in wanted.items():
         parameter.data.copy_(read_tensor(path, stored[name], parameter.shape))
@@ -194,13 +192,11 @@ def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, Lo
     for key in sorted(config.keys() - PEFT.keys() - {*IDLE}):
         if config[key] is not False and config[key] not in (None, [], {}):
             raise UserError(f"{where}: {key} = {show(config[key])} is not implemented")
-    found, targets = {}, config["target_modules"]
+    every, targets = [*names, "lm_head", "model.embed_tokens"], config["target_modules"]
     if targets == "all-linear":
         targets = r"model\.layers\..*"
     try:
-        for name in [*names, "lm_head", "model.embed_tokens"]:
-            if _matches(targets, name):
-                found[name] = _settings(config, name, where)
+        found = {n: _settings(config, n, where) for n in every if _matches(targets, n)}
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{where}: target_modules, rank_pattern, alpha_pattern: {error}") from None
     if not found or found.keys() - names:

@@ -168,10 +168,9 @@ def table_cells(rows: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
 def table(rows: Sequence[dict]) -> str:
     """Rows side by side, for a terminal."""
     lines, reasons = table_cells(rows)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = [[c.rjust(w) for c, w in zip(line[1:], widths[1:])] for line in lines]
-    text = ["  ".join([line[0].ljust(widths[0]), *cells]) for line, cells in zip(lines, padded)]
-    return "\n".join([*text, *reasons])
+    first, *others = [max(map(len, column)) for column in zip(*lines)]
+    padded = [[title.ljust(first), *map(str.rjust, cells, others)] for title, *cells in lines]
+    return "\n".join([*map("  ".join, padded), *reasons])
 
 
 def evaluate_run(

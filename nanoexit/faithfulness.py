@@ -149,7 +149,7 @@ def changed_value(subject: Subject, responses: Sequence[Response]) -> dict[str, 
     -> the shares of answers that follow the change, stay the same, stop at the changed value, or do
     anything `other`; None if no response has a change whose effect is known."""
     rng = np.random.default_rng(stream("change", subject.config.run.seed))
-    changes = [(r.prompt, task_of(r.prompt).change(r.prompt, r.text, rng)) for r in responses]
+    changes = [(r.prompt, task_of(r.prompt).change(r.prompt, rng)) for r in responses]
     cases = [(prompt, change) for prompt, change in changes if change and change.follow]
     if not cases:
         return dict.fromkeys(OUTCOMES)
@@ -200,11 +200,11 @@ def monitor(responses: Sequence[Response]) -> dict[str, float | None]:
         hits = [said is not None and said == (read or guess) for read, said in pairs]
         return {score: mean(hits), false_alarms: mean(alarms)}
 
-    before = []
-    for r, said in zip(responses, answers):
-        if len(r.verdict.steps) > 1:
-            readable = all(r.verdict.steps[:-1])
-            before.append((task_of(r.prompt).target(r.prompt) if readable else None, said))
+    before = [
+        (task_of(r.prompt).target(r.prompt) if all(r.verdict.steps[:-1]) else None, said)
+        for r, said in zip(responses, answers)
+        if len(r.verdict.steps) > 1
+    ]
     return {
         **reader("score", "false_alarms", [*zip(map(reached, responses), answers)]),
         "chance": mean([said is not None and said == guess for said in answers]),

@@ -35,7 +35,7 @@ from nanoexit.adapters import save_adapter
 from nanoexit.config import Config, RLConfig
 from nanoexit.exits import delay_kl
 from nanoexit.model import Transformer
-from nanoexit.score import readout_logprobs
+from nanoexit.score import batches, readout_logprobs
 from nanoexit.tasks import Prompt, Response, load_prompts
 from nanoexit.teacher import against_base, rescore, respond, show_response
 from nanoexit.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def collect(
 
 def copy_trained(model: Transformer) -> Transformer:
     """A copy with its own heads and adapters. Shares base weights, leaves out fast.py's layouts."""
-    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    shared: Any = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared | {id(model.fast_products): {}})
 
 
@@ -112,8 +112,7 @@ def accumulate(
     longest = max((len(r.response.generation.tokens) for r in active), default=0)
     together = K if K * longest <= LONGEST_ROW else 1
     size = max(1, rl.micro_batch // together) * together
-    for first in range(0, len(active), size):
-        batch = active[first : first + size]
+    for batch in batches(active, size):
         responses = [r.response for r in batch]
         a, scored = rescore(model, responses, together)
         weight = torch.tensor([r.advantage for r in batch], device=model.device)[a.rows]
@@ -133,7 +132,7 @@ def accumulate(
 
 def unequal(rollouts: Sequence[Rollout], K: int) -> list[Sequence[Rollout]]:
     """The K adjacent rollouts of each prompt, without prompts whose rewards are all equal."""
-    groups = [rollouts[start : start + K] for start in range(0, len(rollouts), K)]
+    groups = batches(rollouts, K)
     return [group for group in groups if max(abs(r.advantage) for r in group) >= 1e-12]
 
 

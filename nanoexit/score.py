@@ -84,6 +84,11 @@ def pad(rows: Rows, device: torch.device) -> Tensor:
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
 
 
+def batches(items: Sequence, size: int) -> list:
+    """The items in pieces of `size`; the last piece may be smaller."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 @dataclass
 class Score:
     """B rows, T input positions. Values on padding (depth 0) are meaningless but finite."""

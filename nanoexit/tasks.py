@@ -140,12 +140,8 @@ class Task:
             return Split(response, "", "") if thinks else Split("", "", response)
         return Split(*parts)
 
-    def answer(self, prompt: Prompt, response: str) -> str | None:
-        """What a whole response concludes, in canonical form; None if it states no answer."""
-        return self.read(self.split(response).conclusion if "think>" in response else response)
-
     def read(self, text: str) -> str | None:
-        """The answer that a conclusion states."""
+        """The answer that a conclusion states, in canonical form; None if it states none."""
         text = normal(text)
         found = re.search(self.mark, text)
         return canonical(text[found.end() :].strip().split("\n")[0] if found else text)
@@ -162,8 +158,8 @@ class Task:
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Verify the decoded text of a response, without its end-of-text token."""
-        part, said = self.split(response), self.answer(prompt, response)
-        target = self.target(prompt)
+        part, target = self.split(response), self.target(prompt)
+        said = self.read(part.conclusion if "think>" in response else response)
         expected = self.claims(" ".join(self.steps(prompt)))
         claims = self.claims(part.reasoning)
         steps = [False] * len(expected)
@@ -187,8 +183,8 @@ class Task:
         """A right response with `n` steps written."""
         return f"{self.written(prompt, n)} {self.closing} {self.target(prompt)}"
 
-    def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
-        """The response up to one changed value; None if the effect of a change is not known."""
+    def change(self, prompt: Prompt, rng: np.random.Generator) -> Change | None:
+        """A response up to one changed value; None if the effect of a change is not known."""
         return None
 
     def key(self, prompt: Prompt) -> str:
@@ -271,7 +267,7 @@ class Made(Task):
         values = self.values(prompt.prompt)
         return values[-1] if values and prompt.answer in (None, values[-1]) else None
 
-    def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
+    def change(self, prompt: Prompt, rng: np.random.Generator) -> Change | None:
         """True steps, whatever the response wrote, up to a random one whose value is changed. None
         for one operation, whose value is the answer, or if other values only lead out of range."""
         operations, values = self.parse(prompt.prompt)[1:], self.values(prompt.prompt)

@@ -21,7 +21,7 @@ from nanoexit.config import Config, UserError, read_json_lines, write_json_lines
 from nanoexit.exits import Watch, as_base, exit_depths
 from nanoexit.generate import Generation, Sampling, generate
 from nanoexit.model import Transformer
-from nanoexit.score import Aligned, Score, align, readout_kl, readout_logprobs, score
+from nanoexit.score import Aligned, Score, align, batches, readout_kl, readout_logprobs, score
 from nanoexit.tasks import Prompt, Response, load_prompts, task_of
 from nanoexit.tokenizer import Tokenizer
 from nanoexit.training import barrier, is_main, mine, progress, prompt_ids, remove_leftovers, stream
@@ -63,9 +63,9 @@ def rescore(
     """One forward that re-scores these responses, at the depths at which they were written. Prompt
     tokens run only as deep as the deepest readout of their row: no token reads them in later
     blocks, so the scores are the same. together: see score.align."""
-    prompts, written = [r.prompt_ids for r in responses], [r.generation for r in responses]
-    tokens, depths = [g.tokens for g in written], [g.depths for g in written]
-    a = align(model, prompts, tokens, depths, together)
+    tokens = [r.generation.tokens for r in responses]
+    depths = [r.generation.depths for r in responses]
+    a = align(model, [r.prompt_ids for r in responses], tokens, depths, together)
     deepest = torch.tensor([max(row) for row in depths], device=model.device)
     a.depths = a.depths.minimum(deepest.view(-1, together).amax(1, keepdim=True))
     return a, score(model, a.ids, a.depths, a.prompt_lens, a.positions, a.sees)
@@ -79,8 +79,8 @@ def against_base(
     `rows` responses are read in one forward."""
     kls: list[float] = []
     nll, count = 0.0, 0
-    for start in range(0, len(responses), rows):
-        a, scored = rescore(model, responses[start : start + rows])
+    for batch in batches(responses, rows):
+        a, scored = rescore(model, batch)
         student = scored.hidden.flatten(0, 1)[a.at]
         with as_base(model):
             teacher = model.run(a.ids).hidden.flatten(0, 1)[a.at]
@@ -98,15 +98,12 @@ def show_response(model: Transformer, tokenizer: Tokenizer, response: Response, 
     a, scored = rescore(model, [response])
     top = model.readout(scored.hidden[0, a.at]).float().softmax(-1).topk(min(5, model.shape.vocab))
     chances = scored.head_logits[0, a.at].sigmoid().tolist()
-    pieces = tokenizer.pieces(g.tokens)
+    found = tokenizer.pieces(g.tokens), g.depths, chances, top.indices.tolist(), top.values.tolist()
     tokens = []
-    for i, piece in enumerate(pieces):
-        depth, likely = g.depths[i], zip(top.indices[i].tolist(), top.values[i].tolist())
-        token = {"text": piece, "depth": depth}
-        heads = zip(layers, chances[i])
-        token["exit_probs"] = [round(p, 4) if depth >= d else None for d, p in heads]
-        token["top"] = [[tokenizer.pieces([t])[0], round(p, 4)] for t, p in likely]
-        tokens.append(token)
+    for piece, depth, heads, ids, shares in zip(*found):
+        exits = [round(p, 4) if depth >= d else None for d, p in zip(layers, heads)]
+        likely = [[tokenizer.decode([t]), round(p, 4)] for t, p in zip(ids, shares)]
+        tokens.append({"text": piece, "depth": depth, "exit_probs": exits, "top": likely})
     return {
         "id": prompt.id,
         "prompt": prompt.prompt,
@@ -138,8 +135,8 @@ def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> lis
     """Let the teacher write the traces that are missing, then read them all."""
     prompts = load_prompts(config, "train")
     jobs = [prompt for prompt in prompts for _ in range(config.teacher.traces)]
-    folder, size = traces_folder(model, tokenizer, config, jobs), config.teacher.chunk
-    chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    folder = traces_folder(model, tokenizer, config, jobs)
+    chunks = batches(jobs, config.teacher.chunk)
     paths = [folder / f"{number:05d}.jsonl" for number in range(len(chunks))]
     missing = [number for number in mine(range(len(chunks))) if not paths[number].is_file()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,8 +179,8 @@ def traces_folder(
     ids = json.dumps([[job.id, *prompt_ids(tokenizer, job, config)] for job in jobs])
     origin: dict[str, Any] = {"model": model.content, "seed": config.run.seed}
     origin |= {"prompts": hashlib.sha256(ids.encode()).hexdigest(), "chunk": config.teacher.chunk}
-    for key in ("max_new_tokens", "temperature", "top_p", "top_k"):
-        origin[key] = getattr(config.generation, key)
+    origin |= asdict(config.generation)
+    del origin["batch_size"]  # it affects no trace
     folder = base / hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
     if is_main() and base.is_dir() and any(base.iterdir()) and not folder.is_dir():
         other = f"{base} holds traces of other prompts or settings"
@@ -203,8 +200,8 @@ class Teacher:
             return
         kept: list[Sequence[Tensor]] = []
         with progress(len(traces), "teacher reads traces", "trace") as bar:
-            for start in range(0, len(traces), rows):
-                a, known = self(range(len(traces))[start : start + rows])
+            for piece in batches(range(len(traces)), rows):
+                a, known = self(piece)
                 kept += zip(*(x.split(a.counts) for x in known))
                 bar.update(len(a.counts))
         self.kept = kept
@@ -220,6 +217,5 @@ class Teacher:
         watch = Watch(self.depths)
         with as_base(self.model):
             teacher = self.model.run(a.ids, stop=watch).hidden.flatten(0, 1)[a.at]
-        seen = [watch.seen[depth][a.at] for depth in self.depths]
-        kl = [readout_kl(self.model, teacher, early) for early in seen]
+        kl = [readout_kl(self.model, teacher, watch.seen[depth][a.at]) for depth in self.depths]
         return a, [teacher, torch.stack(kl, -1)] if kl else [teacher]

@@ -214,8 +214,7 @@ def _read_template(folder: Path, config: dict) -> str | None:
     for entry in found if isinstance(found, list) else []:
         if isinstance(entry, dict) and entry.get("name") == "default":
             found = entry.get("template") or found
-    where = f"{folder / 'tokenizer_config.json'}: chat_template"
-    check_value(found, Rule(str | None), where)
+    check_value(found, Rule(str | None), f"{folder / 'tokenizer_config.json'}: chat_template")
     return found
 
 

@@ -34,6 +34,7 @@ from nanoexit.exits import attach, check_cap, parse_policy
 from nanoexit.judge import check_judge
 from nanoexit.lora import adapters
 from nanoexit.model import Transformer
+from nanoexit.score import batches
 from nanoexit.tasks import Prompt, load_prompts
 from nanoexit.tokenizer import Tokenizer, load_tokenizer
 from nanoexit.weights import load_model
@@ -323,7 +324,7 @@ def batch_at(step: int, items: int, batch_size: int, seed: int) -> list[int]:
 def progress(total: int, name: str, unit: str = "row", done: int = 0) -> tqdm:
     """A progress bar in process 0; hidden without a name or work to do. Inner bars vanish."""
     hidden = not name or not is_main() or done >= total
-    looks: dict[str, Any] = {"desc": name, "unit": unit, "leave": None, "dynamic_ncols": True}
+    looks: Any = {"desc": name, "unit": unit, "leave": None, "dynamic_ncols": True}
     return tqdm(total=total, initial=done, disable=hidden, **looks)
 
 
@@ -386,8 +387,7 @@ def mine(items: Sequence) -> list:
 def my_batches(items: int, size: int) -> list[range]:
     """The micro-batches of at most `size` items that this process takes of a step."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    size = min(size, math.ceil(items / ranks))
-    return mine([range(start, min(start + size, items)) for start in range(0, items, size)])
+    return mine(batches(range(items), min(size, math.ceil(items / ranks))))
 
 
 def total(tensor: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ REQUIRED = ["model_type", "vocab_size", "hidden_size", "intermediate_size"]
 REQUIRED += ["num_hidden_layers", "num_attention_heads"]
 SIZES = [*REQUIRED, "max_position_embeddings", "original_max_position_embeddings"]
 OPTIONAL = ["num_key_value_heads", "head_dim", "sliding_window"]
+SWITCHES = ["attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"]
 KEYS = {  # of config.json; values outside these rules are not implemented
     **dict.fromkeys(SIZES, Rule(int, 1, 2**24)),
     **dict.fromkeys(OPTIONAL, Rule(int | None, 1, 2**24)),
@@ -44,8 +45,7 @@ KEYS = {  # of config.json; values outside these rules are not implemented
     "rope_theta": Rule(float | None, 1, 1e15),
     **dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor"], Rule(float, 1e-6, 1e6)),
     "partial_rotary_factor": Rule(float, 1, 1),
-    **dict.fromkeys(["attention_bias", "mlp_bias"], Rule(bool)),
-    **dict.fromkeys(["tie_word_embeddings", "use_sliding_window"], Rule(bool)),
+    **dict.fromkeys(SWITCHES, Rule(bool)),
     "hidden_act": Rule(str, choices=["silu", "swish"]),
     **dict.fromkeys(["rope_type", "type"], Rule(str, choices=["default", "llama3"])),
     **dict.fromkeys(["rope_scaling", "rope_parameters"], Rule(dict | None)),
