@@ -181,7 +181,7 @@ def save_merged(model: Transformer, source: Path, out: Path) -> None:
             shutil.copy(path, out)
     config = read_json(source / "config.json") | {"tie_word_embeddings": model.shape.tied}
     _write_json(out / "config.json", config)
-    named: dict[str, Tensor] = dict(model.named_parameters())
+    named = model.state_dict()
     base = {n: p for n, p in named.items() if not (n.startswith("exits.") or ".adapter." in n)}
     merged = {f"{name}.weight": merged_weight(linear) for name, linear in linear_maps(model)}
     save_tensors(out / "model.safetensors", base | merged, {"format": "pt"})

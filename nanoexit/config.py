@@ -292,7 +292,7 @@ def check_values(given: dict, rules: dict[str, Rule], where: Any, required: Any 
 
 def nearest(word: Any, allowed: Iterable) -> str:
     """'; did you mean X?' if one of `allowed` is close to `word`, else an empty string."""
-    close = difflib.get_close_matches(str(word), [str(a) for a in allowed], n=1)
+    close = difflib.get_close_matches(str(word), map(str, allowed), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -21,7 +21,7 @@ from nanoexit.config import Config
 from nanoexit.exits import capped
 from nanoexit.model import Transformer
 from nanoexit.score import Rows
-from nanoexit.tasks import Change, Prompt, Response, task_of
+from nanoexit.tasks import Change, Prompt, Response, mean, task_of
 from nanoexit.teacher import respond
 from nanoexit.tokenizer import Tokenizer
 from nanoexit.training import progress, stream
@@ -52,11 +52,6 @@ class Subject:
         responses = respond(*who, stream(use, self.config.run.seed), use, **changes)
         self.bar.update()
         return responses
-
-
-def mean(values: Sequence[Any]) -> float | None:
-    """The mean, which for booleans is the share of True; None if there are no values."""
-    return sum(values) / len(values) if values else None
 
 
 def means(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:

@@ -77,7 +77,7 @@ def line_figure(
 class Axis:
     """Values from zero, drawn from `start` to `end`; report.js reads the axis from its str()."""
 
-    def __init__(self, values: Sequence[float], start: float, end: float) -> None:
+    def __init__(self, values: Sequence[float], start: float, end: float):
         self.start, self.end = start, end
         low, high = min([0, *values]), max([0, *values])
         size = (high - low) or 1.0

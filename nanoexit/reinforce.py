@@ -81,7 +81,7 @@ def collect(
     rl, K = config.rl, config.rl.rollouts
     places = training.mine(range(len(prompts)))  # noise depends on a prompt's place in the step
     streams = [place * K + k for place in places for k in range(K)]
-    asked = [prompts[place] for place in places for _ in range(K)]
+    asked = [prompts[stream // K] for stream in streams]
     policy = "full" if model.exits is None else "head"
     seed = training.stream("rollouts", config.run.seed, step)
     rows: Any = {"batch_size": len(asked), "streams": streams}

@@ -28,6 +28,11 @@ Split = namedtuple("Split", "reasoning marker conclusion")  # marker "": it neve
 Change = namedtuple("Change", "text stay follow")  # text up to a changed value; two answers
 
 
+def mean(values: Sequence) -> float | None:
+    """The mean, which for booleans is the share of True; None if there are no values."""
+    return sum(values) / len(values) if values else None
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A question. `checker` names its task, `group` its row in the accuracy table."""
@@ -53,7 +58,7 @@ class Verdict:
     @property
     def written(self) -> float | None:
         """Share of the expected steps that are written; None where the task lists none."""
-        return sum(self.steps) / len(self.steps) if self.steps else None
+        return mean(self.steps)
 
     @property
     def unwritten_run(self) -> int | None:

@@ -167,9 +167,9 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     text = read_text(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
     except BaseException as error:  # plain Exception, or a panic, which is not an Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
         raise UserError(f"{path} is not a tokenizer: {error}") from None
     tokenizer.no_truncation()  # the file may turn either on
     tokenizer.no_padding()
