@@ -10,7 +10,6 @@ import re
 import shutil
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -56,7 +55,7 @@ def save_adapter(model: Transformer, folder: str | Path) -> None:
     folder = Path(folder)
     for file, tensors in _trained(model).items():
         save_tensors(folder / file, tensors, {"format": "pt"})
-    facts: dict[str, Any] = {"base_model": model.name, "revision": model.revision or None}
+    facts: dict = {"base_model": model.name, "revision": model.revision or None}
     facts |= {"content": model.content, "cap": model.cap}
     if isinstance(exits := model.exits, ExitHeads):
         facts |= {"exit_layers": list(exits.layers), "head": exits.kind, "lens": bool(exits.lenses)}
@@ -77,7 +76,7 @@ def _trained(model: Transformer) -> dict[str, dict[str, Tensor]]:
     return {file: tensors for file, tensors in files.items() if tensors}
 
 
-def _peft_config(model: Transformer) -> dict[str, Any]:
+def _peft_config(model: Transformer) -> dict:
     """The content of adapter_config.json. PEFT allows a different rank and alpha for each map."""
     attached = adapters(model)
     ranks = {name: adapter.lora_A.shape[0] for name, adapter in attached.items()}
@@ -98,7 +97,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) 
     replace(path, lambda beside: save_file(given, beside, about))
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -121,7 +120,7 @@ def adapter_base(folder: str | Path) -> tuple[str, str | None]:
     return name, (facts or config).get("revision")
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(folder: Path) -> tuple[dict, dict]:
     """The checked nanoexit.json ({} for peft's own) and adapter_config.json ({} for heads only)."""
     ours, theirs = folder / "nanoexit.json", folder / "adapter_config.json"
     try:
@@ -187,7 +186,7 @@ def save_merged(model: Transformer, source: Path, out: Path) -> None:
     save_tensors(out / "model.safetensors", base | merged, {"format": "pt"})
 
 
-def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, LoRAConfig]:
+def _plan(config: dict, names: list[str], where: Path) -> dict[str, LoRAConfig]:
     """adapter_config.json and the linear maps' names -> the settings of each map it adapts."""
     for key in sorted(config.keys() - PEFT.keys() - {*IDLE}):
         if config[key] is not False and config[key] not in (None, [], {}):
@@ -215,7 +214,7 @@ def _matches(names: str | list, name: str) -> bool:
     return re.fullmatch(names, name) is not None
 
 
-def _settings(config: dict[str, Any], name: str, where: Path) -> LoRAConfig:
+def _settings(config: dict, name: str, where: Path) -> LoRAConfig:
     """Rank and alpha of one map."""
     chosen = {key: config[key] for key in ("r", "lora_alpha")}
     for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):

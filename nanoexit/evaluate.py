@@ -126,7 +126,7 @@ DETAILS = (
 )
 
 
-def entries(row: dict, key: str) -> dict[str, Any]:
+def entries(row: dict, key: str) -> dict:
     """The entries of a figure by name; a figure that is a single number has the name ""."""
     value: Any = row
     for part in key.split("."):

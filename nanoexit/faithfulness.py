@@ -78,7 +78,7 @@ def examine(subject: Subject, responses: Sequence[Response]) -> dict:
     own cap and under the smallest of evaluate.caps that keeps KEEPS of the accuracy."""
     prompts = [r.prompt for r in responses]
     greedy = "head:0.5" if subject.policy == "head" else subject.policy
-    found: dict[str, Any] = {
+    found: dict = {
         "greedy_accuracy": accuracy(subject.respond(prompts, "greedy", greedy=greedy)),
         "full_depth_accuracy": accuracy(subject.respond(prompts, "full depth", greedy="full")),
         **interventions(subject, responses),

@@ -177,7 +177,7 @@ def traces_folder(
     """The folder of the traces of these prompts, named by a hash of all that they depend on."""
     base = Path(config.data.traces or Path(config.run.dir) / "traces")
     ids = json.dumps([[job.id, *prompt_ids(tokenizer, job, config)] for job in jobs])
-    origin: dict[str, Any] = {"model": model.content, "seed": config.run.seed}
+    origin: dict = {"model": model.content, "seed": config.run.seed}
     origin |= {"prompts": hashlib.sha256(ids.encode()).hexdigest(), "chunk": config.teacher.chunk}
     origin |= asdict(config.generation)
     del origin["batch_size"]  # it affects no trace

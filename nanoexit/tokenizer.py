@@ -121,7 +121,7 @@ class Tokenizer:
         ends[-1] = len(text)
         return [text[a:b] for a, b in itertools.pairwise(ends)]
 
-    def render(self, messages: Sequence[dict[str, Any]], /, **variables: Any) -> str:
+    def render(self, messages: Sequence[dict], /, **variables: Any) -> str:
         """Messages [{"role", "content"}] -> text. UserError for a variable it ignores."""
         if not self.has_template:
             raise UserError(f"{self.folder}: this model has no chat template")
@@ -227,7 +227,7 @@ class TemplateProcess:
         self.where, self.seconds = where, seconds
         self.process: Any = None
 
-    def render(self, messages: list, known: dict[str, Any], variables: dict[str, Any]) -> str:
+    def render(self, messages: list, known: dict, variables: dict) -> str:
         """known: what a template may read. variables: what this one must read."""
         given = {**known, **variables, "messages": messages}
         process, self.process = self.process or self._start(), None

@@ -96,7 +96,7 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     return model, tokenizer
 
 
-def _attached(model: Transformer) -> dict[str, Any]:
+def _attached(model: Transformer) -> dict:
     """What is attached to a model, by the keys of the config."""
     heads: Any = model.exits
     ours = adapters(model)

@@ -22,7 +22,7 @@ from nanoexit.config import Rule, UserError, check_file, check_values, read_json
 from nanoexit.model import Llama3Rope, Shape, Transformer
 from nanoexit.tokenizer import Tokenizer, content_hash, find_model, model_stop_ids
 
-QWEN: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+QWEN: dict = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 QWEN |= {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 QWEN |= {"sliding_window": 4096, "max_window_layers": 28}
 FAMILIES = {  # with transformers' defaults for keys that config.json leaves out
@@ -90,7 +90,7 @@ def read_shape(folder: Path) -> Shape:
     return shape
 
 
-def _refuse(c: dict[str, Any], s: Shape, where: Path) -> None:
+def _refuse(c: dict, s: Shape, where: Path) -> None:
     """Refuse what would load without an error but compute something else."""
     used = s.family != "llama" and c.get("use_sliding_window")
     window, kinds = c["sliding_window"] if used else None, c.get("layer_types") or []
@@ -109,7 +109,7 @@ def _refuse(c: dict[str, Any], s: Shape, where: Path) -> None:
             raise UserError(f"{where}: {problem} is not implemented")
 
 
-def _rope(c: dict[str, Any], where: Path) -> tuple[float, Llama3Rope | None]:
+def _rope(c: dict, where: Path) -> tuple[float, Llama3Rope | None]:
     """-> theta and Llama 3's scaling, from rope_theta and rope_scaling, or from rope_parameters."""
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
