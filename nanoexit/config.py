@@ -161,8 +161,6 @@ class Config:
 
 
 # --- YAML and the command line ----------------------------------------------------------------
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = (), schema: Any = Config) -> Any:
     """`schema` from a YAML file, then overrides like "sft.lr=1e-3". UserError for any mistake."""
     path = find_file(path, "config")
@@ -233,8 +231,6 @@ def _checked(value: Any, hint: Any, meta: Any, where: str) -> Any:
 
 
 # --- errors -----------------------------------------------------------------------------------
-
-
 class UserError(ValueError):
     """A mistake in the input: a file, a key, a tensor, a flag. The message becomes one line."""
 
@@ -309,8 +305,6 @@ def printable(text: str) -> str:
 
 
 # --- files ------------------------------------------------------------------------------------
-
-
 def find_file(path: str | Path, what: str = "file") -> Path:
     """`path` in the working directory, else in the root of the repository, else UserError."""
     path = Path(os.path.expanduser(path))

@@ -45,8 +45,6 @@ MAY_CHANGE += ["rl.save_every", "rl.micro_batch"]
 
 
 # --- before the work --------------------------------------------------------------------------
-
-
 def check(config: Config, resume: bool = False, reinforce: bool = False) -> None:
     """Raise UserError for any mistake that can be found in config, files and prompts beforehand."""
     for key in ("policies", "frontier"):
@@ -128,8 +126,6 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, config: Config) -> list[int
 
 
 # --- the run directory ------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def run_directory(config: Config, resume: bool) -> Iterator[Path]:
     """The folder of the run with its config.yaml, locked against a second process. An earlier run
@@ -212,8 +208,6 @@ def _check_same_config(path: Path, config: Config) -> None:
 
 
 # --- steps, checkpoints, metrics --------------------------------------------------------------
-
-
 def make_optimizer(model: nn.Module, lr: float) -> AdamW:
     """AdamW without weight decay, with its moments allocated, so that every checkpoint has all."""
     parameters = trained(model).values()
@@ -353,8 +347,6 @@ class Metrics(StepLog):
 
 
 # --- processes --------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def processes(config: Config) -> Iterator[None]:
     """Join the processes that torchrun started; each takes the CUDA device of its local rank."""

@@ -92,7 +92,7 @@ def test_every_fault_is_survived_and_no_item_is_lost(server):
     faults = ["500 408", "drop timeout 502", "zero half", *UNREADABLE, *BODIES]
     items = items_with("unsupported", *faults, "good")
     judged = judge_at(server).score(items)
-    assert [(item.id, item.scores) for item in judged] == [(item.id, SCORES) for item in items]
+    assert [(j.response, j.scores) for j in judged] == [(i.response, SCORES) for i in items]
     assert Counter(" ".join(faults).split()).items() <= server.served.items()
     assert items[0].scores == {}
 
@@ -117,12 +117,13 @@ def test_a_deadline_holds_for_the_whole_reply(server):
 
 
 def test_the_cache_knows_all_that_was_asked(server, tmp_path):
-    """Catches: a key with too much in it (id, marker) or too little; half a line that ends it."""
+    """Catches: a key with too much in it (the marker) or too little; half a line that ends it."""
     cache, item = tmp_path / "judge.jsonl", Item("p", "2")
     asked = [item, Item("p", "2", "2"), Item("q", "2")]
     for items in (asked, [*asked, Item("p", "2")]):
         results = judge_at(server, cache, concurrency=1).score(items)
-        assert [r.id for r in results] == [i.id for i in items] and len(server.asked) == 3
+        asks = [[(i.prompt, i.answer) for i in part] for part in (results, items)]
+        assert asks[0] == asks[1] and len(server.asked) == 3
     judge_at(server, cache, model="other").score([item])
     whole = b"\n".join(cache.read_bytes().split(b"\n")[:-2])
     for n, tail in enumerate((b'{"id": "c', b"\xff\xfe", b"[1]\n7\n{}\nnull\n" + b"[" * 9999)):
