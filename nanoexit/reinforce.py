@@ -132,8 +132,7 @@ def accumulate(
 
 def unequal(rollouts: Sequence[Rollout], K: int) -> list[Sequence[Rollout]]:
     """The K adjacent rollouts of each prompt, without prompts whose rewards are all equal."""
-    groups = batches(rollouts, K)
-    return [group for group in groups if max(abs(r.advantage) for r in group) >= 1e-12]
+    return [g for g in batches(rollouts, K) if max(abs(r.advantage) for r in g) >= 1e-12]
 
 
 def step_figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float]:

@@ -198,13 +198,11 @@ class Teacher:
         tokens, rows = sum(len(trace.tokens) for trace in traces), config.sft.micro_batch
         if tokens * model.shape.width * model.dtype.itemsize > config.teacher.keep_mb * 1e6:
             return
-        kept: list[Sequence[Tensor]] = []
         with progress(len(traces), "teacher reads traces", "trace") as bar:
             for piece in batches(range(len(traces)), rows):
                 a, known = self(piece)
-                kept += zip(*(x.split(a.counts) for x in known))
+                self.kept += zip(*(x.split(a.counts) for x in known))
                 bar.update(len(a.counts))
-        self.kept = kept
 
     @torch.no_grad()
     def __call__(self, piece: Sequence[int]) -> tuple[Aligned, list[Tensor]]:
@@ -212,7 +210,7 @@ class Teacher:
         sft.targets=base, the divergences of the base's early readouts [n, E]."""
         batch = [self.traces[i] for i in piece]
         a = align(self.model, [t.prompt_ids for t in batch], [t.tokens for t in batch])
-        if self.kept:
+        if len(self.kept) == len(self.traces):
             return a, [torch.cat(parts) for parts in zip(*(self.kept[i] for i in piece))]
         watch = Watch(self.depths)
         with as_base(self.model):

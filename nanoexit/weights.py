@@ -150,9 +150,8 @@ def load_model(
         owner, _, leaf = key.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(weight, requires_grad=False))
     model.name, model.revision, model.content = str(name), commit or "", content
-    model.stop_ids = model_stop_ids(folder)
-    if (folder / "tokenizer.json").exists():
-        model.stop_ids = Tokenizer(folder).stop_ids
+    reads_text = (folder / "tokenizer.json").exists()
+    model.stop_ids = Tokenizer(folder).stop_ids if reads_text else model_stop_ids(folder)
     return model.eval()
 
 
