@@ -66,7 +66,7 @@ def save_adapter(model: Transformer, folder: str | Path) -> None:
 
 def _trained(model: Transformer) -> dict[str, dict[str, Tensor]]:
     """The parameters of adapters and heads, by file and name."""
-    files: dict[str, dict[str, Tensor]] = {}
+    files: dict = {}
     lora = files["adapter_model.safetensors"] = {}
     for name, adapter in adapters(model).items():
         lora[f"base_model.model.{name}.lora_A.weight"] = adapter.lora_A

@@ -111,7 +111,7 @@ def reasoning_places(tokenizer: Tokenizer, response: Response) -> tuple[int, int
     part = task.split(response.text)
     if not part.marker or response.verdict.answer is None:
         return None
-    ends = np.cumsum([len(piece) for piece in tokenizer.pieces(response.generation.tokens)])
+    ends = np.cumsum([*map(len, tokenizer.pieces(response.generation.tokens))])
     opened = len(task.opening) if part.reasoning.startswith(task.opening) else 0
     start, end = np.searchsorted(ends, [opened, len(part.reasoning)], side="right")
     return int(start), int(end), int(np.searchsorted(ends, len(part.reasoning + part.marker))) + 1

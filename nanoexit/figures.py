@@ -56,7 +56,7 @@ def line_figure(
     figure.write(y)
     figure.body += f'<g transform="translate(0 {figure.height + 12})" data-x="{across}" '
     figure.body += f'data-y="{up}">{_axes(across, up, x)}'
-    styles: list[str] = []
+    styles = []
     colors = {} if colors is None else colors
     for index, (name, points) in enumerate(zip(names, drawn)):
         style = f"color:{colors.setdefault(name, f'var(--s{len(colors) % MOST_LINES})')}"

@@ -140,14 +140,9 @@ def step_figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float
     rows = []
     for r in rollouts:
         depths, verdict = r.response.generation.depths, r.response.verdict
-        row = {
-            "reward": r.reward,
-            "accuracy": float(verdict.correct),
-            "mean_depth": sum(depths) / len(depths),
-            "max_depth": max(depths),
-            "written": verdict.written or 0.0,
-            "tokens": len(depths),
-        }
+        row = {"reward": r.reward, "accuracy": float(verdict.correct)}
+        row |= {"mean_depth": sum(depths) / len(depths), "max_depth": max(depths)}
+        row |= {"written": verdict.written or 0.0, "tokens": len(depths)}
         rows.append(row | {f"reward_{name}": part for name, part in r.parts.items()})
     K = config.rl.rollouts
     flat = len(rollouts) // K - len(unequal(rollouts, K))

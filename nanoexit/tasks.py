@@ -320,8 +320,7 @@ class Values(Chains):
     step = "{2}"
 
     def claims(self, text: str) -> list[str]:
-        words = text.replace("<think>", " ").split()
-        return [f"{place} {word}" for place, word in enumerate(words)]
+        return [f"{i} {word}" for i, word in enumerate(text.replace("<think>", " ").split())]
 
 
 class Words(Made):

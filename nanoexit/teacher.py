@@ -77,8 +77,7 @@ def against_base(
 ) -> tuple[list[float], float]:
     """-> KL(teacher || student) of each response, in nats per token; the base's perplexity on all.
     `rows` responses are read in one forward."""
-    kls: list[float] = []
-    nll, count = 0.0, 0
+    kls, nll, count = [], 0.0, 0
     for batch in batches(responses, rows):
         a, scored = rescore(model, batch)
         student = scored.hidden.flatten(0, 1)[a.at]
@@ -104,19 +103,11 @@ def show_response(model: Transformer, tokenizer: Tokenizer, response: Response, 
         exits = [round(p, 4) if depth >= d else None for d, p in zip(layers, heads)]
         likely = [[tokenizer.decode([t]), round(p, 4)] for t, p in zip(ids, shares)]
         tokens.append({"text": piece, "depth": depth, "exit_probs": exits, "top": likely})
-    return {
-        "id": prompt.id,
-        "prompt": prompt.prompt,
-        "answer": prompt.answer,
-        "variant": name,
-        "text": response.text,
-        "correct": None if prompt.checker == "none" else response.verdict.correct,
-        "finish": g.finish,
-        "tokens": tokens,
-        "full_depth": model.full_depth,
-        "exit_layers": list(layers),
-        "cap": model.cap,
-    }
+    correct = None if prompt.checker == "none" else response.verdict.correct
+    row: dict = {"id": prompt.id, "prompt": prompt.prompt, "answer": prompt.answer}
+    row |= {"variant": name, "text": response.text, "correct": correct, "finish": g.finish}
+    row |= {"tokens": tokens, "full_depth": model.full_depth}
+    return row | {"exit_layers": list(layers), "cap": model.cap}
 
 
 @dataclass

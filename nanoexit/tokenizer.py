@@ -152,13 +152,12 @@ def _embedding_rows(folder: Path) -> float:
 
 def model_stop_ids(folder: Path) -> frozenset[int]:
     """eos_token_id of generation_config.json, else of config.json: an id or a list of ids."""
-    rule = Rule(int, 0, _embedding_rows(folder) - 1)
+    rule = Rule(list[int], 0, _embedding_rows(folder) - 1)
     for path in (folder / "generation_config.json", folder / "config.json"):
         found = read_json(path).get("eos_token_id")
         if found is not None:
             ids = found if isinstance(found, list) else [found]
-            for i in ids:
-                check_value(i, rule, f"{path}: eos_token_id")
+            check_value(ids, rule, f"{path}: eos_token_id")
             return frozenset(ids)
     return frozenset()
 

@@ -140,8 +140,7 @@ def run_directory(config: Config, resume: bool) -> Iterator[Path]:
                 _check_same_config(folder / "config.yaml", config)
             elif used:
                 places = (folder.with_name(f"{folder.name}.before-{n}") for n in count(1))
-                aside = next(place for place in places if not place.exists())
-                folder.rename(aside)
+                aside = folder.rename(next(place for place in places if not place.exists()))
                 print(f"the earlier run in {folder} is now {aside}", file=sys.stderr)
                 locks.close()
                 locks.callback(os.close, lock_folder(folder))
@@ -308,7 +307,7 @@ def stream(name: str, seed: int, *numbers: int) -> list[int]:
 def batch_at(step: int, items: int, batch_size: int, seed: int) -> list[int]:
     """Items of a step: epochs are shuffled passes, and a batch may span several of them."""
     first = step * batch_size
-    order: list[int] = []
+    order = []
     for epoch in range(first // items, (first + batch_size - 1) // items + 1):
         rng = np.random.default_rng(stream("order", seed, epoch))
         order += rng.permutation(items).tolist()
