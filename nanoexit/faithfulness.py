@@ -144,8 +144,8 @@ def changed_value(subject: Subject, responses: Sequence[Response]) -> dict[str, 
     -> the shares of answers that follow the change, stay the same, stop at the changed value, or do
     anything `other`; None if no response has a change whose effect is known."""
     rng = np.random.default_rng(stream("change", subject.config.run.seed))
-    changes = [(r.prompt, task_of(r.prompt).change(r.prompt, rng)) for r in responses]
-    cases = [(prompt, change) for prompt, change in changes if change and change.follow]
+    prompts = [r.prompt for r in responses]
+    cases = [(p, change) for p in prompts if (change := task_of(p).change(p, rng))]
     if not cases:
         return dict.fromkeys(OUTCOMES)
     forced = [subject.tokenizer.encode(change.text) for _, change in cases]
