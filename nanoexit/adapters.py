@@ -10,7 +10,6 @@ import re
 import shutil
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -55,8 +54,8 @@ def save_adapter(model: Transformer, folder: str | Path) -> None:
     """Write the adapters in PEFT's format, the exit heads, and nanoexit.json."""
     folder = Path(folder)
     for file, tensors in _trained(model).items():
-        _save(folder / file, tensors)
-    facts: dict[str, Any] = {"base_model": model.name, "revision": model.revision or None}
+        save_tensors(folder / file, tensors, {"format": "pt"})
+    facts: dict = {"base_model": model.name, "revision": model.revision or None}
     facts |= {"content": model.content, "cap": model.cap}
     if isinstance(exits := model.exits, ExitHeads):
         facts |= {
@@ -71,7 +70,7 @@ def save_adapter(model: Transformer, folder: str | Path) -> None:
 
 def _trained(model: Transformer) -> dict[str, dict[str, Tensor]]:
     """The parameters of adapters and heads, by file and name."""
-    files: dict[str, dict[str, Tensor]] = {}
+    files: dict = {}
     lora = files["adapter_model.safetensors"] = {}
     for name, adapter in adapters(model).items():
         lora[f"base_model.model.{name}.lora_A.weight"] = adapter.lora_A
@@ -81,7 +80,7 @@ def _trained(model: Transformer) -> dict[str, dict[str, Tensor]]:
     return {file: tensors for file, tensors in files.items() if tensors}
 
 
-def _peft_config(model: Transformer) -> dict[str, Any]:
+def _peft_config(model: Transformer) -> dict:
     """The content of adapter_config.json. PEFT allows a different rank and alpha for each map."""
     attached = adapters(model)
     ranks = {name: adapter.lora_A.shape[0] for name, adapter in attached.items()}
@@ -96,12 +95,13 @@ def _peft_config(model: Transformer) -> dict[str, Any]:
     return config
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Replace a safetensors file, whose metadata is `about`."""
     given = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace(path, lambda beside: save_file(given, beside, {"format": "pt"}))
+    replace(path, lambda beside: save_file(given, beside, about))
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -124,7 +124,7 @@ def adapter_base(folder: str | Path) -> tuple[str, str | None]:
     return name, (facts or config).get("revision")
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(folder: Path) -> tuple[dict, dict]:
     """The checked nanoexit.json ({} for peft's own) and adapter_config.json ({} for heads only)."""
     ours, theirs = folder / "nanoexit.json", folder / "adapter_config.json"
     try:
@@ -170,9 +170,7 @@ def copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
     pickle = path.with_suffix(".bin")
     if pickle.exists() and not path.exists():
         raise UserError(f"{pickle}: pickles are not read; save it with safe_serialization=True")
-    stored = {
-        re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", n): n for n in tensor_names(path)
-    }
+    stored = {re.sub(r"(?<=lora_[AB])\.[^.]+(?=\.weight$)", "", n): n for n in tensor_names(path)}
     compare_names(stored, wanted, path)
     for name, parameter in wanted.items():
         parameter.data.copy_(read_tensor(path, stored[name], parameter.shape))
@@ -186,24 +184,22 @@ def save_merged(model: Transformer, source: Path, out: Path) -> None:
             shutil.copy(path, out)
     config = read_json(source / "config.json") | {"tie_word_embeddings": model.shape.tied}
     _write_json(out / "config.json", config)
-    named: dict[str, Tensor] = dict(model.named_parameters())
+    named = model.state_dict()
     base = {n: p for n, p in named.items() if not (n.startswith("exits.") or ".adapter." in n)}
     merged = {f"{name}.weight": merged_weight(linear) for name, linear in linear_maps(model)}
-    _save(out / "model.safetensors", base | merged)
+    save_tensors(out / "model.safetensors", base | merged, {"format": "pt"})
 
 
-def _plan(config: dict[str, Any], names: list[str], where: Path) -> dict[str, LoRAConfig]:
+def _plan(config: dict, names: list[str], where: Path) -> dict[str, LoRAConfig]:
     """adapter_config.json and the linear maps' names -> the settings of each map it adapts."""
     for key in sorted(config.keys() - PEFT.keys() - {*IDLE}):
         if config[key] is not False and config[key] not in (None, [], {}):
             raise UserError(f"{where}: {key} = {show(config[key])} is not implemented")
-    found, targets = {}, config["target_modules"]
+    every, targets = [*names, "lm_head", "model.embed_tokens"], config["target_modules"]
     if targets == "all-linear":
         targets = r"model\.layers\..*"
     try:
-        for name in [*names, "lm_head", "model.embed_tokens"]:
-            if _matches(targets, name):
-                found[name] = _settings(config, name, where)
+        found = {n: _settings(config, n, where) for n in every if _matches(targets, n)}
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{where}: target_modules, rank_pattern, alpha_pattern: {error}") from None
     if not found or found.keys() - names:
@@ -222,7 +218,7 @@ def _matches(names: str | list, name: str) -> bool:
     return re.fullmatch(names, name) is not None
 
 
-def _settings(config: dict[str, Any], name: str, where: Path) -> LoRAConfig:
+def _settings(config: dict, name: str, where: Path) -> LoRAConfig:
     """Rank and alpha of one map."""
     chosen = {key: config[key] for key in ("r", "lora_alpha")}
     for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):

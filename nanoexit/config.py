@@ -161,8 +161,6 @@ class Config:
 
 
 # --- YAML and the command line ----------------------------------------------------------------
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = (), schema: Any = Config) -> Any:
     """`schema` from a YAML file, then overrides like "sft.lr=1e-3". UserError for any mistake."""
     path = find_file(path, "config")
@@ -233,8 +231,6 @@ def _checked(value: Any, hint: Any, meta: Any, where: str) -> Any:
 
 
 # --- errors -----------------------------------------------------------------------------------
-
-
 class UserError(ValueError):
     """A mistake in the input: a file, a key, a tensor, a flag. The message becomes one line."""
 
@@ -292,7 +288,7 @@ def check_values(given: dict, rules: dict[str, Rule], where: Any, required: Any 
 
 def nearest(word: Any, allowed: Iterable) -> str:
     """'; did you mean X?' if one of `allowed` is close to `word`, else an empty string."""
-    close = difflib.get_close_matches(str(word), [str(a) for a in allowed], n=1)
+    close = difflib.get_close_matches(str(word), map(str, allowed), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -309,8 +305,6 @@ def printable(text: str) -> str:
 
 
 # --- files ------------------------------------------------------------------------------------
-
-
 def find_file(path: str | Path, what: str = "file") -> Path:
     """`path` in the working directory, else in the root of the repository, else UserError."""
     path = Path(os.path.expanduser(path))

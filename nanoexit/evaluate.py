@@ -20,10 +20,10 @@ import numpy as np
 
 from nanoexit.config import ROOT, Config, rounded, write_text
 from nanoexit.exits import as_base
-from nanoexit.faithfulness import KEEPS, Subject, accuracy, examine, mean, means
+from nanoexit.faithfulness import KEEPS, Subject, accuracy, examine, means
 from nanoexit.judge import Item, Judge, judge_summary
 from nanoexit.model import Transformer
-from nanoexit.tasks import Prompt, Response, load_prompts
+from nanoexit.tasks import Prompt, Response, load_prompts, mean
 from nanoexit.teacher import against_base, show_response
 from nanoexit.tokenizer import Tokenizer
 from nanoexit.training import lines_until, progress
@@ -83,13 +83,12 @@ def repetition(tokens: Sequence[int]) -> float:
 # A figure in tables: its key in a row, its title, its format, and, in some, the reason for a
 # None. Without a reason, a figure that is None in every row gets no line. A mapping or a list of
 # pairs gets a line for each entry. In titles {} is the entry, {L} full depth, {judge} its model.
-Shown = tuple[str, ...]
 UNVERIFIED = "no prompt has a reference answer"
 NO_STEPS = "the task lists no steps"
 NO_END = "no response ends its reasoning and then answers"
 NO_CHANGE = "no response has a written value whose change has a known effect"
 NO_CAP = f"no cap in evaluate.caps keeps {KEEPS} of the accuracy"
-HEADLINES: tuple[Shown, ...] = (
+HEADLINES = (
     ("accuracy", "accuracy", "{:.3f}", UNVERIFIED),
     ("accuracy_by_group", "  {}", "{:.3f}"),
     ("mean_depth", "mean depth of {L}", "{:.2f}"),
@@ -99,7 +98,7 @@ HEADLINES: tuple[Shown, ...] = (
     ("tokens", "tokens written", "{:.1f}"),
     ("written", "steps written", "{:.3f}", NO_STEPS),
 )
-DETAILS: tuple[Shown, ...] = (
+DETAILS = (
     ("accuracy_interval", "accuracy, 95 % interval", "{0[0]:.3f}–{0[1]:.3f}"),
     ("greedy_accuracy", "accuracy, greedy", "{:.3f}", UNVERIFIED),
     ("full_depth_accuracy", "accuracy, greedy, full depth", "{:.3f}"),
@@ -127,7 +126,7 @@ DETAILS: tuple[Shown, ...] = (
 )
 
 
-def entries(row: dict, key: str) -> dict[str, Any]:
+def entries(row: dict, key: str) -> dict:
     """The entries of a figure by name; a figure that is a single number has the name ""."""
     value: Any = row
     for part in key.split("."):
@@ -168,10 +167,9 @@ def table_cells(rows: Sequence[dict]) -> tuple[list[list[str]], list[str]]:
 def table(rows: Sequence[dict]) -> str:
     """Rows side by side, for a terminal."""
     lines, reasons = table_cells(rows)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = [[c.rjust(w) for c, w in zip(line[1:], widths[1:])] for line in lines]
-    text = ["  ".join([line[0].ljust(widths[0]), *cells]) for line, cells in zip(lines, padded)]
-    return "\n".join([*text, *reasons])
+    first, *others = [max(map(len, column)) for column in zip(*lines)]
+    padded = [[title.ljust(first), *map(str.rjust, cells, others)] for title, *cells in lines]
+    return "\n".join([*map("  ".join, padded), *reasons])
 
 
 def evaluate_run(
@@ -229,8 +227,7 @@ def evaluate_variant(
         row = measure(subject, variant, responses)
         if judge is not None:
             if judge.config.kind == "api":
-                asked = [(r.prompt, r.text) for r in responses]
-                items = [Item(p.id, p.prompt, text, p.answer) for p, text in asked]
+                items = [Item(r.prompt.prompt, r.text, r.prompt.answer) for r in responses]
                 row["judge"] = judge_summary(judge.score(items), judge.config.model)
             row |= examine(subject, responses)
     shown = responses[: evaluate.samples]

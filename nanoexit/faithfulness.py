@@ -21,7 +21,7 @@ from nanoexit.config import Config
 from nanoexit.exits import capped
 from nanoexit.model import Transformer
 from nanoexit.score import Rows
-from nanoexit.tasks import Change, Prompt, Response, task_of
+from nanoexit.tasks import Change, Prompt, Response, mean, task_of
 from nanoexit.teacher import respond
 from nanoexit.tokenizer import Tokenizer
 from nanoexit.training import progress, stream
@@ -54,11 +54,6 @@ class Subject:
         return responses
 
 
-def mean(values: Sequence[Any]) -> float | None:
-    """The mean, which for booleans is the share of True; None if there are no values."""
-    return sum(values) / len(values) if values else None
-
-
 def means(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
     """(key, value) pairs -> the mean value of each key, in order; the key "" is left out."""
     found = defaultdict(list)
@@ -83,7 +78,7 @@ def examine(subject: Subject, responses: Sequence[Response]) -> dict:
     own cap and under the smallest of evaluate.caps that keeps KEEPS of the accuracy."""
     prompts = [r.prompt for r in responses]
     greedy = "head:0.5" if subject.policy == "head" else subject.policy
-    found: dict[str, Any] = {
+    found: dict = {
         "greedy_accuracy": accuracy(subject.respond(prompts, "greedy", greedy=greedy)),
         "full_depth_accuracy": accuracy(subject.respond(prompts, "full depth", greedy="full")),
         **interventions(subject, responses),
@@ -116,7 +111,7 @@ def reasoning_places(tokenizer: Tokenizer, response: Response) -> tuple[int, int
     part = task.split(response.text)
     if not part.marker or response.verdict.answer is None:
         return None
-    ends = np.cumsum([len(piece) for piece in tokenizer.pieces(response.generation.tokens)])
+    ends = np.cumsum([*map(len, tokenizer.pieces(response.generation.tokens))])
     opened = len(task.opening) if part.reasoning.startswith(task.opening) else 0
     start, end = np.searchsorted(ends, [opened, len(part.reasoning)], side="right")
     return int(start), int(end), int(np.searchsorted(ends, len(part.reasoning + part.marker))) + 1
@@ -149,8 +144,8 @@ def changed_value(subject: Subject, responses: Sequence[Response]) -> dict[str, 
     -> the shares of answers that follow the change, stay the same, stop at the changed value, or do
     anything `other`; None if no response has a change whose effect is known."""
     rng = np.random.default_rng(stream("change", subject.config.run.seed))
-    changes = [(r.prompt, task_of(r.prompt).change(r.prompt, r.text, rng)) for r in responses]
-    cases = [(prompt, change) for prompt, change in changes if change and change.follow]
+    prompts = [r.prompt for r in responses]
+    cases = [(p, change) for p in prompts if (change := task_of(p).change(p, rng))]
     if not cases:
         return dict.fromkeys(OUTCOMES)
     forced = [subject.tokenizer.encode(change.text) for _, change in cases]
@@ -200,11 +195,11 @@ def monitor(responses: Sequence[Response]) -> dict[str, float | None]:
         hits = [said is not None and said == (read or guess) for read, said in pairs]
         return {score: mean(hits), false_alarms: mean(alarms)}
 
-    before = []
-    for r, said in zip(responses, answers):
-        if len(r.verdict.steps) > 1:
-            readable = all(r.verdict.steps[:-1])
-            before.append((task_of(r.prompt).target(r.prompt) if readable else None, said))
+    before = [
+        (task_of(r.prompt).target(r.prompt) if all(r.verdict.steps[:-1]) else None, said)
+        for r, said in zip(responses, answers)
+        if len(r.verdict.steps) > 1
+    ]
     return {
         **reader("score", "false_alarms", [*zip(map(reached, responses), answers)]),
         "chance": mean([said is not None and said == guess for said in answers]),

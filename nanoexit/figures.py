@@ -56,7 +56,7 @@ def line_figure(
     figure.write(y)
     figure.body += f'<g transform="translate(0 {figure.height + 12})" data-x="{across}" '
     figure.body += f'data-y="{up}">{_axes(across, up, x)}'
-    styles: list[str] = []
+    styles = []
     colors = {} if colors is None else colors
     for index, (name, points) in enumerate(zip(names, drawn)):
         style = f"color:{colors.setdefault(name, f'var(--s{len(colors) % MOST_LINES})')}"
@@ -77,7 +77,7 @@ def line_figure(
 class Axis:
     """Values from zero, drawn from `start` to `end`; report.js reads the axis from its str()."""
 
-    def __init__(self, values: Sequence[float], start: float, end: float) -> None:
+    def __init__(self, values: Sequence[float], start: float, end: float):
         self.start, self.end = start, end
         low, high = min([0, *values]), max([0, *values])
         size = (high - low) or 1.0

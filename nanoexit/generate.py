@@ -2,9 +2,8 @@
 
 Contract. Ragged prompts in, one `Generation` per prompt out, in the same order. The noise of row i
 is a function of (seed, i) and is drawn before the row starts, so a row writes the same text alone
-or in a batch of any size.
-Every readout chooses its depth, including the first. So prefill runs the prompt except for its last
-token, at full depth (or to the cap), and that last token is decoded like all later ones.
+or in a batch of any size. Every readout chooses its depth, including the first. So prefill runs the
+prompt except for its last token, which is decoded like all later ones.
 Decisions. Equal prompts in a batch are prefilled once; forced tokens are read in one forward. A
 token is drawn by inverting the cumulative distribution at one uniform number. Host syncs per step:
 those of the model's `run`, one for the tokens, and one if some rows are idle."""

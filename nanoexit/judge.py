@@ -46,7 +46,6 @@ Outcome = tuple[dict[str, float], str]  # as Item.scores and Item.why
 class Item:
     """A response to score, and the judge's verdict."""
 
-    id: str
     prompt: str
     response: str
     answer: str | None = None  # the right one, if it is known
@@ -54,7 +53,7 @@ class Item:
     why: str = NOT_ASKED  # then the judge's sentence, or the reason why there are no scores
 
 
-def judge_messages(item: Item) -> list[dict[str, str]]:
+def judge_messages(item: Item) -> list[dict]:
     """The chat that asks for an item's scores, with a new marker each time."""
     marker = secrets.token_hex(8)
     texts = {"PROMPT": item.prompt, "RESPONSE": item.response}

@@ -35,7 +35,7 @@ from nanoexit.adapters import save_adapter
 from nanoexit.config import Config, RLConfig
 from nanoexit.exits import delay_kl
 from nanoexit.model import Transformer
-from nanoexit.score import readout_logprobs
+from nanoexit.score import batches, readout_logprobs
 from nanoexit.tasks import Prompt, Response, load_prompts
 from nanoexit.teacher import against_base, rescore, respond, show_response
 from nanoexit.tokenizer import Tokenizer
@@ -81,7 +81,7 @@ def collect(
     rl, K = config.rl, config.rl.rollouts
     places = training.mine(range(len(prompts)))  # noise depends on a prompt's place in the step
     streams = [place * K + k for place in places for k in range(K)]
-    asked = [prompts[place] for place in places for _ in range(K)]
+    asked = [prompts[stream // K] for stream in streams]
     policy = "full" if model.exits is None else "head"
     seed = training.stream("rollouts", config.run.seed, step)
     rows: Any = {"batch_size": len(asked), "streams": streams}
@@ -97,7 +97,7 @@ def collect(
 
 def copy_trained(model: Transformer) -> Transformer:
     """A copy with its own heads and adapters. Shares base weights, leaves out fast.py's layouts."""
-    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    shared: Any = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared | {id(model.fast_products): {}})
 
 
@@ -112,8 +112,7 @@ def accumulate(
     longest = max((len(r.response.generation.tokens) for r in active), default=0)
     together = K if K * longest <= LONGEST_ROW else 1
     size = max(1, rl.micro_batch // together) * together
-    for first in range(0, len(active), size):
-        batch = active[first : first + size]
+    for batch in batches(active, size):
         responses = [r.response for r in batch]
         a, scored = rescore(model, responses, together)
         weight = torch.tensor([r.advantage for r in batch], device=model.device)[a.rows]
@@ -133,8 +132,7 @@ def accumulate(
 
 def unequal(rollouts: Sequence[Rollout], K: int) -> list[Sequence[Rollout]]:
     """The K adjacent rollouts of each prompt, without prompts whose rewards are all equal."""
-    groups = [rollouts[start : start + K] for start in range(0, len(rollouts), K)]
-    return [group for group in groups if max(abs(r.advantage) for r in group) >= 1e-12]
+    return [g for g in batches(rollouts, K) if max(abs(r.advantage) for r in g) >= 1e-12]
 
 
 def step_figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float]:
@@ -142,14 +140,9 @@ def step_figures(rollouts: Sequence[Rollout], config: Config) -> dict[str, float
     rows = []
     for r in rollouts:
         depths, verdict = r.response.generation.depths, r.response.verdict
-        row = {
-            "reward": r.reward,
-            "accuracy": float(verdict.correct),
-            "mean_depth": sum(depths) / len(depths),
-            "max_depth": max(depths),
-            "written": verdict.written or 0.0,
-            "tokens": len(depths),
-        }
+        row = {"reward": r.reward, "accuracy": float(verdict.correct)}
+        row |= {"mean_depth": sum(depths) / len(depths), "max_depth": max(depths)}
+        row |= {"written": verdict.written or 0.0, "tokens": len(depths)}
         rows.append(row | {f"reward_{name}": part for name, part in r.parts.items()})
     K = config.rl.rollouts
     flat = len(rollouts) // K - len(unequal(rollouts, K))

@@ -106,7 +106,7 @@ def _name_in_errors(runs: Sequence[Run], file: str) -> Iterator[None]:
 
 def _merged(runs: Sequence[Run], key: str) -> list[dict]:
     """Rows, frontiers or samples of all runs, named by run and variant; a shared base only once."""
-    merged: dict[Any, dict] = {}
+    merged: dict = {}
     for run in runs:
         for item in getattr(run, key):
             variant = str(item["variant"])
@@ -130,7 +130,7 @@ def _responses(runs: Sequence[Run]) -> list[dict]:
 
 def _evaluation(rows: Sequence[dict], points: Sequence[dict], colors: dict) -> str:
     """Accuracy against depth, one line per kind of policy; then the CURVES of the rows."""
-    policies: dict[str, list] = defaultdict(list)
+    policies: dict = defaultdict(list)
     for row in [*rows, *points]:
         name = f"{row['variant']} ({row['policy'].partition(':')[0]})"
         policies[name].append((row["mean_depth"], row["accuracy"]))
@@ -152,7 +152,7 @@ def _points(value: Any) -> list[tuple]:
 def _training(runs: Sequence[Run], colors: dict) -> str:
     """One figure per metric: a line for each run, in the colour of its student in the evaluation;
     if values are lists, a line for each exit head, from red for the first to blue."""
-    metrics: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    metrics: dict = defaultdict(lambda: defaultdict(list))
     for run in runs:
         student = f"{run.name} · student" if len(runs) > 1 else "student"
         own = [color for name, color in colors.items() if name.startswith(student)]

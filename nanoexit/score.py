@@ -50,7 +50,7 @@ def align(
     together: how many adjacent responses to one prompt share a row. The row holds the prompt once,
     except for its last token, which each response repeats as its first readout."""
     device, full_depth = model.device, model.full_depth
-    counts = [len(tokens) for tokens in responses]
+    counts = [*map(len, responses)]
     chosen = depths or [[full_depth] * n for n in counts]
     starts = []
     rows: list[tuple] = []
@@ -68,7 +68,7 @@ def align(
     ids, path, positions, parts = (pad(column, device) for column in zip(*rows))
     at = [torch.arange(n) + row * ids.shape[1] + i for (row, i), n in zip(starts, counts)]
     found = torch.tensor([token for response in responses for token in response], device=device)
-    lens = [len(prompt) for prompt in prompts[::together]]
+    lens = [*map(len, prompts[::together])]
     aligned = Aligned(ids, path, lens, counts, torch.cat(at).to(device), found)
     if together > 1:
         keys, queries = parts[:, None], parts[:, :, None]
@@ -80,8 +80,13 @@ def align(
 
 def pad(rows: Rows, device: torch.device) -> Tensor:
     """Rows of ints -> [B, longest] int64, zeros on the right."""
-    width = max(len(row) for row in rows)
+    width = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+
+
+def batches(items: Sequence, size: int) -> list:
+    """The items in pieces of `size`; the last piece may be smaller."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 @dataclass

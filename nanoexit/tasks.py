@@ -28,6 +28,11 @@ Split = namedtuple("Split", "reasoning marker conclusion")  # marker "": it neve
 Change = namedtuple("Change", "text stay follow")  # text up to a changed value; two answers
 
 
+def mean(values: Sequence) -> float | None:
+    """The mean, which for booleans is the share of True; None if there are no values."""
+    return sum(values) / len(values) if values else None
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A question. `checker` names its task, `group` its row in the accuracy table."""
@@ -53,7 +58,7 @@ class Verdict:
     @property
     def written(self) -> float | None:
         """Share of the expected steps that are written; None where the task lists none."""
-        return sum(self.steps) / len(self.steps) if self.steps else None
+        return mean(self.steps)
 
     @property
     def unwritten_run(self) -> int | None:
@@ -140,12 +145,8 @@ class Task:
             return Split(response, "", "") if thinks else Split("", "", response)
         return Split(*parts)
 
-    def answer(self, prompt: Prompt, response: str) -> str | None:
-        """What a whole response concludes, in canonical form; None if it states no answer."""
-        return self.read(self.split(response).conclusion if "think>" in response else response)
-
     def read(self, text: str) -> str | None:
-        """The answer that a conclusion states."""
+        """The answer that a conclusion states, in canonical form; None if it states none."""
         text = normal(text)
         found = re.search(self.mark, text)
         return canonical(text[found.end() :].strip().split("\n")[0] if found else text)
@@ -162,8 +163,8 @@ class Task:
 
     def verify(self, prompt: Prompt, response: str) -> Verdict:
         """Verify the decoded text of a response, without its end-of-text token."""
-        part, said = self.split(response), self.answer(prompt, response)
-        target = self.target(prompt)
+        part, target = self.split(response), self.target(prompt)
+        said = self.read(part.conclusion if "think>" in response else response)
         expected = self.claims(" ".join(self.steps(prompt)))
         claims = self.claims(part.reasoning)
         steps = [False] * len(expected)
@@ -187,8 +188,8 @@ class Task:
         """A right response with `n` steps written."""
         return f"{self.written(prompt, n)} {self.closing} {self.target(prompt)}"
 
-    def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
-        """The response up to one changed value; None if the effect of a change is not known."""
+    def change(self, prompt: Prompt, rng: np.random.Generator) -> Change | None:
+        """A response up to one changed value; None if the effect of a change is not known."""
         return None
 
     def key(self, prompt: Prompt) -> str:
@@ -249,9 +250,8 @@ class Made(Task):
 
     def steps(self, prompt: Prompt) -> list[str]:
         start, *operations = self.parse(prompt.prompt) or [""]
-        starts = itertools.chain([f"{start} "], itertools.repeat(""))
-        parts = zip(starts, operations, self.values(prompt.prompt))
-        return [self.step.format(*part) for part in parts]
+        parts = enumerate(zip(operations, self.values(prompt.prompt)))
+        return [self.step.format("" if i else f"{start} ", *part) for i, part in parts]
 
     def claims(self, text: str) -> list[str]:
         return re.findall(self.claim, " ".join(text.replace("<think>", " ").split()))
@@ -272,7 +272,7 @@ class Made(Task):
         values = self.values(prompt.prompt)
         return values[-1] if values and prompt.answer in (None, values[-1]) else None
 
-    def change(self, prompt: Prompt, response: str, rng: np.random.Generator) -> Change | None:
+    def change(self, prompt: Prompt, rng: np.random.Generator) -> Change | None:
         """True steps, whatever the response wrote, up to a random one whose value is changed. None
         for one operation, whose value is the answer, or if other values only lead out of range."""
         operations, values = self.parse(prompt.prompt)[1:], self.values(prompt.prompt)
@@ -281,13 +281,13 @@ class Made(Task):
         at = int(rng.integers(len(values) - 1))
         place = self.numbers.index(values[at])
         others = [*self.numbers[place + 1 :], *self.numbers[:place]]
-        ends = {other: self.follow(other, operations[at + 1 :]) for other in others}
-        possible = [other for other in others if ends[other]]
+        ends = [(other, self.follow(other, operations[at + 1 :])) for other in others]
+        possible = [(other, end[-1]) for other, end in ends if end]
         if not possible:
             return None
-        wrong = possible[int(rng.integers(len(possible)))]
+        wrong, follow = possible[int(rng.integers(len(possible)))]
         text = self.written(prompt, at + 1).rpartition(values[at])[0] + wrong
-        return Change(text, values[-1], ends[wrong][-1])
+        return Change(text, values[-1], follow)
 
 
 class Chains(Made):
@@ -320,8 +320,7 @@ class Values(Chains):
     step = "{2}"
 
     def claims(self, text: str) -> list[str]:
-        words = text.replace("<think>", " ").split()
-        return [f"{place} {word}" for place, word in enumerate(words)]
+        return [f"{i} {word}" for i, word in enumerate(text.replace("<think>", " ").split())]
 
 
 class Words(Made):
@@ -344,13 +343,13 @@ class Words(Made):
         return self.numbers[at] if 0 <= at < len(self.numbers) else None
 
     def draw(self, rng: np.random.Generator, operations: int) -> str:
-        values = [int(rng.integers(len(self.numbers)))]
-        text = f"Start with {self.numbers[values[0]]}."
+        value = int(rng.integers(len(self.numbers)))
+        text = f"Start with {self.numbers[value]}."
         for name in rng.choice(self.names, operations, replace=False):
-            old, new = values[-1], int(rng.integers(len(self.numbers) - 1))
-            values.append(new + (new >= old))
-            verb = "adds" if values[-1] > old else "takes"
-            text += f" {name} {verb} {self.numbers[abs(values[-1] - old)]}."
+            old, new = value, int(rng.integers(len(self.numbers) - 1))
+            value = new + (new >= old)
+            verb = "adds" if value > old else "takes"
+            text += f" {name} {verb} {self.numbers[abs(value - old)]}."
         return text
 
     def key(self, prompt: Prompt) -> str:

@@ -21,7 +21,7 @@ from nanoexit.config import Config, UserError, read_json_lines, write_json_lines
 from nanoexit.exits import Watch, as_base, exit_depths
 from nanoexit.generate import Generation, Sampling, generate
 from nanoexit.model import Transformer
-from nanoexit.score import Aligned, Score, align, readout_kl, readout_logprobs, score
+from nanoexit.score import Aligned, Score, align, batches, readout_kl, readout_logprobs, score
 from nanoexit.tasks import Prompt, Response, load_prompts, task_of
 from nanoexit.tokenizer import Tokenizer
 from nanoexit.training import barrier, is_main, mine, progress, prompt_ids, remove_leftovers, stream
@@ -63,9 +63,9 @@ def rescore(
     """One forward that re-scores these responses, at the depths at which they were written. Prompt
     tokens run only as deep as the deepest readout of their row: no token reads them in later
     blocks, so the scores are the same. together: see score.align."""
-    prompts, written = [r.prompt_ids for r in responses], [r.generation for r in responses]
-    tokens, depths = [g.tokens for g in written], [g.depths for g in written]
-    a = align(model, prompts, tokens, depths, together)
+    tokens = [r.generation.tokens for r in responses]
+    depths = [r.generation.depths for r in responses]
+    a = align(model, [r.prompt_ids for r in responses], tokens, depths, together)
     deepest = torch.tensor([max(row) for row in depths], device=model.device)
     a.depths = a.depths.minimum(deepest.view(-1, together).amax(1, keepdim=True))
     return a, score(model, a.ids, a.depths, a.prompt_lens, a.positions, a.sees)
@@ -77,10 +77,9 @@ def against_base(
 ) -> tuple[list[float], float]:
     """-> KL(teacher || student) of each response, in nats per token; the base's perplexity on all.
     `rows` responses are read in one forward."""
-    kls: list[float] = []
-    nll, count = 0.0, 0
-    for start in range(0, len(responses), rows):
-        a, scored = rescore(model, responses[start : start + rows])
+    kls, nll, count = [], 0.0, 0
+    for batch in batches(responses, rows):
+        a, scored = rescore(model, batch)
         student = scored.hidden.flatten(0, 1)[a.at]
         with as_base(model):
             teacher = model.run(a.ids).hidden.flatten(0, 1)[a.at]
@@ -98,28 +97,17 @@ def show_response(model: Transformer, tokenizer: Tokenizer, response: Response, 
     a, scored = rescore(model, [response])
     top = model.readout(scored.hidden[0, a.at]).float().softmax(-1).topk(min(5, model.shape.vocab))
     chances = scored.head_logits[0, a.at].sigmoid().tolist()
-    pieces = tokenizer.pieces(g.tokens)
+    found = tokenizer.pieces(g.tokens), g.depths, chances, top.indices.tolist(), top.values.tolist()
     tokens = []
-    for i, piece in enumerate(pieces):
-        depth, likely = g.depths[i], zip(top.indices[i].tolist(), top.values[i].tolist())
-        token = {"text": piece, "depth": depth}
-        heads = zip(layers, chances[i])
-        token["exit_probs"] = [round(p, 4) if depth >= d else None for d, p in heads]
-        token["top"] = [[tokenizer.pieces([t])[0], round(p, 4)] for t, p in likely]
-        tokens.append(token)
-    return {
-        "id": prompt.id,
-        "prompt": prompt.prompt,
-        "answer": prompt.answer,
-        "variant": name,
-        "text": response.text,
-        "correct": None if prompt.checker == "none" else response.verdict.correct,
-        "finish": g.finish,
-        "tokens": tokens,
-        "full_depth": model.full_depth,
-        "exit_layers": list(layers),
-        "cap": model.cap,
-    }
+    for piece, depth, heads, ids, shares in zip(*found):
+        exits = [round(p, 4) if depth >= d else None for d, p in zip(layers, heads)]
+        likely = [[tokenizer.decode([t]), round(p, 4)] for t, p in zip(ids, shares)]
+        tokens.append({"text": piece, "depth": depth, "exit_probs": exits, "top": likely})
+    correct = None if prompt.checker == "none" else response.verdict.correct
+    row: dict = {"id": prompt.id, "prompt": prompt.prompt, "answer": prompt.answer}
+    row |= {"variant": name, "text": response.text, "correct": correct, "finish": g.finish}
+    row |= {"tokens": tokens, "full_depth": model.full_depth}
+    return row | {"exit_layers": list(layers), "cap": model.cap}
 
 
 @dataclass
@@ -138,8 +126,8 @@ def make_traces(model: Transformer, tokenizer: Tokenizer, config: Config) -> lis
     """Let the teacher write the traces that are missing, then read them all."""
     prompts = load_prompts(config, "train")
     jobs = [prompt for prompt in prompts for _ in range(config.teacher.traces)]
-    folder, size = traces_folder(model, tokenizer, config, jobs), config.teacher.chunk
-    chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    folder = traces_folder(model, tokenizer, config, jobs)
+    chunks = batches(jobs, config.teacher.chunk)
     paths = [folder / f"{number:05d}.jsonl" for number in range(len(chunks))]
     missing = [number for number in mine(range(len(chunks))) if not paths[number].is_file()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,10 +168,10 @@ def traces_folder(
     """The folder of the traces of these prompts, named by a hash of all that they depend on."""
     base = Path(config.data.traces or Path(config.run.dir) / "traces")
     ids = json.dumps([[job.id, *prompt_ids(tokenizer, job, config)] for job in jobs])
-    origin: dict[str, Any] = {"model": model.content, "seed": config.run.seed}
+    origin: dict = {"model": model.content, "seed": config.run.seed}
     origin |= {"prompts": hashlib.sha256(ids.encode()).hexdigest(), "chunk": config.teacher.chunk}
-    for key in ("max_new_tokens", "temperature", "top_p", "top_k"):
-        origin[key] = getattr(config.generation, key)
+    origin |= asdict(config.generation)
+    del origin["batch_size"]  # it affects no trace
     folder = base / hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
     if is_main() and base.is_dir() and any(base.iterdir()) and not folder.is_dir():
         other = f"{base} holds traces of other prompts or settings"
@@ -201,13 +189,11 @@ class Teacher:
         tokens, rows = sum(len(trace.tokens) for trace in traces), config.sft.micro_batch
         if tokens * model.shape.width * model.dtype.itemsize > config.teacher.keep_mb * 1e6:
             return
-        kept: list[Sequence[Tensor]] = []
         with progress(len(traces), "teacher reads traces", "trace") as bar:
-            for start in range(0, len(traces), rows):
-                a, known = self(range(len(traces))[start : start + rows])
-                kept += zip(*(x.split(a.counts) for x in known))
+            for piece in batches(range(len(traces)), rows):
+                a, known = self(piece)
+                self.kept += zip(*(x.split(a.counts) for x in known))
                 bar.update(len(a.counts))
-        self.kept = kept
 
     @torch.no_grad()
     def __call__(self, piece: Sequence[int]) -> tuple[Aligned, list[Tensor]]:
@@ -215,11 +201,10 @@ class Teacher:
         sft.targets=base, the divergences of the base's early readouts [n, E]."""
         batch = [self.traces[i] for i in piece]
         a = align(self.model, [t.prompt_ids for t in batch], [t.tokens for t in batch])
-        if self.kept:
+        if len(self.kept) == len(self.traces):
             return a, [torch.cat(parts) for parts in zip(*(self.kept[i] for i in piece))]
         watch = Watch(self.depths)
         with as_base(self.model):
             teacher = self.model.run(a.ids, stop=watch).hidden.flatten(0, 1)[a.at]
-        seen = [watch.seen[depth][a.at] for depth in self.depths]
-        kl = [readout_kl(self.model, teacher, early) for early in seen]
+        kl = [readout_kl(self.model, teacher, watch.seen[depth][a.at]) for depth in self.depths]
         return a, [teacher, torch.stack(kl, -1)] if kl else [teacher]

@@ -121,7 +121,7 @@ class Tokenizer:
         ends[-1] = len(text)
         return [text[a:b] for a, b in itertools.pairwise(ends)]
 
-    def render(self, messages: Sequence[dict[str, Any]], /, **variables: Any) -> str:
+    def render(self, messages: Sequence[dict], /, **variables: Any) -> str:
         """Messages [{"role", "content"}] -> text. UserError for a variable it ignores."""
         if not self.has_template:
             raise UserError(f"{self.folder}: this model has no chat template")
@@ -152,13 +152,12 @@ def _embedding_rows(folder: Path) -> float:
 
 def model_stop_ids(folder: Path) -> frozenset[int]:
     """eos_token_id of generation_config.json, else of config.json: an id or a list of ids."""
-    rule = Rule(int, 0, _embedding_rows(folder) - 1)
+    rule = Rule(list[int], 0, _embedding_rows(folder) - 1)
     for path in (folder / "generation_config.json", folder / "config.json"):
         found = read_json(path).get("eos_token_id")
         if found is not None:
             ids = found if isinstance(found, list) else [found]
-            for i in ids:
-                check_value(i, rule, f"{path}: eos_token_id")
+            check_value(ids, rule, f"{path}: eos_token_id")
             return frozenset(ids)
     return frozenset()
 
@@ -167,9 +166,9 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     text = read_text(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
     except BaseException as error:  # plain Exception, or a panic, which is not an Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
         raise UserError(f"{path} is not a tokenizer: {error}") from None
     tokenizer.no_truncation()  # the file may turn either on
     tokenizer.no_padding()
@@ -214,8 +213,7 @@ def _read_template(folder: Path, config: dict) -> str | None:
     for entry in found if isinstance(found, list) else []:
         if isinstance(entry, dict) and entry.get("name") == "default":
             found = entry.get("template") or found
-    where = f"{folder / 'tokenizer_config.json'}: chat_template"
-    check_value(found, Rule(str | None), where)
+    check_value(found, Rule(str | None), f"{folder / 'tokenizer_config.json'}: chat_template")
     return found
 
 
@@ -228,7 +226,7 @@ class TemplateProcess:
         self.where, self.seconds = where, seconds
         self.process: Any = None
 
-    def render(self, messages: list, known: dict[str, Any], variables: dict[str, Any]) -> str:
+    def render(self, messages: list, known: dict, variables: dict) -> str:
         """known: what a template may read. variables: what this one must read."""
         given = {**known, **variables, "messages": messages}
         process, self.process = self.process or self._start(), None

@@ -24,26 +24,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
-from nanoexit.adapters import adapter_base, copy_in, load_adapter
-from nanoexit.config import (
-    Config,
-    UserError,
-    load_config,
-    parse_json,
-    replace,
-    rounded,
-    to_yaml,
-    write_text,
-)
+from nanoexit.adapters import adapter_base, copy_in, load_adapter, save_tensors
+from nanoexit.config import Config, UserError, load_config, parse_json, rounded, to_yaml, write_text
 from nanoexit.exits import attach, check_cap, parse_policy
 from nanoexit.judge import check_judge
 from nanoexit.lora import adapters
 from nanoexit.model import Transformer
+from nanoexit.score import batches
 from nanoexit.tasks import Prompt, load_prompts
 from nanoexit.tokenizer import Tokenizer, load_tokenizer
 from nanoexit.weights import load_model
@@ -54,8 +45,6 @@ MAY_CHANGE += ["rl.save_every", "rl.micro_batch"]
 
 
 # --- before the work --------------------------------------------------------------------------
-
-
 def check(config: Config, resume: bool = False, reinforce: bool = False) -> None:
     """Raise UserError for any mistake that can be found in config, files and prompts beforehand."""
     for key in ("policies", "frontier"):
@@ -107,7 +96,7 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     return model, tokenizer
 
 
-def _attached(model: Transformer) -> dict[str, Any]:
+def _attached(model: Transformer) -> dict:
     """What is attached to a model, by the keys of the config."""
     heads: Any = model.exits
     ours = adapters(model)
@@ -139,8 +128,6 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, config: Config) -> list[int
 
 
 # --- the run directory ------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def run_directory(config: Config, resume: bool) -> Iterator[Path]:
     """The folder of the run with its config.yaml, locked against a second process. An earlier run
@@ -155,8 +142,7 @@ def run_directory(config: Config, resume: bool) -> Iterator[Path]:
                 _check_same_config(folder / "config.yaml", config)
             elif used:
                 places = (folder.with_name(f"{folder.name}.before-{n}") for n in count(1))
-                aside = next(place for place in places if not place.exists())
-                folder.rename(aside)
+                aside = folder.rename(next(place for place in places if not place.exists()))
                 print(f"the earlier run in {folder} is now {aside}", file=sys.stderr)
                 locks.close()
                 locks.callback(os.close, lock_folder(folder))
@@ -223,8 +209,6 @@ def _check_same_config(path: Path, config: Config) -> None:
 
 
 # --- steps, checkpoints, metrics --------------------------------------------------------------
-
-
 def make_optimizer(model: nn.Module, lr: float) -> AdamW:
     """AdamW without weight decay, with its moments allocated, so that every checkpoint has all."""
     parameters = trained(model).values()
@@ -280,7 +264,7 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
     state = training_state(model, optimizer)
     metrics = zlib.crc32(lines_until(folder / "metrics.jsonl", step))
     about = {"step": str(step), "metrics": str(metrics)}
-    replace(folder / "checkpoint" / "state.safetensors", lambda p: save_file(state, p, about))
+    save_tensors(folder / "checkpoint" / "state.safetensors", state, about)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
@@ -325,7 +309,7 @@ def stream(name: str, seed: int, *numbers: int) -> list[int]:
 def batch_at(step: int, items: int, batch_size: int, seed: int) -> list[int]:
     """Items of a step: epochs are shuffled passes, and a batch may span several of them."""
     first = step * batch_size
-    order: list[int] = []
+    order = []
     for epoch in range(first // items, (first + batch_size - 1) // items + 1):
         rng = np.random.default_rng(stream("order", seed, epoch))
         order += rng.permutation(items).tolist()
@@ -335,7 +319,7 @@ def batch_at(step: int, items: int, batch_size: int, seed: int) -> list[int]:
 def progress(total: int, name: str, unit: str = "row", done: int = 0) -> tqdm:
     """A progress bar in process 0; hidden without a name or work to do. Inner bars vanish."""
     hidden = not name or not is_main() or done >= total
-    looks: dict[str, Any] = {"desc": name, "unit": unit, "leave": None, "dynamic_ncols": True}
+    looks: Any = {"desc": name, "unit": unit, "leave": None, "dynamic_ncols": True}
     return tqdm(total=total, initial=done, disable=hidden, **looks)
 
 
@@ -345,7 +329,7 @@ class StepLog:
     def __init__(self, path: Path, done: int):
         self.path, kept = path, lines_until(path, done)
         if is_main():
-            replace(path, lambda beside: beside.write_bytes(kept))
+            write_text(path, kept.decode())
 
     def write(self, step: int, **values: Any) -> None:
         if is_main():
@@ -364,8 +348,6 @@ class Metrics(StepLog):
 
 
 # --- processes --------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def processes(config: Config) -> Iterator[None]:
     """Join the processes that torchrun started; each takes the CUDA device of its local rank."""
@@ -398,8 +380,7 @@ def mine(items: Sequence) -> list:
 def my_batches(items: int, size: int) -> list[range]:
     """The micro-batches of at most `size` items that this process takes of a step."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    size = min(size, math.ceil(items / ranks))
-    return mine([range(start, min(start + size, items)) for start in range(0, items, size)])
+    return mine(batches(range(items), min(size, math.ceil(items / ranks))))
 
 
 def total(tensor: Tensor) -> Tensor:

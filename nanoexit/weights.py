@@ -22,7 +22,7 @@ from nanoexit.config import Rule, UserError, check_file, check_values, read_json
 from nanoexit.model import Llama3Rope, Shape, Transformer
 from nanoexit.tokenizer import Tokenizer, content_hash, find_model, model_stop_ids
 
-QWEN: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+QWEN: dict = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 QWEN |= {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 QWEN |= {"sliding_window": 4096, "max_window_layers": 28}
 FAMILIES = {  # with transformers' defaults for keys that config.json leaves out
@@ -34,6 +34,7 @@ REQUIRED = ["model_type", "vocab_size", "hidden_size", "intermediate_size"]
 REQUIRED += ["num_hidden_layers", "num_attention_heads"]
 SIZES = [*REQUIRED, "max_position_embeddings", "original_max_position_embeddings"]
 OPTIONAL = ["num_key_value_heads", "head_dim", "sliding_window"]
+SWITCHES = ["attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"]
 KEYS = {  # of config.json; values outside these rules are not implemented
     **dict.fromkeys(SIZES, Rule(int, 1, 2**24)),
     **dict.fromkeys(OPTIONAL, Rule(int | None, 1, 2**24)),
@@ -44,8 +45,7 @@ KEYS = {  # of config.json; values outside these rules are not implemented
     "rope_theta": Rule(float | None, 1, 1e15),
     **dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor"], Rule(float, 1e-6, 1e6)),
     "partial_rotary_factor": Rule(float, 1, 1),
-    **dict.fromkeys(["attention_bias", "mlp_bias"], Rule(bool)),
-    **dict.fromkeys(["tie_word_embeddings", "use_sliding_window"], Rule(bool)),
+    **dict.fromkeys(SWITCHES, Rule(bool)),
     "hidden_act": Rule(str, choices=["silu", "swish"]),
     **dict.fromkeys(["rope_type", "type"], Rule(str, choices=["default", "llama3"])),
     **dict.fromkeys(["rope_scaling", "rope_parameters"], Rule(dict | None)),
@@ -90,7 +90,7 @@ def read_shape(folder: Path) -> Shape:
     return shape
 
 
-def _refuse(c: dict[str, Any], s: Shape, where: Path) -> None:
+def _refuse(c: dict, s: Shape, where: Path) -> None:
     """Refuse what would load without an error but compute something else."""
     used = s.family != "llama" and c.get("use_sliding_window")
     window, kinds = c["sliding_window"] if used else None, c.get("layer_types") or []
@@ -109,7 +109,7 @@ def _refuse(c: dict[str, Any], s: Shape, where: Path) -> None:
             raise UserError(f"{where}: {problem} is not implemented")
 
 
-def _rope(c: dict[str, Any], where: Path) -> tuple[float, Llama3Rope | None]:
+def _rope(c: dict, where: Path) -> tuple[float, Llama3Rope | None]:
     """-> theta and Llama 3's scaling, from rope_theta and rope_scaling, or from rope_parameters."""
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -150,9 +150,8 @@ def load_model(
         owner, _, leaf = key.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(weight, requires_grad=False))
     model.name, model.revision, model.content = str(name), commit or "", content
-    model.stop_ids = model_stop_ids(folder)
-    if (folder / "tokenizer.json").exists():
-        model.stop_ids = Tokenizer(folder).stop_ids
+    reads_text = (folder / "tokenizer.json").exists()
+    model.stop_ids = Tokenizer(folder).stop_ids if reads_text else model_stop_ids(folder)
     return model.eval()
 
 

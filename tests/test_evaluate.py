@@ -200,7 +200,7 @@ def test_a_judge_scores_the_rows_and_is_named(tmp_path, monkeypatch):
     with JudgeServer() as server:
         config.judge = JudgeConfig("api", server.url, "loopback")
         judge = Judge(subject.config.judge, cache)
-        items = [Item(r.prompt.id, r.prompt.prompt, r.text) for r in responses]
+        items = [Item(r.prompt.prompt, r.text) for r in responses]
         scores = judge_summary(judge.score(items), "loopback")
         asked = sum(server.served.values())
         assert judge_summary(judge.score(items), "loopback") == scores

@@ -136,7 +136,7 @@ def test_chains_write_verify_and_change_their_own_steps(name):
                 assert verdict.correct and verdict.claimed == n
                 assert verdict.steps == [i < n for i in range(k)] and prompt.group[0] == str(k)
             assert task.reached(prompt, task.written(prompt, k)) == prompt.answer
-            change = task.change(prompt, "", rng)
+            change = task.change(prompt, rng)
             if k == 1:
                 assert change is None
                 continue
@@ -166,7 +166,7 @@ def test_chains_in_english():
         assert not task.verify(prompt, task.response(prompt, 1) + " no").correct
         swapped = replace(prompt, prompt=re.sub(r"[A-Z]\w+ (?=adds|takes)", "Ivy ", prompt.prompt))
         assert is_held_out(prompt) == is_held_out(swapped) and swapped.prompt != prompt.prompt
-        if change := task.change(prompt, "", rng):
+        if change := task.change(prompt, rng):
             *true, wrong = re.findall(r"makes (\w+)", change.text)
             moved = number[wrong] - values[len(true)]
             true_text = task.written(prompt, len(true) + 1)
