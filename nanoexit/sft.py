@@ -42,7 +42,7 @@ from nanoexit.adapters import save_adapter
 from nanoexit.config import Config
 from nanoexit.exits import Asked, Policy, Watch, as_base, exit_depths, target_chance
 from nanoexit.model import Transformer, unit
-from nanoexit.score import Aligned, readout_kl, score
+from nanoexit.score import Aligned, batches, readout_kl, score
 from nanoexit.teacher import Teacher, make_traces
 from nanoexit.tokenizer import Tokenizer
 
@@ -156,8 +156,8 @@ def fit_shortcuts(model: Transformer, teacher: Teacher, rows: int) -> None:
     maps = {(int(start), L): lens for start, lens in exits.lenses.items()}
     maps |= dict(zip(itertools.pairwise(exits.layers), exits.shortcuts.values()))
     sums: dict[tuple[int, int], Any] = dict.fromkeys(maps, 0.0)
-    for start in range(0, count, rows):
-        a, (last, *_) = teacher(range(count)[start : start + rows])
+    for piece in batches(range(count), rows):
+        a, (last, *_) = teacher(piece)
         with as_base(model):
             model.run(a.ids, stop=watch)
         seen = {depth: unit(h[a.at]) for depth, h in watch.seen.items()} | {L: unit(last)}

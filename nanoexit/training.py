@@ -231,7 +231,7 @@ def clip_and_step(optimizer: Optimizer, lr: float) -> float:
     """Sum gradients over processes, clip their norm to 1, step, clear -> the norm before clipping.
     UserError for a norm that is not finite, before any weight changes."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in parameters if dist.is_initialized() else ():  # the same order in every process
+    for p in parameters:  # the same order in every process
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         total(p.grad)
     norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
