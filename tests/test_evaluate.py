@@ -178,17 +178,13 @@ def test_a_known_base_is_not_measured_again(name, tmp_path):
     assert rows[0]["accuracy"] == 0.125 and "monitor" not in rows[1]
 
 
-def test_a_model_without_heads_is_evaluated_in_full(name, tmp_path):
-    """Catches: a run with exits.layers=[] that ends in an error after its training."""
-    rows = evaluated(name, tmp_path, "exits.layers=[]", "evaluate.frontier=[]", thorough=False)
-    assert [row["policy"] for row in rows] == ["full", "full"]
-
-
-def test_a_cap_deeper_than_the_model(name, tmp_path):
-    """Catches: a mistake that shows only after the work."""
+def test_a_cap_too_deep_and_a_model_without_heads(name, tmp_path):
+    """Catches: a mistake or exits.layers=[] that ends in an error only after the work."""
     with pytest.raises(UserError, match=r"evaluate.caps: expected a depth from 1 to 4, found 9"):
         evaluated(name, tmp_path, "evaluate.caps=[2, 9]")
     assert not list(tmp_path.iterdir())
+    rows = evaluated(name, tmp_path, "exits.layers=[]", "evaluate.frontier=[]", thorough=False)
+    assert [row["policy"] for row in rows] == ["full", "full"]
 
 
 def test_a_judge_scores_the_rows_and_is_named(tmp_path, monkeypatch):

@@ -9,9 +9,8 @@ from conftest import random_model, with_exits
 
 from nanoexit.exits import Asked, Policy, path_logprob, target_chance
 from nanoexit.model import attend
-from nanoexit.reinforce import leave_one_out
 from nanoexit.score import align, divergence, pad, readout_kl, readout_logprobs
-from nanoexit.training import batch_at, cosine_share
+from nanoexit.training import batch_at, cosine_share, stream
 
 HALF, THIRD, CPU = 0.0, math.log(0.5), torch.device("cpu")  # log-odds of 1/2 and of 1/3
 
@@ -44,16 +43,13 @@ def test_the_oracle_exits_below_its_chance_only():
 
 
 def test_divergence_has_a_direction_and_no_epsilon():
-    """Catches: swapped arguments; probabilities clamped. P = (3/4, 1/4), Q = (1/2, 1/2)."""
+    """Catches: KL(student || teacher); probabilities clamped; chunks of the two that do not match.
+    P = (3/4, 1/4), Q = (1/2, 1/2)."""
     p, q = torch.tensor([3.0, 1.0]).log(), torch.tensor([1.0, 1.0]).log()
     assert divergence(p, q).item() == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2))
     assert divergence(q, p).item() == pytest.approx(0.5 * math.log(4 / 3), abs=1e-6)
     far = divergence(torch.tensor([100.0, 0.0]), torch.tensor([0.0, 100.0]))
     assert far.item() == pytest.approx(100, abs=1e-3)
-
-
-def test_the_teacher_is_the_first_argument_of_the_kl():
-    """Catches: KL(student || teacher) in SFT; chunks of the two that do not match."""
     model = random_model("qwen2")
     teacher, student = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
     expected = divergence(model.readout(teacher), model.readout(student))
@@ -105,19 +101,12 @@ def test_a_response_is_aligned_with_the_readouts_that_wrote_it():
     assert pad([[1], [], [2, 3]], CPU).tolist() == [[1, 0], [0, 0], [2, 3]]
 
 
-def test_an_advantage_leaves_its_own_reward_out():
-    """Catches: the plain group mean, whose gradient is too small. 6 - (0 + 3) / 2 = 4.5."""
-    assert leave_one_out(torch.tensor([[6, 0, 3.0], [1] * 3])).tolist() == [[4.5, -4.5, 0], [0] * 3]
-
-
-def test_every_item_is_seen_once_an_epoch():
-    """Catches: batches that depend on where a run was resumed, or that skip the end of an epoch."""
+def test_items_rates_and_noise_of_steps():
+    """Catches: batches that depend on where a run was resumed, or that skip the end of an epoch; a
+    first step at rate zero, a schedule that never ends low; one stream of noise for two things."""
+    assert stream("a", 0, 5) != stream("b", 0, 5) and stream("a", 0)[0] != stream("b", 0)[0]
     seen = [i for step in range(5) for i in batch_at(step, 10, 4, seed=3)]
     assert sorted(seen[:10]) == list(range(10)) == sorted(seen[10:])
     assert batch_at(3, 10, 4, 3) == seen[12:16] and seen[:10] != seen[10:]
-
-
-def test_the_rate_rises_then_falls():
-    """Catches: a first step at rate zero, a schedule that never ends low."""
     rates = [cosine_share(step, 100, 9) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 == max(rates) and rates[-1] < 0.03

@@ -394,12 +394,6 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path):
         load_checkpoint(tmp_path, model, training.make_optimizer(model, 1e-3))
 
 
-def test_named_streams_are_distinct():
-    """Catches: [0, 5] and [0, 5, 0], which numpy takes for one stream, used for two things."""
-    assert training.stream("a", 0, 5) != training.stream("b", 0, 5)
-    assert training.stream("a", 0)[0] != training.stream("b", 0)[0]
-
-
 def test_a_student_without_exits_trains(tmp_path):
     """Catches: exits.layers=[], which the help allows, ending in a traceback."""
     teacher, config = taught(tmp_path, "exits.layers=[]")
