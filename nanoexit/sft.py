@@ -28,6 +28,7 @@ written to disk; 2. early readouts always use the final norm: in targets, traini
 3. KL is computed from a float32 log-softmax, without epsilons."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,15 +85,24 @@ class Draw(Policy):
         return response & (asked.u < chance)
 
 
-def exit_loss(z: Tensor, kl: Tensor, strength: float) -> Tensor:
-    """Log-odds z of exiting, its cost kl in nats -> KL p + (p log p + (2 - p) log(2 - p)) / s."""
-    p = z.sigmoid()
+def exit_loss(z: Tensor, kl: Tensor, strength: float, deviance: bool = False) -> Tensor:
+    """Log-odds z of exiting, its cost kl in nats -> KL p + (p log p + (2 - p) log(2 - p)) / s, or
+    m - KL log m, where m is the KL whose target chance is p."""
+    p, kl = z.sigmoid(), kl.clamp(max=MOST_KL)
+    if deviance:
+        m = F.softplus(math.log(2) - z) / strength + 1e-6
+        return m - kl * m.log()
     entropy = p * F.logsigmoid(z) + (2 - p) * (2 - p).log()
-    return kl.clamp(max=MOST_KL) * p + entropy / strength
+    return kl * p + entropy / strength
 
 
 def student_losses(
-    model: Transformer, a: Aligned, draw: Draw, noise: Tensor, strength: float
+    model: Transformer,
+    a: Aligned,
+    draw: Draw,
+    noise: Tensor,
+    strength: float,
+    deviance: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One forward with drawn exits -> its loss and figures, both sums over readouts. For each head
     [E]: how often it was reached, the target chances there, and its own chances."""
@@ -100,7 +110,7 @@ def student_losses(
     student, z = scored.hidden.flatten(0, 1)[a.at], scored.head_logits.flatten(0, 1)[a.at]
     kl = readout_kl(model, draw.teacher, student).sum()
     costs = draw.kl.detach()
-    heads = (exit_loss(z, costs, strength) * draw.reached).sum()
+    heads = (exit_loss(z, costs, strength, deviance) * draw.reached).sum()
     gain = (F.softplus(-draw.kl) * draw.reached).sum() if draw.early else 0
     return kl + heads - 2 * draw.early * gain, {
         "kl": kl.detach(),
@@ -139,7 +149,8 @@ def step_losses(
         a, known = teacher([chosen[i] for i in piece])
         noise, uniform = draw_noise(a, piece, exits, config, step)
         draw = Draw(model, a, uniform, known, config.sft.early)
-        loss, figures = student_losses(model, a, draw, noise, config.teacher.kl_strength)
+        strength, deviance = config.teacher.kl_strength, config.sft.deviance
+        loss, figures = student_losses(model, a, draw, noise, strength, deviance)
         (loss / tokens).backward()
         sums = {name: value + figures[name] for name, value in sums.items()}
     sums = {name: training.total(value) for name, value in sums.items()}
