@@ -12,9 +12,9 @@ Decisions. Heads read the residual divided by its RMS, so that one learning rate
 (residuals grow with depth). Generation, scoring and training all use the same `stop`, `Ask`.
 
 Shortcuts. With `exits.shortcuts`, affine maps stand in for the blocks that an exit skips. One, the
-tuned lens, maps the residual to what is read out at once. And at each later exit depth, another
-moves the frozen residual to what one would be there, because later tokens attend to its keys and
-values in every block. No attention and no MLP runs: opaque serial depth is what it was.
+tuned lens, leads to what is read out at once. Another, at each later exit depth, moves the frozen
+residual on, for later tokens attend to its keys and values in every block. Opaque serial depth is
+what it was: neither attention nor an MLP runs.
 
 Stick-breaking: PonderNet (Banino et al. 2021). `confidence`: CALM (Schuster et al. 2022). Lens:
 Belrose et al. 2023; other shortcuts: Din et al. 2023 (Jump to Conclusions)."""
@@ -40,8 +40,8 @@ class Shortcut(nn.Linear):
     """An affine map in place of skipped blocks: h -> x + A x + b, x = h / rms(h); at first x."""
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        for p in self.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, h: Tensor) -> Tensor:
         x = unit(h)
@@ -52,14 +52,12 @@ class ExitHeads(nn.Module):
     """For each exit depth, a scalar of x = h / rms(h): w . x + b, or an MLP D -> 2D -> 1. With
     `shortcuts`, what is read out there is a lens of h, and a later depth has a shortcut to it."""
 
-    def __init__(
-        self, width: int, layers: Sequence[int], kind: str, shortcuts: bool, seed: int = 0
-    ):
+    def __init__(self, width: int, layers: Sequence[int], kind: str, affine: bool, seed: int = 0):
         super().__init__()
         self.layers, self.kind = tuple(layers), kind
         generator = torch.Generator().manual_seed(seed)
         self.heads = nn.ModuleDict({str(d): _head(width, kind, generator) for d in layers})
-        ends = (layers, layers[1:]) if shortcuts else ((), ())
+        ends = (layers, layers[1:]) if affine else ((), ())
         self.lenses, self.shortcuts = (
             nn.ModuleDict({str(d): Shortcut(width, width) for d in depths}) for depths in ends
         )
@@ -141,7 +139,7 @@ def as_base(model: Transformer) -> Iterator[None]:
 def exit_depths(model: Transformer) -> tuple[int, ...]:
     """Depths of the active heads, in order: those below the cap."""
     layers = () if model.exits is None else model.exits.layers
-    return tuple(depth for depth in layers if depth < model.deepest)  # type: ignore[union-attr]
+    return tuple(depth for depth in layers if depth < model.deepest)
 
 
 def path_logprob(z: Tensor, depths: Tensor, layers: Sequence[int], deepest: int) -> Tensor:
@@ -259,7 +257,7 @@ class Ask:
         at = torch.arange(len(h), device=h.device) if index is None else index
         z = None
         if depth in self.heads:
-            z = self.model.exits(depth, h)  # type: ignore[misc]
+            z = self.model.exits(depth, h)
             self.head_logits[at, self.heads.index(depth)] = z
         if depth not in self.decides:
             return None

@@ -13,6 +13,10 @@ target chance. If the residual does not reveal which tokens an exit would spoil,
 target of their *mean* KL; cross-entropy would average the targets, and exit too often. The KL in a
 head's part is clamped at 2 nats.
 
+`sft.deviance` replaces a head's part by m - KL log m, the Poisson deviance of m, which is the KL
+whose target chance is p. It is least at the same p, but its slope does not vanish as p nears 0, so
+heads learn sooner. It also moves the residuals that heads read, so adapters need a low rate.
+
 `sft.early` w adds - 2 w log(1 + exp(-KL(P || Q_d))) for each of these heads, here with a gradient
 to Q_d. Its slope, 2 w sigmoid(-KL), is small where KL is large, so it trains the early readouts
 that are nearly good enough.
@@ -85,7 +89,7 @@ class Draw(Policy):
         return response & (asked.u < chance)
 
 
-def exit_loss(z: Tensor, kl: Tensor, strength: float, deviance: bool = False) -> Tensor:
+def exit_loss(z: Tensor, kl: Tensor, strength: float, deviance: bool) -> Tensor:
     """Log-odds z of exiting, its cost kl in nats -> KL p + (p log p + (2 - p) log(2 - p)) / s, or
     m - KL log m, where m is the KL whose target chance is p."""
     p, kl = z.sigmoid(), kl.clamp(max=MOST_KL)
@@ -97,12 +101,7 @@ def exit_loss(z: Tensor, kl: Tensor, strength: float, deviance: bool = False) ->
 
 
 def student_losses(
-    model: Transformer,
-    a: Aligned,
-    draw: Draw,
-    noise: Tensor,
-    strength: float,
-    deviance: bool = False,
+    model: Transformer, a: Aligned, draw: Draw, noise: Tensor, strength: float, deviance: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One forward with drawn exits -> its loss and figures, both sums over readouts. For each head
     [E]: how often it was reached, the target chances there, and its own chances."""
@@ -160,9 +159,9 @@ def step_losses(
 
 @torch.no_grad()
 def fit_shortcuts(model: Transformer, teacher: Teacher, rows: int) -> None:
-    """Start lenses and shortcuts as least-squares maps between the base's residuals, divided by
-    their RMS, at the depths where each begins and ends; FITTED traces, `rows` of them at a time."""
-    exits: Any = model.exits
+    """Start lenses and shortcuts as least-squares maps from residuals of the base to deeper ones,
+    all divided by their RMS, over FITTED traces, `rows` of them at a time."""
+    exits = model.exits
     watch, count, L = Watch(exits.layers), min(FITTED, len(teacher.traces)), model.full_depth
     maps = {(int(start), L): lens for start, lens in exits.lenses.items()}
     maps |= dict(zip(itertools.pairwise(exits.layers), exits.shortcuts.values()))

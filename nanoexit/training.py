@@ -32,7 +32,7 @@ from nanoexit.adapters import adapter_base, copy_in, load_adapter, save_tensors
 from nanoexit.config import Config, UserError, load_config, parse_json, rounded, to_yaml, write_text
 from nanoexit.exits import attach, check_cap, parse_policy
 from nanoexit.judge import check_judge
-from nanoexit.lora import adapters
+from nanoexit.lora import adapters, attach_lora
 from nanoexit.model import Transformer
 from nanoexit.score import batches
 from nanoexit.tasks import Prompt, load_prompts
@@ -74,17 +74,18 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     m, exits, init = config.model, config.exits, config.run.init
+    lora, seed = config.lora, config.run.seed
     if init and m.revision is None and adapter_base(init)[0] == m.name:
         m.revision = adapter_base(init)[1]
     model = load_model(m.name, m.device, m.dtype, m.revision)
     model.logits_chunk = m.logits_chunk
     tokenizer = load_tokenizer(m.name, m.revision)
-    attach(
-        model, exits.layers, exits.head, exits.shortcuts, config.lora, exits.cap, config.run.seed
-    )
+    attach(model, exits.layers, exits.head, exits.shortcuts, lora, exits.cap, seed)
     if init:
         wanted = _attached(model)
         load_adapter(model, init)
+        if not adapters(model):  # an SFT that left the blocks as they are
+            attach_lora(model, lora, seed)
         for key, found in _attached(model).items():
             if found != wanted[key]:
                 said = f"the config says {wanted[key]}, the run in run.init, {init}, has {found}"
@@ -98,7 +99,7 @@ def load_student(config: Config) -> tuple[Transformer, Tokenizer]:
 
 def _attached(model: Transformer) -> dict:
     """What is attached to a model, by the keys of the config."""
-    heads: Any = model.exits
+    heads = model.exits
     ours = adapters(model)
     return {
         "exits.layers": list(heads.layers) if heads else [],

@@ -49,6 +49,8 @@ def test_a_plan_is_within_15_percent_of_the_peak(chunk):
     assert plan["base"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     moments = [v.nbytes for state in optimizer.state.values() for v in state.values() if v.dim()]
     assert plan["moments"] == sum(moments)
+    bare = load_config(TINY, [*overrides, "lora.targets=[]", "exits.shortcuts=true"])
+    assert memory(bare, processes=2)["activations"] > 0.4 * plan["activations"], "of shortcuts"
 
 
 def test_a_plan_that_cannot_be_made():

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from test_finetune import configured
 
 from nanoexit import reinforce, sft, training
+from nanoexit.adapters import save_adapter
 from nanoexit.config import Config, UserError, load_config, write_text
+from nanoexit.lora import adapters
 from nanoexit.report import read_run
 from nanoexit.teacher import make_traces
 from nanoexit.training import check, load_checkpoint, load_student, run_directory, save_checkpoint
@@ -220,8 +222,8 @@ def test_traces_belong_to_their_content(tmp_path):
         make_traces(model, tokenizer, config)
 
 
-def test_settings_other_than_those_of_a_run_are_refused(whole):
-    """Catches: a run that goes on with other settings; config.yaml unlike the adapter beside it."""
+def test_settings_other_than_those_of_a_run_are_refused(whole, tmp_path):
+    """Catches: settings unlike those of the run or of run.init; no adapters after an SFT without."""
     config = load_config(TINY, [*SMALL, f"run.dir={whole}", "sft.lr=0.5"])
     with pytest.raises(UserError, match=r"sft\.lr is 0\.5, but"), run_directory(config, True):
         pass
@@ -231,6 +233,9 @@ def test_settings_other_than_those_of_a_run_are_refused(whole):
         with pytest.raises(UserError, match=f"{key}.*: the config says .* the run in run.init"):
             load_student(load_config(TINY, [*start, override]))
     assert load_student(load_config(TINY, [*start, "exits.cap=3"]))[0].cap == 3
+    bare, _ = load_student(load_config(TINY, [*SMALL, "lora.targets=[]"]))
+    save_adapter(bare, tmp_path / "adapter")
+    assert adapters(load_student(load_config(TINY, [*SMALL, f"run.init={tmp_path}"]))[0])
 
 
 def test_reinforce_resumes_exactly(tmp_path, monkeypatch):
@@ -272,7 +277,7 @@ def taught(tmp_path, *overrides: str) -> tuple[sft.Teacher, Config]:
     return sft.Teacher(model, make_traces(model, tokenizer, config), config), config
 
 
-@pytest.mark.parametrize("key", ["sft.targets=student", "sft.targets=base", "sft.early=1"])
+@pytest.mark.parametrize("key", ["sft.deviance=true", "sft.targets=base", "sft.early=1"])
 def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, key):
     """Catches: means of means, or noise that depends on how a batch is split."""
     gradients = []
@@ -310,8 +315,8 @@ def test_exits_are_drawn_at_readouts_only(tmp_path):
     kl = sft.readout_kl(teacher.model, draw.teacher, scored.hidden.flatten(0, 1)[a.at])
     lost = draw.kl[exited].gather(1, depths[a.at][exited, None] - 1)[:, 0]
     assert len(lost) and torch.allclose(lost, kl[exited], atol=1e-4)
-    losses = sft.exit_loss(scored.head_logits.flatten(0, 1)[a.at], draw.kl, 4.0)
-    figures = sft.student_losses(teacher.model, a, draw, noise, 4.0)[1]
+    losses = sft.exit_loss(scored.head_logits.flatten(0, 1)[a.at], draw.kl, 4.0, False)
+    figures = sft.student_losses(teacher.model, a, draw, noise, 4.0, False)[1]
     assert figures["exit_loss"].item() == pytest.approx(losses[draw.reached].sum().item())
 
 
@@ -336,7 +341,7 @@ def test_nearly_good_early_readouts_train(tmp_path):
     """Catches: sft.early without a gradient, with another slope, or at readouts not reached."""
     teacher, a, draw, noise = drawn(tmp_path, "sft.early=1", "sft.broad=1")
     plain = sft.Draw(teacher.model, a, draw.uniform, [draw.teacher])
-    both = [sft.student_losses(teacher.model, a, d, noise, 4.0)[0] for d in (draw, plain)]
+    both = [sft.student_losses(teacher.model, a, d, noise, 4.0, False)[0] for d in (draw, plain)]
     gain = -2 * F.softplus(-draw.kl[draw.reached]).sum()
     assert torch.equal(draw.kl, plain.kl) and torch.allclose(both[0] - both[1], gain, rtol=1e-4)
     first = next(p for n, p in training.trained(teacher.model).items() if "lora_B" in n)
@@ -365,13 +370,17 @@ def test_a_kept_teacher_says_the_same(tmp_path):
         assert torch.equal(found, torch.cat([whole[at] for at in places]))
 
 
-def test_the_exit_loss_is_least_at_the_target():
-    """Catches: another chance than 2 (1 - sigmoid(s KL)), or for two tokens than of their mean."""
+@pytest.mark.parametrize("deviance", [False, True])
+def test_the_exit_loss_is_least_at_the_target(deviance):
+    """Catches: another chance than 2 (1 - sigmoid(s KL)), or for two tokens than of their mean; a
+    deviance without a slope where heads never exit."""
     z = torch.linspace(-12, 12, 240001)
     for kl in (0.0, 0.05, 0.3, 1.0):
-        p = z[sft.exit_loss(z, torch.tensor(kl), 4.0).argmin()].sigmoid()
+        p = z[sft.exit_loss(z, torch.tensor(kl), 4.0, deviance).argmin()].sigmoid()
         assert p.item() == pytest.approx(sft.target_chance(torch.tensor(kl), 4.0).item(), abs=1e-3)
-    both = sft.exit_loss(z, torch.tensor(0.0), 4.0) + sft.exit_loss(z, torch.tensor(0.6), 4.0)
+    low, high, *_ = sft.exit_loss(z[:2], torch.tensor(0.3), 4.0, deviance)
+    assert (low - high > 1e-5) == deviance
+    both = sum(sft.exit_loss(z, torch.tensor(kl), 4.0, deviance) for kl in (0.0, 0.6))
     mean = sft.target_chance(torch.tensor(0.3), 4.0).item()
     assert z[both.argmin()].sigmoid().item() == pytest.approx(mean, abs=1e-3)
 
