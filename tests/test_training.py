@@ -223,7 +223,7 @@ def test_traces_belong_to_their_content(tmp_path):
 
 
 def test_settings_other_than_those_of_a_run_are_refused(whole, tmp_path):
-    """Catches: settings unlike those of the run or of run.init; no adapters after an SFT without."""
+    """Catches: settings unlike those of a run or of run.init; no adapters after an SFT without."""
     config = load_config(TINY, [*SMALL, f"run.dir={whole}", "sft.lr=0.5"])
     with pytest.raises(UserError, match=r"sft\.lr is 0\.5, but"), run_directory(config, True):
         pass
