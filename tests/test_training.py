@@ -287,8 +287,8 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, key):
         named = training.trained(teacher.model).items()
         gradients.append((figures, {n: p.grad for n, p in named if p.grad is not None}))
     (a, grads_a), (b, grads_b) = gradients
-    assert a["kl"] == pytest.approx(b["kl"], rel=1e-4) and a["exit_loss"] > 0
-    assert a["exit_loss"] == pytest.approx(b["exit_loss"], rel=1e-4)
+    assert [a["kl"], a["exit_loss"]] == pytest.approx([b["kl"], b["exit_loss"]], rel=1e-4)
+    assert a["exit_loss"] > (2 if "deviance" in key else 0), "the loss that the config names"
     assert all(torch.allclose(g, grads_b[n], atol=1e-5) for n, g in grads_a.items())
 
 
