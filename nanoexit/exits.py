@@ -50,7 +50,7 @@ class Shortcut(nn.Linear):
 
 class ExitHeads(nn.Module):
     """For each exit depth, a scalar of x = h / rms(h): w . x + b, or an MLP D -> 2D -> 1. With
-    `shortcuts`, what is read out there is a lens of h, and a later depth has a shortcut to it."""
+    `affine`, a lens of h is read out instead, and a shortcut leads from each depth to the next."""
 
     def __init__(self, width: int, layers: Sequence[int], kind: str, affine: bool, seed: int = 0):
         super().__init__()

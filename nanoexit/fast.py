@@ -257,7 +257,7 @@ class FastModel:
         else:
             blocks = functools.partial(self.graphs, self, cache, at)
         asked = set() if stop is None else {depth for depth in stop.layers if depth < D}
-        ends = map(int, self.model.exits.shortcuts if self.model.exits else ())
+        ends = map(int, self.model.exits.shortcuts if self.model.exits else ())  # of shortcuts
         bounds = sorted({*asked, *self.debts, *(depth for depth in ends if depth < D)})
         passed = {}
         for start, depth in zip([0, *bounds], [*bounds, D]):

@@ -78,7 +78,7 @@ def left_by_token(model: Transformer, config: Config) -> int:
         return tensor
 
     attach(model, [], lora=config.lora)
-    model.model.embed_tokens.requires_grad_(config.exits.shortcuts)  # they change what blocks read
+    model.model.embed_tokens.requires_grad_(config.exits.shortcuts)  # their gradient passes blocks
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.run(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
     for p in model.parameters():

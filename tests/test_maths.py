@@ -43,9 +43,8 @@ def test_the_oracle_exits_below_its_chance_only():
 
 
 def test_divergence_has_a_direction_and_no_epsilon():
-    """Catches: KL(student || teacher); probabilities clamped; chunks of the two that do not match.
-    P = (3/4, 1/4), Q = (1/2, 1/2)."""
-    p, q = torch.tensor([3.0, 1.0]).log(), torch.tensor([1.0, 1.0]).log()
+    """Catches: KL(student || teacher); probabilities clamped; chunks that do not match."""
+    p, q = torch.tensor([3.0, 1.0]).log(), torch.tensor([1.0, 1.0]).log()  # 3/4, 1/4; 1/2, 1/2
     assert divergence(p, q).item() == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2))
     assert divergence(q, p).item() == pytest.approx(0.5 * math.log(4 / 3), abs=1e-6)
     far = divergence(torch.tensor([100.0, 0.0]), torch.tensor([0.0, 100.0]))

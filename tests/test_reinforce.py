@@ -93,6 +93,7 @@ def test_the_estimator_is_unbiased_and_the_baseline_helps(cap):
         noise = runs[:, 0].std() / len(runs) ** 0.5
         assert not baseline or exact.norm() > 8 * noise, "the gradient must exceed the noise"
     assert spread[True] < 0.8 * spread[False]
+    assert leave_one_out(torch.tensor([[6, 0, 3.0], [1] * 3])).tolist() == [[4.5, -4.5, 0], [0] * 3]
 
 
 def test_rollouts_of_several_prompts_are_a_sum():
