@@ -13,9 +13,11 @@ target chance. If the residual does not reveal which tokens an exit would spoil,
 target of their *mean* KL; cross-entropy would average the targets, and exit too often. The KL in a
 head's part is clamped at 2 nats.
 
-`sft.deviance` replaces a head's part by m - KL log m, the Poisson deviance of m, which is the KL
-whose target chance is p. It is least at the same p, but its slope does not vanish as p nears 0, so
-heads learn sooner. It also moves the residuals that heads read, so adapters need a low rate.
+With `sft.price`, heads learn what an exit costs for each block that it saves: KL / (D - d) stands
+in place of KL, so that a nat buys many blocks or none. A head's part is then m - KL log m, the
+Poisson deviance of m, which is the price whose target chance is p. It is least at the target too,
+but its slope does not vanish as p nears 0, so heads learn sooner. It also moves the residuals that
+heads read, so adapters need a low rate.
 
 `sft.early` w adds - 2 w log(1 + exp(-KL(P || Q_d))) for each of these heads, here with a gradient
 to Q_d. Its slope, 2 w sigmoid(-KL), is small where KL is large, so it trains the early readouts
@@ -89,11 +91,11 @@ class Draw(Policy):
         return response & (asked.u < chance)
 
 
-def exit_loss(z: Tensor, kl: Tensor, strength: float, deviance: bool) -> Tensor:
-    """Log-odds z of exiting, its cost kl in nats -> KL p + (p log p + (2 - p) log(2 - p)) / s, or
+def exit_loss(z: Tensor, kl: Tensor, strength: float, price: bool) -> Tensor:
+    """Log-odds z of exiting, its cost kl -> KL p + (p log p + (2 - p) log(2 - p)) / s, or
     m - KL log m, where m is the KL whose target chance is p."""
-    p, kl = z.sigmoid(), kl.clamp(max=MOST_KL)
-    if deviance:
+    p = z.sigmoid()
+    if price:
         m = F.softplus(math.log(2) - z) / strength + 1e-6
         return m - kl * m.log()
     entropy = p * F.logsigmoid(z) + (2 - p) * (2 - p).log()
@@ -101,22 +103,24 @@ def exit_loss(z: Tensor, kl: Tensor, strength: float, deviance: bool) -> Tensor:
 
 
 def student_losses(
-    model: Transformer, a: Aligned, draw: Draw, noise: Tensor, strength: float, deviance: bool
+    model: Transformer, a: Aligned, draw: Draw, noise: Tensor, strength: float, price: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One forward with drawn exits -> its loss and figures, both sums over readouts. For each head
     [E]: how often it was reached, the target chances there, and its own chances."""
     scored = score(model, a.ids, a.depths, a.prompt_lens, policy=draw, noise=noise)
     student, z = scored.hidden.flatten(0, 1)[a.at], scored.head_logits.flatten(0, 1)[a.at]
     kl = readout_kl(model, draw.teacher, student).sum()
-    costs = draw.kl.detach()
-    heads = (exit_loss(z, costs, strength, deviance) * draw.reached).sum()
+    kls, depths = draw.kl.detach(), exit_depths(model)
+    saved = torch.tensor([model.deepest - d if price else 1 for d in depths], device=z.device)
+    costs = kls.clamp(max=MOST_KL) / saved
+    heads = (exit_loss(z, costs, strength, price) * draw.reached).sum()
     gain = (F.softplus(-draw.kl) * draw.reached).sum() if draw.early else 0
     return kl + heads - 2 * draw.early * gain, {
         "kl": kl.detach(),
         "exit_loss": heads.detach(),
         "mean_depth": scored.depths.flatten()[a.at].sum().float(),
         "reached": draw.reached.sum(0).float(),
-        "target_exit": (target_chance(costs, strength) * draw.reached).sum(0),
+        "target_exit": (target_chance(kls / saved, strength) * draw.reached).sum(0),
         "student_exit": (z.detach().sigmoid() * draw.reached).sum(0),
     }
 
@@ -148,8 +152,8 @@ def step_losses(
         a, known = teacher([chosen[i] for i in piece])
         noise, uniform = draw_noise(a, piece, exits, config, step)
         draw = Draw(model, a, uniform, known, config.sft.early)
-        strength, deviance = config.teacher.kl_strength, config.sft.deviance
-        loss, figures = student_losses(model, a, draw, noise, strength, deviance)
+        strength, price = config.teacher.kl_strength, config.sft.price
+        loss, figures = student_losses(model, a, draw, noise, strength, price)
         (loss / tokens).backward()
         sums = {name: value + figures[name] for name, value in sums.items()}
     sums = {name: training.total(value) for name, value in sums.items()}
