@@ -110,9 +110,8 @@ def student_losses(
     scored = score(model, a.ids, a.depths, a.prompt_lens, policy=draw, noise=noise)
     student, z = scored.hidden.flatten(0, 1)[a.at], scored.head_logits.flatten(0, 1)[a.at]
     kl = readout_kl(model, draw.teacher, student).sum()
-    kls, depths = draw.kl.detach(), exit_depths(model)
-    saved = torch.tensor([model.deepest - d if price else 1 for d in depths], device=z.device)
-    costs = kls.clamp(max=MOST_KL) / saved
+    saved = [model.deepest - depth if price else 1 for depth in exit_depths(model)]
+    costs = draw.kl.detach().clamp(max=MOST_KL) / torch.tensor(saved, device=z.device)
     heads = (exit_loss(z, costs, strength, price) * draw.reached).sum()
     gain = (F.softplus(-draw.kl) * draw.reached).sum() if draw.early else 0
     return kl + heads - 2 * draw.early * gain, {
@@ -120,7 +119,7 @@ def student_losses(
         "exit_loss": heads.detach(),
         "mean_depth": scored.depths.flatten()[a.at].sum().float(),
         "reached": draw.reached.sum(0).float(),
-        "target_exit": (target_chance(kls / saved, strength) * draw.reached).sum(0),
+        "target_exit": (target_chance(costs, strength) * draw.reached).sum(0),
         "student_exit": (z.detach().sigmoid() * draw.reached).sum(0),
     }
 

@@ -321,7 +321,7 @@ def test_exits_are_drawn_at_readouts_only(tmp_path):
         costs, z = draw.kl.clamp(max=2) / saved, scored.head_logits.flatten(0, 1)[a.at]
         losses = sft.exit_loss(z, costs, 4.0, price)[draw.reached]
         assert figures["exit_loss"].item() == pytest.approx(losses.sum().item())
-        chances = sft.target_chance(draw.kl / saved, 4.0) * draw.reached
+        chances = sft.target_chance(costs, 4.0) * draw.reached
         assert torch.allclose(figures["target_exit"], chances.sum(0))
 
 
