@@ -13,11 +13,10 @@ target chance. If the residual does not reveal which tokens an exit would spoil,
 target of their *mean* KL; cross-entropy would average the targets, and exit too often. The KL in a
 head's part is clamped at 2 nats.
 
-With `sft.price`, heads learn what an exit costs for each block that it saves: KL / (D - d) stands
-in place of KL, so that a nat buys many blocks or none. A head's part is then m - KL log m, the
-Poisson deviance of m, which is the price whose target chance is p. It is least at the target too,
-but its slope does not vanish as p nears 0, so heads learn sooner. It also moves the residuals that
-heads read, so adapters need a low rate.
+With `sft.price`, heads learn the price c = KL / (D - d) of each block that an exit saves. A head's
+part is then m - c log m, the Poisson deviance of m, the price whose target chance 2 (1 - sigmoid(
+s m)) is p. Its slope does not vanish as p nears 0, so heads learn sooner; it also moves the
+residuals that heads read, so adapters need a low rate.
 
 `sft.early` w adds - 2 w log(1 + exp(-KL(P || Q_d))) for each of these heads, here with a gradient
 to Q_d. Its slope, 2 w sigmoid(-KL), is small where KL is large, so it trains the early readouts
@@ -91,15 +90,15 @@ class Draw(Policy):
         return response & (asked.u < chance)
 
 
-def exit_loss(z: Tensor, kl: Tensor, strength: float, price: bool) -> Tensor:
-    """Log-odds z of exiting, its cost kl -> KL p + (p log p + (2 - p) log(2 - p)) / s, or
-    m - KL log m, where m is the KL whose target chance is p."""
+def exit_loss(z: Tensor, cost: Tensor, strength: float, price: bool) -> Tensor:
+    """Log-odds z of exiting, its cost c -> c p + (p log p + (2 - p) log(2 - p)) / s, or
+    m - c log m, where m is the cost whose target chance is p."""
     p = z.sigmoid()
     if price:
         m = F.softplus(math.log(2) - z) / strength + 1e-6
-        return m - kl * m.log()
+        return m - cost * m.log()
     entropy = p * F.logsigmoid(z) + (2 - p) * (2 - p).log()
-    return kl * p + entropy / strength
+    return cost * p + entropy / strength
 
 
 def student_losses(
@@ -113,14 +112,14 @@ def student_losses(
     saved = [model.deepest - depth if price else 1 for depth in exit_depths(model)]
     costs = draw.kl.detach().clamp(max=MOST_KL) / torch.tensor(saved, device=z.device)
     heads = (exit_loss(z, costs, strength, price) * draw.reached).sum()
-    gain = (F.softplus(-draw.kl) * draw.reached).sum() if draw.early else 0
+    gain = (F.softplus(-draw.kl) * draw.reached).sum()
     return kl + heads - 2 * draw.early * gain, {
-        "kl": kl.detach(),
-        "exit_loss": heads.detach(),
-        "mean_depth": scored.depths.flatten()[a.at].sum().float(),
-        "reached": draw.reached.sum(0).float(),
+        "kl": kl,
+        "exit_loss": heads,
+        "mean_depth": scored.depths.flatten()[a.at].sum(),
+        "reached": draw.reached.sum(0),
         "target_exit": (target_chance(costs, strength) * draw.reached).sum(0),
-        "student_exit": (z.detach().sigmoid() * draw.reached).sum(0),
+        "student_exit": (z.sigmoid() * draw.reached).sum(0),
     }
 
 
@@ -130,8 +129,8 @@ def draw_noise(
     """-> noise [B*T, E] for exits; which readouts [n] draw uniformly. A row's draws depend only on
     its place in the step, however rows are split into batches."""
     noise, device = torch.ones(a.ids.numel(), exits), a.ids.device
-    seeds = (training.stream("exits", config.run.seed, step, place) for place in places)
-    rngs = [np.random.default_rng(seed) for seed in seeds]
+    who = ("exits", config.run.seed, step)
+    rngs = [np.random.default_rng(training.stream(*who, place)) for place in places]
     broad = torch.tensor([rng.random() < config.sft.broad for rng in rngs])
     drawn = [rng.random((count, exits), dtype=np.float32) for rng, count in zip(rngs, a.counts)]
     noise[a.at.cpu()] = torch.from_numpy(np.concatenate(drawn))
@@ -154,7 +153,7 @@ def step_losses(
         strength, price = config.teacher.kl_strength, config.sft.price
         loss, figures = student_losses(model, a, draw, noise, strength, price)
         (loss / tokens).backward()
-        sums = {name: value + figures[name] for name, value in sums.items()}
+        sums = {name: value + figures[name].detach() for name, value in sums.items()}
     sums = {name: training.total(value) for name, value in sums.items()}
     reached = sums.pop("reached").clamp(min=1)  # each head has its own count
     return {n: (v / (reached if v.dim() else tokens)).tolist() for n, v in sums.items()}

@@ -253,18 +253,17 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def training_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """What a checkpoint holds: the trained parameters, and their steps and moments."""
-    state = {}
-    for name, p in trained(model).items():
-        for key, value in {"parameter": p.data, **optimizer.state[p]}.items():
-            state[f"{key}.{name}"] = value
-    return state
+    return {
+        f"{key}.{name}": value
+        for name, p in trained(model).items()
+        for key, value in {"parameter": p.data, **optimizer.state[p]}.items()
+    }
 
 
 def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer) -> None:
     """State after `step` steps, into folder/checkpoint/state.safetensors."""
-    state = training_state(model, optimizer)
     metrics = zlib.crc32(lines_until(folder / "metrics.jsonl", step))
-    about = {"step": str(step), "metrics": str(metrics)}
+    state, about = training_state(model, optimizer), {"step": str(step), "metrics": str(metrics)}
     save_tensors(folder / "checkpoint" / "state.safetensors", state, about)
 
 
@@ -312,8 +311,7 @@ def batch_at(step: int, items: int, batch_size: int, seed: int) -> list[int]:
     first = step * batch_size
     order = []
     for epoch in range(first // items, (first + batch_size - 1) // items + 1):
-        rng = np.random.default_rng(stream("order", seed, epoch))
-        order += rng.permutation(items).tolist()
+        order += np.random.default_rng(stream("order", seed, epoch)).permutation(items).tolist()
     return order[first % items :][:batch_size]
 
 

@@ -1,5 +1,7 @@
 """The memory that plan.py predicts, against a step's peak as the profiler counts allocations."""
 
+import itertools
+
 import pytest
 from conftest import TINY, script
 from plan import memory
@@ -15,11 +17,8 @@ def peak(work) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = top = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        top = max(top, now)
-    return top
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
 
 
 @pytest.mark.parametrize("chunk", [16, 512])
@@ -55,10 +54,8 @@ def test_a_plan_is_within_15_percent_of_the_peak(chunk):
 
 def test_a_plan_that_cannot_be_made():
     """Catches: a traceback for a config or model that is not there, or a plan of half a config."""
-    for arguments, says in (
-        (["nope.yaml"], "config nope.yaml: no such file"),
-        ([TINY, "model.name=none/such/folder"], "'none/such/folder': no such folder"),
-    ):
+    missing = [TINY, "model.name=none/such/folder"], "'none/such/folder': no such folder"
+    for arguments, says in ((["nope.yaml"], "config nope.yaml: no such file"), missing):
         done = script("plan", *arguments)
         assert done.returncode == 2 and not done.stdout and done.stderr.count("\n") == 1
         assert done.stderr.startswith("error: ") and says in done.stderr
