@@ -95,7 +95,7 @@ class SFTConfig:
     lr: float = knob(1e-4, "peak learning rate of AdamW: warm-up, then a half cosine", 0, 10)
     targets: str = knob("student", "whose early readouts set targets", choices=["student", "base"])
     broad: float = knob(0.1, "share of rows that draw their exits uniformly", high=1)
-    price: bool = knob(False, "heads learn the KL that an exit costs per block that it saves")
+    price: bool = knob(False, "heads learn what an exit costs, in KL for each block that it saves")
     early: float = knob(0.0, "weight of training early readouts that are nearly good enough")
     save_every: int = knob(50, "steps between checkpoints", 1)
 

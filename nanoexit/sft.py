@@ -13,10 +13,10 @@ target chance. If the residual does not reveal which tokens an exit would spoil,
 target of their *mean* KL; cross-entropy would average the targets, and exit too often. The KL in a
 head's part is clamped at 2 nats.
 
-With `sft.price`, heads learn the price c = KL / (D - d) of each block that an exit saves. A head's
-part is then m - c log m, the Poisson deviance of m, the price whose target chance 2 (1 - sigmoid(
-s m)) is p. Its slope does not vanish as p nears 0, so heads learn sooner; it also moves the
-residuals that heads read, so adapters need a low rate.
+With `sft.price`, heads learn what an exit costs for each block that it saves: c = KL / (blocks
+saved) stands in place of KL, also in the target. A head's part is m - c log m, up to a constant the
+Poisson deviance of m, the cost whose target chance is p. Its slope does not vanish as p nears 0, so
+heads learn sooner. It also moves the residuals that heads read, so adapters need a low rate.
 
 `sft.early` w adds - 2 w log(1 + exp(-KL(P || Q_d))) for each of these heads, here with a gradient
 to Q_d. Its slope, 2 w sigmoid(-KL), is small where KL is large, so it trains the early readouts
