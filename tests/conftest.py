@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm.std import TRLock, tqdm
 
 from nanoexit.config import ROOT, TARGETS, LoRAConfig
 from nanoexit.exits import attach
 from nanoexit.model import Llama3Rope, Shape, Transformer
 
 torch.set_num_threads(1)
+tqdm.set_lock(TRLock())  # forks share the default; one killed inside it would block all others
 
 if find_spec("hypothesis"):  # else tests/test_fuzz.py is skipped
     from hypothesis import HealthCheck, settings

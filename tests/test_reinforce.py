@@ -25,8 +25,7 @@ def small_model(cap: int | None) -> Transformer:
     """3 words, 3 blocks, exits at 1 and 2: a few hundred rollouts are all there are."""
     model = Transformer(Shape("qwen2", 3, 8, 8, 3, 2, 1, 4, qkv_bias=True, tied=True))
     scramble(model.named_parameters(), 0)
-    lora = LoRAConfig(r=1, alpha=1, targets=["q_proj", "down_proj"])
-    attach(model, [1, 2], lora=lora, cap=cap)
+    attach(model, [1, 2], lora=LoRAConfig(r=1, alpha=1, targets=["q_proj", "down_proj"]), cap=cap)
     scramble(((n, p) for n, p in model.named_parameters() if "lora_B" in n or "exits" in n), 1)
     return model
 
