@@ -1,13 +1,14 @@
 """Write a file of prompts: reasoning of four kinds, with computed answers, or everyday requests.
 
     python scripts/make_prompts.py data/reasoning.jsonl
-    python scripts/make_prompts.py data/everyday.jsonl --count 320 20 20 20 20 \\
-        --kinds everyday arithmetic dates tracking belief
+    python scripts/make_prompts.py data/everyday.jsonl --count 320 20 20 20 20 1200 \\
+        --kinds everyday arithmetic dates tracking belief subjects
 
 arithmetic: word problems of two or three steps, in the format of GSM8K, worked answers included.
 dates: days of the week and of the calendar.   tracking: who holds what after some swaps.
 belief: where a person looks for an object that was moved, with or without seeing it moved (after
 Wimmer and Perner 1983).   everyday: requests as people type them, with no single right answer.
+subjects: requests about one of many subjects, likewise.
 The same seed writes the same file.
 """
 
@@ -257,8 +258,41 @@ def everyday(rng: random.Random) -> Made:
     return request.format(month=month, **words), "", ""
 
 
+SUBJECTS = """bees|wolves|octopuses|owls|whales|camels|ants|penguins|spiders|horses|elephants|bats
+dolphins|tigers|eagles|hedgehogs|sharks|snails|dogs|turtles|roses|oak trees|mushrooms|cacti|moss
+bamboo|tulips|seaweed|apples|tomatoes|rice|bread|cheese|chocolate|coffee|tea|honey|salt|olive oil
+pasta|soup|sugar|garlic|eggs|potatoes|volcanoes|earthquakes|glaciers|rivers|deserts|rainbows
+thunderstorms|tides|caves|islands|mountains|waterfalls|comets|planets|eclipses|black holes
+satellites|telescopes|gravity|magnets|atoms|sound|light|heat|electricity|batteries|bicycles|trains
+bridges|ships|aeroplanes|elevators|clocks|cameras|radios|computers|printers|mirrors|windmills|dams
+lighthouses|castles|pyramids|cathedrals|libraries|museums|theatres|markets|railway stations|maps
+calendars|money|banks|taxes|insurance|elections|laws|newspapers|schools|hospitals|farms|factories
+the heart|the brain|the lungs|bones|muscles|skin|teeth|memory|sleep|dreams|laughter|fear|habits
+vaccines|exercise|stress|allergies|glasses|music|the piano|the violin|drums|dancing|painting
+poetry|novels|films|photography|chess|football|swimming|running|tennis|sailing|hiking|gardening
+knitting|cooking|camping|yoga|friendship|honesty|patience|courage|kindness|silence|teamwork|luck
+curiosity|time|holidays|weddings|birthdays|neighbours|grandparents|first jobs|job interviews
+public speaking|saving water|recycling|plastic|solar power|wool|cotton|paper|glass|steel|wood
+concrete|rubber|gold|perfume|soap|candles|umbrellas|shoes|hats|pockets|ancient Rome|the Vikings
+the Silk Road|the printing press|the Moon landing|the Olympic Games|the alphabet|numbers|zero
+fractions|prime numbers|probability|statistics|codes|grammar|translation|accents|proverbs"""
+ABOUT = """Tell me about {}.|What should everyone know about {}?|Write a short story about {}.
+Explain {} to a child.|Give me three surprising facts about {}.|Write a short paragraph on {}.
+Why are people interested in {}?|What is a common mistake about {}?
+Write a poem of six lines about {}.|Ask me three quiz questions about {}, with answers.
+What is the best way to learn about {}?|I have to give a talk about {}. How should I begin?
+Describe {} in one sentence.|What would the world be like without {}?
+Write a dialogue in which two friends talk about {}.
+Suggest a title and an outline for an article about {}."""
+
+
+def subjects(rng: random.Random) -> Made:
+    about, subject = (rng.choice(text.replace("\n", "|").split("|")) for text in (ABOUT, SUBJECTS))
+    return about.format(subject), "", ""
+
+
 KINDS = {"arithmetic": arithmetic, "dates": dates, "tracking": tracking, "belief": belief}
-KINDS |= {"everyday": everyday}
+KINDS |= {"everyday": everyday, "subjects": subjects}
 
 if __name__ == "__main__":
     _script.run_main(main)

@@ -131,7 +131,7 @@ def test_the_generator_writes_these_files():
     assert make_prompts.prompts(dict.fromkeys(kinds, 100), 0) == ROWS
     few = dict.fromkeys([*kinds, "everyday"], 5)
     assert make_prompts.prompts(few, 1) != make_prompts.prompts(few, 0)
-    mixed = {"everyday": 320, **dict.fromkeys(kinds, 20)}
+    mixed = {"everyday": 320, **dict.fromkeys(kinds, 20), "subjects": 1200}
     text = (ROOT / "data" / "everyday.jsonl").read_text(encoding="utf-8")
     assert make_prompts.prompts(mixed, 0) == [json.loads(line) for line in text.splitlines()]
 
