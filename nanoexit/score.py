@@ -12,6 +12,7 @@ respect to the residual. Rows do not mix, so this is exact."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,16 +160,21 @@ def through_readout(h: Tensor, function: Callable[[Tensor, slice], Tensor], chun
     return _Chunked.apply(h, function, chunk)
 
 
-def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(P || Q) in nats, [...] float32, from logits [..., V] of any float dtype."""
-    p, q = F.log_softmax(p.float(), -1), F.log_softmax(q.float(), -1)
+def divergence(p: Tensor, q: Tensor, of: Any = ...) -> Tensor:
+    """KL(P || Q) in nats, [...] float32, from logits [..., V] of any dtype. of: each Q's P."""
+    p, q = F.log_softmax(p.float(), -1)[of], F.log_softmax(q.float(), -1)
     return (p.exp() * (p - q)).sum(-1)
 
 
-def readout_kl(model: Transformer, teacher: Tensor, student: Tensor) -> Tensor:
-    """Residuals [n, D] of both -> KL(teacher || student) [n], nats; gradient to the student's."""
-    read, chunk = model.readout, model.logits_chunk
-    return through_readout(student, lambda h, i: divergence(read(teacher[i]), read(h)), chunk)
+def readout_kl(model: Transformer, teacher: Tensor, student: Tensor, of: Any = None) -> Tensor:
+    """Residuals [n, D] of both -> KL(teacher || student) [n], nats; gradient to the student's.
+    of [n]: the teacher's row for each of the student's, ascending; it is read out once (syncs)."""
+
+    def kl(h: Tensor, i: slice) -> Tensor:
+        used, at = (i, ...) if of is None else of[i].unique_consecutive(return_inverse=True)
+        return divergence(model.readout(teacher[used]), model.readout(h), at)
+
+    return through_readout(student, kl, model.logits_chunk)
 
 
 def readout_logprobs(model: Transformer, h: Tensor, tokens: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ heads learn sooner. It also moves the residuals that heads read, so adapters nee
 to Q_d. Its slope, 2 w sigmoid(-KL), is small where KL is large, so it trains the early readouts
 that are nearly good enough.
 
-With `exits.shortcuts` (exits.py), blocks need not change much to be read early. These maps start as
-a least-squares fit to the base's residuals.
+With `exits.shortcuts` (exits.py), maps start as a least-squares fit to the base's residuals.
 
 `sft.targets: base` takes the *base's* readout for Q_d, as the original does. On a model whose early
 readouts were never trained these targets are 0, and the heads learn never to exit.
@@ -57,34 +56,22 @@ FITTED, RIDGE = 256, 10.0  # traces that shortcuts start from; how strongly to p
 
 
 class Draw(Policy):
-    """Draws exits while a training step runs, and keeps the KL that each exit would cost."""
+    """Draws exits while a training step runs, and keeps what each head reached would read out."""
 
-    def __init__(
-        self, model: Transformer, a: Aligned, uniform: Tensor, known: list[Tensor], early: float = 0
-    ):
-        """uniform [n]: readouts that ignore their heads. known: the teacher's residuals [n, D] at
-        a.at and, if used instead of the student's own, divergences [n, E]. early: sft.early."""
+    def __init__(self, model: Transformer, a: Aligned, uniform: Tensor):
+        """uniform [n]: readouts that ignore their heads."""
         super().__init__("head")  # it decides at the depths of the heads
-        self.uniform, self.early = uniform, early
-        self.teacher, *self.base_kl = known
-        device, n = a.ids.device, len(a.at)
-        self.slot = torch.full((a.ids.numel(),), -1, device=device)  # readout at each index
+        self.uniform, n, device = uniform, len(a.at), model.device
+        self.slot = torch.full_like(a.ids, -1).flatten()  # the readout at each index
         self.slot[a.at] = torch.arange(n, device=device)
-        self.kl = torch.zeros(n, len(exit_depths(model)), device=device)
-        self.reached = torch.zeros_like(self.kl, dtype=torch.bool)
+        size = n, len(exit_depths(model)), model.shape.width
+        self.h = torch.zeros(size, dtype=model.dtype, device=device)
 
     def exits(self, asked: Asked) -> Tensor:
         depths, slot = exit_depths(asked.model), self.slot[asked.at]
         column = depths.index(asked.depth)
         response = slot >= 0  # prompt tokens before the first readout do not exit
-        k = slot[response]
-        if self.base_kl:
-            self.kl[k, column] = self.base_kl[0][k, column]
-        else:
-            with torch.set_grad_enabled(self.early > 0):
-                h = asked.model.lensed(asked.h[response], asked.depth)
-                self.kl[k, column] = readout_kl(asked.model, self.teacher[k], h)
-        self.reached[k, column] = True
+        self.h[slot[response], column] = asked.model.lensed(asked.h[response], asked.depth)
         left = len(depths) + 1 - column  # depths still to choose from
         chance = torch.where(self.uniform[slot], 1 / left, asked.z.detach().sigmoid())
         return response & (asked.u < chance)
@@ -102,24 +89,33 @@ def exit_loss(z: Tensor, cost: Tensor, strength: float, price: bool) -> Tensor:
 
 
 def student_losses(
-    model: Transformer, a: Aligned, draw: Draw, noise: Tensor, strength: float, price: bool
+    model: Transformer, a: Aligned, known: list[Tensor], draw: Draw, noise: Tensor, config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One forward with drawn exits -> its loss and figures, both sums over readouts. For each head
-    [E]: how often it was reached, the target chances there, and its own chances."""
+    [E]: how often it was reached, the target chances there, and its own chances. known: the
+    teacher's residuals [n, D] and, if used instead of the student's own, divergences [n, E]."""
+    (teacher, *given), early = known, config.sft.early
+    strength, price = config.teacher.kl_strength, config.sft.price
     scored = score(model, a.ids, a.depths, a.prompt_lens, policy=draw, noise=noise)
-    student, z = scored.hidden.flatten(0, 1)[a.at], scored.head_logits.flatten(0, 1)[a.at]
-    kl = readout_kl(model, draw.teacher, student).sum()
-    saved = [model.deepest - depth if price else 1 for depth in exit_depths(model)]
-    costs = draw.kl.detach().clamp(max=MOST_KL) / torch.tensor(saved, device=z.device)
-    heads = (exit_loss(z, costs, strength, price) * draw.reached).sum()
-    gain = (F.softplus(-draw.kl) * draw.reached).sum()
-    return kl + heads - 2 * draw.early * gain, {
+    parts = scored.hidden, scored.head_logits, scored.depths
+    student, z, depths = (x.flatten(0, 1)[a.at] for x in parts)
+    layers = torch.tensor(exit_depths(model), device=z.device)
+    reached = depths[:, None] >= layers
+    kl = readout_kl(model, teacher, student).sum()
+    if not given:
+        h, of = draw.h[reached], reached.nonzero()[:, 0]
+        lost = readout_kl(model, teacher, h if early else h.detach(), of)
+        given = [torch.zeros_like(z).masked_scatter(reached, lost)]
+    costs = given[0].detach().clamp(max=MOST_KL) / (model.deepest - layers if price else 1)
+    heads = (exit_loss(z, costs, strength, price) * reached).sum()
+    gain = (F.softplus(-given[0]) * reached).sum()
+    return kl + heads - 2 * early * gain, {
         "kl": kl,
         "exit_loss": heads,
-        "mean_depth": scored.depths.flatten()[a.at].sum(),
-        "reached": draw.reached.sum(0),
-        "target_exit": (target_chance(costs, strength) * draw.reached).sum(0),
-        "student_exit": (z.sigmoid() * draw.reached).sum(0),
+        "mean_depth": depths.sum(),
+        "reached": reached.sum(0),
+        "target_exit": (target_chance(costs, strength) * reached).sum(0),
+        "student_exit": (z.sigmoid() * reached).sum(0),
     }
 
 
@@ -149,9 +145,8 @@ def step_losses(
     for piece in training.my_batches(len(chosen), config.sft.micro_batch):
         a, known = teacher([chosen[i] for i in piece])
         noise, uniform = draw_noise(a, piece, exits, config, step)
-        draw = Draw(model, a, uniform, known, config.sft.early)
-        strength, price = config.teacher.kl_strength, config.sft.price
-        loss, figures = student_losses(model, a, draw, noise, strength, price)
+        draw = Draw(model, a, uniform)
+        loss, figures = student_losses(model, a, known, draw, noise, config)
         (loss / tokens).backward()
         sums = {name: value + figures[name].detach() for name, value in sums.items()}
     sums = {name: training.total(value) for name, value in sums.items()}
@@ -201,8 +196,7 @@ def run_sft(model: Transformer, tokenizer: Tokenizer, config: Config, folder: Pa
             lr = sft.lr * training.cosine_share(step, sft.steps)
             norm = training.clip_and_step(optimizer, lr)
             metrics.write(step + 1, **figures, grad_norm=norm, lr=lr)
-            shown = {name: f"{figures[name]:.3f}" for name in ("kl", "mean_depth")}
-            bar.set_postfix(shown, refresh=False)
+            bar.set_postfix({n: f"{figures[n]:.3f}" for n in ("kl", "mean_depth")}, refresh=False)
             bar.update()
             if training.is_main() and ((step + 1) % sft.save_every == 0 or step + 1 == sft.steps):
                 training.save_checkpoint(folder, step + 1, model, optimizer)

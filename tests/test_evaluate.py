@@ -201,11 +201,10 @@ def test_a_judge_scores_the_rows_and_is_named(tmp_path, monkeypatch):
         asked = sum(server.served.values())
         assert judge_summary(judge.score(items), "loopback") == scores
         assert asked == 2 == sum(server.served.values())
-    assert scores["means"]["overall"] == 30
+    assert scores["means"]["overall"] == 30 and KEY not in cache.read_text()
     assert repetition([5, 2] * 4) == pytest.approx(0.6) and repetition([5, 5, 5]) == 0
     row = measure(subject, "student", responses) | {"judge": scores, "monitor": {}}
     assert re.search(r"\nrubric, out of 40 \(loopback\) +30.0\n", table([row]))
-    assert KEY not in cache.read_text()
 
 
 def test_several_runs_in_one_table():

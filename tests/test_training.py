@@ -292,35 +292,35 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, key):
     assert all(torch.allclose(g, grads_b[n], atol=1e-5) for n, g in grads_a.items())
 
 
-def drawn(tmp_path, *overrides: str):
-    """A step's traces, aligned, with the exits that SFT draws."""
-    teacher, config = taught(tmp_path, *overrides)
+def drawn(tmp_path):
+    """A step's traces, aligned, with the exits that SFT draws, uniformly."""
+    teacher, config = taught(tmp_path, "sft.broad=1")
     sft.fit_shortcuts(teacher.model, teacher, 4)
     a, known = teacher(range(10))
     noise, uniform = sft.draw_noise(a, range(10), 7, config, 0)
-    return teacher, a, sft.Draw(teacher.model, a, uniform, known, config.sft.early), noise
+    return teacher.model, (a, known, sft.Draw(teacher.model, a, uniform), noise), config
 
 
 def test_exits_are_drawn_at_readouts_only(tmp_path):
     """Catches: prompt tokens that exit; a first readout that may not; prices of other blocks."""
-    teacher, a, draw, noise = drawn(tmp_path, "sft.broad=1")
-    scored = sft.score(teacher.model, a.ids, a.depths, a.prompt_lens, policy=draw, noise=noise)
+    model, (a, known, draw, noise), config = drawn(tmp_path)
+    scored = sft.score(model, a.ids, a.depths, a.prompt_lens, policy=draw, noise=noise)
     depths = scored.depths.flatten()
     assert set(depths[(draw.slot < 0) & (a.depths.flatten() > 0)].tolist()) == {8}
     first = [row * a.ids.shape[1] + n - 1 for row, n in enumerate(a.prompt_lens)]
     assert len(set(depths[first].tolist())) > 2 and len(set(depths[a.at].tolist())) == 8
-    assert torch.equal(draw.reached, depths[a.at][:, None] >= torch.arange(1, 8))
-    assert (draw.kl[~draw.reached] == 0).all() and draw.kl.max() > 0.5
-    exited = depths[a.at] < 8  # by the readouts that they had
-    kl = sft.readout_kl(teacher.model, draw.teacher, scored.hidden.flatten(0, 1)[a.at])
-    lost = draw.kl[exited].gather(1, depths[a.at][exited, None] - 1)[:, 0]
-    assert len(lost) and torch.allclose(lost, kl[exited], atol=1e-4)
-    for price, saved in ((False, 1), (True, torch.arange(7, 0, -1))):
-        figures = sft.student_losses(teacher.model, a, draw, noise, 4.0, price)[1]
-        costs, z = draw.kl.clamp(max=2) / saved, scored.head_logits.flatten(0, 1)[a.at]
-        losses, chances = sft.exit_loss(z, costs, 4.0, price), sft.target_chance(costs, 4.0)
-        assert torch.allclose(figures["exit_loss"], losses[draw.reached].sum())
-        assert torch.allclose(figures["target_exit"], (chances * draw.reached).sum(0))
+    reached = depths[a.at][:, None] >= torch.arange(1, 8)
+    assert torch.equal((draw.h != 0).any(-1), reached)
+    out, last = (depths[a.at] < 8).nonzero()[:, 0], scored.hidden.flatten(0, 1)[a.at]
+    assert len(out) and torch.equal(draw.h[out, depths[a.at][out] - 1], last[out])
+    kl = torch.stack([sft.readout_kl(model, known[0], draw.h[:, e]) for e in range(7)], 1)
+    for price, saved, of_base in ((False, 1, [kl / 2]), (True, torch.arange(7, 0, -1), [])):
+        config.sft.price, config.teacher.kl_strength = price, 4.0
+        figures = sft.student_losses(model, a, [*known, *of_base], draw, noise, config)[1]
+        c, z = (of_base or [kl])[0].clamp(max=2) / saved, scored.head_logits.flatten(0, 1)[a.at]
+        losses, chances = sft.exit_loss(z, c, 4.0, price), sft.target_chance(c, 4.0)
+        assert torch.allclose(figures["exit_loss"], losses[reached].sum())
+        assert torch.allclose(figures["target_exit"], (chances * reached).sum(0))
 
 
 def test_shortcuts_start_as_least_squares_fits(tmp_path):
@@ -342,33 +342,36 @@ def test_shortcuts_start_as_least_squares_fits(tmp_path):
 
 def test_nearly_good_early_readouts_train(tmp_path):
     """Catches: sft.early without a gradient, with another slope, or at readouts not reached."""
-    teacher, a, draw, noise = drawn(tmp_path, "sft.early=1", "sft.broad=1")
-    plain = sft.Draw(teacher.model, a, draw.uniform, [draw.teacher])
-    both = [sft.student_losses(teacher.model, a, d, noise, 4.0, False)[0] for d in (draw, plain)]
-    gain = -2 * F.softplus(-draw.kl[draw.reached]).sum()
-    assert torch.equal(draw.kl, plain.kl) and torch.allclose(both[0] - both[1], gain, rtol=1e-4)
-    first = next(p for n, p in training.trained(teacher.model).items() if "lora_B" in n)
+    model, (a, known, draw, noise), config = drawn(tmp_path)
+    early = changed(config, sft=changed(config.sft, early=1))
+    both = [sft.student_losses(model, a, known, draw, noise, c)[0] for c in (early, config)]
+    reached = (draw.h != 0).any(-1)
+    kl = sft.readout_kl(model, known[0][reached.nonzero()[:, 0]], draw.h[reached])
+    gain = -2 * F.softplus(-kl).sum()
+    assert torch.allclose(both[0] - both[1], gain, rtol=1e-4)
+    first = next(p for n, p in training.trained(model).items() if "lora_B" in n)
     slopes = [torch.autograd.grad(x, first, retain_graph=True)[0] for x in (*both, gain)]
     assert torch.allclose(slopes[0] - slopes[1], slopes[2], atol=1e-4) and slopes[2].norm() > 0.1
 
 
 def test_the_base_rule_looks_at_the_base(tmp_path):
     """Catches: targets of the original's rule that change while the student learns."""
-    teacher, a, draw, _ = drawn(tmp_path, "sft.targets=base", "teacher.keep_mb=0")
+    teacher = taught(tmp_path, "sft.targets=base", "teacher.keep_mb=0")[0]
+    a, (_, kl) = teacher(range(10))
     scramble(training.trained(teacher.model).items(), 1)
-    assert draw.base_kl[0].shape == (len(a.at), 7)
-    assert torch.equal(teacher(range(10))[1][1], draw.base_kl[0])
+    assert kl.shape == (len(a.at), 7) and torch.equal(teacher(range(10))[1][1], kl)
 
 
 def test_a_kept_teacher_says_the_same(tmp_path):
     """Catches: residuals kept for one trace and used for another."""
-    teacher, a, draw, _ = drawn(tmp_path, "sft.targets=base", "sft.micro_batch=3")
+    teacher = taught(tmp_path, "sft.targets=base", "sft.micro_batch=3")[0]
     assert len(teacher.kept) == 10
+    a, all_known = teacher(range(10))
     _, known = teacher([7, 2])
     places = [torch.isin(a.rows, torch.tensor([row])) for row in (7, 2)]
     teacher.kept = []
     again = teacher([7, 2])[1]  # recomputed
-    for found, new, whole in zip(known, again, (draw.teacher, *draw.base_kl)):
+    for found, new, whole in zip(known, again, all_known):
         assert torch.allclose(found, new, atol=1e-4)
         assert torch.equal(found, torch.cat([whole[at] for at in places]))
 
