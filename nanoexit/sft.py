@@ -22,7 +22,7 @@ heads learn sooner. It also moves the residuals that heads read, so adapters nee
 to Q_d. Its slope, 2 w sigmoid(-KL), is small where KL is large, so it trains the early readouts
 that are nearly good enough.
 
-With `exits.shortcuts` (exits.py), maps start as a least-squares fit to the base's residuals.
+The affine maps of `exits.shortcuts` (exits.py) start as least-squares fits to base residuals.
 
 `sft.targets: base` takes the *base's* readout for Q_d, as the original does. On a model whose early
 readouts were never trained these targets are 0, and the heads learn never to exit.
@@ -56,7 +56,7 @@ FITTED, RIDGE = 256, 10.0  # traces that shortcuts start from; how strongly to p
 
 
 class Draw(Policy):
-    """Draws exits while a training step runs, and keeps what each head reached would read out."""
+    """Draws exits while a training step runs, and keeps what an exit at each head would read out."""
 
     def __init__(self, model: Transformer, a: Aligned, uniform: Tensor):
         """uniform [n]: readouts that ignore their heads."""
@@ -65,7 +65,7 @@ class Draw(Policy):
         self.slot = torch.full_like(a.ids, -1).flatten()  # the readout at each index
         self.slot[a.at] = torch.arange(n, device=device)
         size = n, len(exit_depths(model)), model.shape.width
-        self.h = torch.zeros(size, dtype=model.dtype, device=device)
+        self.h = torch.zeros(size, dtype=model.dtype, device=device)  # 0 where not reached
 
     def exits(self, asked: Asked) -> Tensor:
         depths, slot = exit_depths(asked.model), self.slot[asked.at]
@@ -94,7 +94,7 @@ def student_losses(
     """One forward with drawn exits -> its loss and figures, both sums over readouts. For each head
     [E]: how often it was reached, the target chances there, and its own chances. known: the
     teacher's residuals [n, D] and, if used instead of the student's own, divergences [n, E]."""
-    (teacher, *given), early = known, config.sft.early
+    early, teacher, exit_kl = config.sft.early, known[0], known[-1]
     strength, price = config.teacher.kl_strength, config.sft.price
     scored = score(model, a.ids, a.depths, a.prompt_lens, policy=draw, noise=noise)
     parts = scored.hidden, scored.head_logits, scored.depths
@@ -102,13 +102,13 @@ def student_losses(
     layers = torch.tensor(exit_depths(model), device=z.device)
     reached = depths[:, None] >= layers
     kl = readout_kl(model, teacher, student).sum()
-    if not given:
+    if len(known) == 1:
         h, of = draw.h[reached], reached.nonzero()[:, 0]
-        lost = readout_kl(model, teacher, h if early else h.detach(), of)
-        given = [torch.zeros_like(z).masked_scatter(reached, lost)]
-    costs = given[0].detach().clamp(max=MOST_KL) / (model.deepest - layers if price else 1)
+        exit_kl = readout_kl(model, teacher, h if early else h.detach(), of)
+        exit_kl = torch.zeros_like(z).masked_scatter(reached, exit_kl)
+    costs = exit_kl.detach().clamp(max=MOST_KL) / (model.deepest - layers if price else 1)
     heads = (exit_loss(z, costs, strength, price) * reached).sum()
-    gain = (F.softplus(-given[0]) * reached).sum()
+    gain = (F.softplus(-exit_kl) * reached).sum()
     return kl + heads - 2 * early * gain, {
         "kl": kl,
         "exit_loss": heads,

@@ -87,9 +87,9 @@ def test_public_functions_have_types_and_docstrings(name):
 
 
 def test_the_prose_reads_as_written():
-    """Catches: turns of phrase that read as if translated."""
+    """Catches: turns of phrase that read as if translated. make_prompts.py has users' phrases."""
     pattern = re.compile(TRANSLATED.replace("\n", ""), re.IGNORECASE)
-    scripts = {*(ROOT / "scripts").glob("*.py")} - {ROOT / "scripts/make_prompts.py"}  # users'
+    scripts = {*(ROOT / "scripts").glob("*.py")} - {ROOT / "scripts/make_prompts.py"}
     for path in [*(ROOT / "nanoexit").glob("*.*"), *scripts, ROOT / "README.md"]:
         found = pattern.findall(path.read_text(encoding="utf-8"))
         assert not found, f"{path.name}: {found}"
