@@ -56,7 +56,7 @@ FITTED, RIDGE = 256, 10.0  # traces that shortcuts start from; how strongly to p
 
 
 class Draw(Policy):
-    """Draws exits while a training step runs, and keeps what an exit at each head would read out."""
+    """Draws exits while a training step runs, and keeps what each exit would read out."""
 
     def __init__(self, model: Transformer, a: Aligned, uniform: Tensor):
         """uniform [n]: readouts that ignore their heads."""
