@@ -37,7 +37,7 @@ def test_the_tree_counts_lines():
     """Catches: outdated line counts."""
     for name, lines in re.findall(r"^  (\w+\.py) +(\d+)  ", TEXT, re.MULTILINE):
         found = (ROOT / "nanoexit" / name).read_text(encoding="utf-8").count("\n")
-        assert abs(found - int(lines)) <= 10, f"{name}: {found} lines, the README says {lines}"
+        assert found == int(lines), f"{name}: {found} lines, the README says {lines}"
 
 
 def test_it_can_be_read_in_a_quarter_of_an_hour():
